@@ -1,0 +1,1 @@
+"""Paged KV blocks, scheduler, model runner, sampler and the engine over them."""

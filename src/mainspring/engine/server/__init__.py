@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP server and the process that runs the engine behind it."""

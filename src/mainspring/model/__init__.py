@@ -1,0 +1,1 @@
+"""The one decoder, its rotary embedding, and its loading and saving."""

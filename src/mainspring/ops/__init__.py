@@ -1,0 +1,1 @@
+"""One public function per operation, each with its PyTorch reference and its backends."""
