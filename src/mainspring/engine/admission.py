@@ -1,0 +1,89 @@
+"""What a request must satisfy before the engine takes it. Clients and the engine use the same check.
+
+Needs no PyTorch, so that the HTTP frontend refuses a bad request without asking the engine.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+from mainspring.engine.messages import EngineLimits, EngineRequest
+from mainspring.engine.sampling_params import SamplingParams
+from mainspring.errors import InvalidRequestError, RequestTooLongError
+
+
+def make_request(
+    request_id: str,
+    prompt_token_ids: Sequence[int],
+    params: SamplingParams,
+    limits: EngineLimits,
+    eos_token_ids: Sequence[int],
+) -> EngineRequest:
+    """Resolve `max_tokens` and check the request.
+
+    The completion is capped at the context's end, as in vLLM (finish reason "length"). A request whose
+    prompt leaves no room for one token, or that the whole KV cache could not hold, is refused.
+
+    Raises:
+        RequestTooLongError: too long for the context or for the cache.
+        InvalidRequestError: an empty prompt, a token id outside the vocabulary, too many logprobs.
+    """
+    try:
+        token_ids = [operator.index(token_id) for token_id in prompt_token_ids]
+    except TypeError as error:
+        raise InvalidRequestError(f"the prompt must hold token ids only: {error}", "prompt") from error
+    room = limits.max_model_len - len(token_ids)
+    if params.max_tokens is None:
+        max_tokens = min(room, limits.max_cache_tokens - len(token_ids) + 1)
+    else:
+        max_tokens = min(room, params.max_tokens)
+    request = EngineRequest(
+        request_id, token_ids, params, tuple(eos_token_ids), max_tokens=max(1, max_tokens)
+    )
+    check_request(request, limits)
+    return request
+
+
+def check_request(request: EngineRequest, limits: EngineLimits) -> None:
+    """Raise what `make_request` documents if the request cannot be served; return None if it can."""
+    params = request.params
+    if not request.prompt_token_ids:
+        raise InvalidRequestError("the prompt is empty; give at least one token", "prompt")
+    _check_token_ids("prompt", request.prompt_token_ids, limits)
+    if params.stop_token_ids:
+        _check_token_ids("stop_token_ids", params.stop_token_ids, limits)
+    for name, value in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+        if value is not None and value > limits.max_logprobs:
+            raise InvalidRequestError(f"{name} is {value}, but at most {limits.max_logprobs} are given", name)
+    num_prompt = len(request.prompt_token_ids)
+    if num_prompt + 1 > limits.max_model_len:
+        raise RequestTooLongError(
+            f"the prompt has {num_prompt} tokens, but the model's context is {limits.max_model_len} tokens, "
+            "prompt and completion together; shorten the prompt",
+            "prompt",
+        )
+    if request.max_tokens < 1 or num_prompt + request.max_tokens > limits.max_model_len:
+        raise RequestTooLongError(
+            f"{num_prompt} prompt tokens and max_tokens={request.max_tokens} do not fit the model's context "
+            f"of {limits.max_model_len} tokens; lower max_tokens",
+            "max_tokens",
+        )
+    # The last generated token is never fed back, so it needs no place in the cache.
+    needed = num_prompt + request.max_tokens - 1
+    if needed > limits.max_cache_tokens:
+        raise RequestTooLongError(
+            f"the request needs {needed} tokens of KV cache ({num_prompt} of the prompt, max_tokens="
+            f"{request.max_tokens}), but the whole cache holds {limits.max_cache_tokens}; shorten the "
+            "prompt, lower max_tokens, or start the engine with a larger kv_cache_bytes",
+            "max_tokens" if num_prompt <= limits.max_cache_tokens else "prompt",
+        )
+
+
+def _check_token_ids(param: str, token_ids: Sequence[int], limits: EngineLimits) -> None:
+    for token_id in (min(token_ids), max(token_ids)):
+        if not 0 <= token_id < limits.vocab_size:
+            raise InvalidRequestError(
+                f"{param} holds the token id {token_id}, but ids lie between 0 and {limits.vocab_size - 1}",
+                param,
+            )

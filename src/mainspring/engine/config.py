@@ -1,0 +1,63 @@
+"""The engine's settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mainspring.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Validated on construction; what depends on model and machine is resolved by `EngineCore`.
+
+    Attributes:
+        max_num_seqs: most requests that run at once.
+        max_num_batched_tokens: most tokens in one forward pass, prompt chunks and decodes together; None:
+            512 on a CPU (a step stays short enough for the streams beside a long prompt), 8,192 on a GPU.
+        block_size: tokens a KV block.
+        kv_cache_bytes: memory for the KV cache; None: a quarter of the free memory on a CPU (at most 4 GiB),
+            three quarters of it on a GPU, and never more than `max_num_seqs` sequences of full length need.
+        num_blocks: size the cache by usable blocks instead of bytes; give one of the two.
+        max_model_len: longest sequence in tokens; None: the model's own context.
+        max_logprobs: most alternatives a request may ask for.
+        seed: makes requests without a seed reproducible (in their order of arrival); None: from the system.
+
+    Raises:
+        ConfigError: a value is out of range, or two contradict each other.
+    """
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int | None = None
+    block_size: int = 16
+    kv_cache_bytes: int | None = None
+    num_blocks: int | None = None
+    max_model_len: int | None = None
+    max_logprobs: int = 20
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "block_size",
+            "kv_cache_bytes",
+            "num_blocks",
+            "max_model_len",
+        ):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} is {value!r}, but must be a whole number of at least 1")
+        if self.max_logprobs < 0:
+            raise ConfigError(f"max_logprobs is {self.max_logprobs}, but must be at least 0")
+        if self.kv_cache_bytes is not None and self.num_blocks is not None:
+            raise ConfigError(
+                f"kv_cache_bytes ({self.kv_cache_bytes}) and num_blocks ({self.num_blocks}) both size "
+                "the cache; give one of them"
+            )
+        if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, below max_num_seqs "
+                f"({self.max_num_seqs}): a step must hold one token of every running request; "
+                "raise the first or lower the second"
+            )
