@@ -1,4 +1,4 @@
-"""Reads typed values out of untrusted JSON objects; every refusal names the key, its value and what was expected."""
+"""Reads typed values out of untrusted JSON objects; a refusal names the key, its value and the rule."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REQUIRED = _Required()
 def read_int(
     d: Mapping[str, Any], key: str, default: int | _Required | None = REQUIRED, minimum: int = 0
 ) -> int:
-    """The integer under `key`; null counts as absent. Raises ConfigError if absent without default, or < minimum."""
+    """The integer under `key`, null counting as absent; ConfigError if absent (no default) or too small."""
     value = d.get(key)
     if value is None:
         value = default
@@ -40,7 +40,7 @@ def read_optional_int(d: Mapping[str, Any], key: str, minimum: int = 0) -> int |
 def read_float(
     d: Mapping[str, Any], key: str, default: float | _Required = REQUIRED, *, above: float = -math.inf
 ) -> float:
-    """The finite number under `key`, strictly above `above`; null counts as absent. Raises ConfigError otherwise."""
+    """The finite number under `key`, strictly above `above`; null counts as absent; else ConfigError."""
     value = d.get(key)
     if value is None:
         value = default
@@ -81,7 +81,7 @@ def read_str(d: Mapping[str, Any], key: str, default: str) -> str:
 
 
 def read_token_ids(d: Mapping[str, Any], key: str, default: int | None) -> tuple[int, ...]:
-    """One token id, a list of them, or null, as a tuple. Negative ids (an old way to say none) are dropped."""
+    """One token id, a list of them, or null, as a tuple; negative ids (an old way to say none) go."""
     value = d.get(key, default)
     items = [] if value is None else value if isinstance(value, list) else [value]
     if any(isinstance(item, bool) or not isinstance(item, int) for item in items):

@@ -1,7 +1,7 @@
-"""How rotary embeddings are stretched beyond the trained context: read from and written to Hugging Face configs.
+"""How rotary embeddings are stretched beyond the trained context, as Hugging Face configs say it.
 
-Sources: linear, Chen et al. 2023 (arXiv:2306.15595); dynamic NTK, bloc97 and emozilla 2023; YaRN, Peng et al. 2023
-(arXiv:2309.00071); llama3, the Llama 3.1 release. The formulas themselves stand in `mainspring.model`.
+Sources: linear, Chen et al. 2023 (arXiv:2306.15595); dynamic NTK, bloc97 and emozilla 2023; YaRN, Peng
+et al. 2023 (arXiv:2309.00071); llama3, the Llama 3.1 release. The formulas stand in `mainspring.model`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ ROPE_KINDS: tuple[RopeKind, ...] = ("linear", "dynamic", "yarn", "llama3")
 class RopeScaling:
     """One RoPE scaling. Fields that a kind does not use are None (or at their defaults).
 
-    `factor` is how much longer the context becomes. `original_max_position_embeddings` is the trained context of
-    `yarn` and `llama3`; `linear` needs none, and `dynamic` takes `ModelConfig.max_position_embeddings` for it,
-    as transformers 5 does. `attention_factor` multiplies cos and sin (yarn); None means that it follows from
-    `factor`, and from `mscale` and `mscale_all_dim` where both are given and not 0. `truncate` rounds the bounds
-    of yarn's ramp to whole dimensions.
+    `factor` is how much longer the context becomes. `original_max_position_embeddings` is the trained
+    context of `yarn` and `llama3`; `linear` needs none, and `dynamic` takes
+    `ModelConfig.max_position_embeddings` for it, as transformers 5 does. `attention_factor` multiplies cos
+    and sin (yarn); None means that it follows from `factor`, and from `mscale` and `mscale_all_dim` where
+    both are given and not 0. `truncate` rounds the bounds of yarn's ramp to whole dimensions.
     """
 
     kind: RopeKind
@@ -59,11 +59,13 @@ class RopeScaling:
             low, high = self.low_freq_factor, self.high_freq_factor
             if low is None or high is None or not high > low > 0:
                 raise ConfigError(
-                    f"RoPE scaling 'llama3' needs 0 < low_freq_factor < high_freq_factor, got {low!r} and {high!r}"
+                    "RoPE scaling 'llama3' needs 0 < low_freq_factor < high_freq_factor, "
+                    f"got {low!r} and {high!r}"
                 )
         if self.kind == "yarn" and not self.beta_fast >= self.beta_slow > 0:
             raise ConfigError(
-                f"RoPE scaling 'yarn' needs beta_fast >= beta_slow > 0, got {self.beta_fast!r} and {self.beta_slow!r}"
+                "RoPE scaling 'yarn' needs beta_fast >= beta_slow > 0, "
+                f"got {self.beta_fast!r} and {self.beta_slow!r}"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def rope_dict(config: Mapping[str, Any]) -> dict[str, Any]:
     """The RoPE settings of a Hugging Face config, whichever of its two spellings is used.
 
     `rope_scaling` (transformers 4) wins over `rope_parameters` (transformers 5) where both are set, as there.
-    Raises ConfigError for anything but an object, UnsupportedModelError for settings that differ by layer type.
+    Raises ConfigError for anything but an object, UnsupportedModelError for settings by layer type.
     """
     settings = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(settings, dict):
