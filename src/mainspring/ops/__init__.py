@@ -1,1 +1,36 @@
-"""One public function per operation, each with its PyTorch reference and its backends."""
+"""One public function per operation, each with its PyTorch reference and its backends.
+
+Every function takes `policy`: its numerics ("lockstep" or "fast") and, for tests, a forced backend.
+"""
+
+from mainspring.ops.attention import attention
+from mainspring.ops.batch import KVCache, TokenBatch
+from mainspring.ops.cross_entropy import IGNORE_INDEX, cross_entropy
+from mainspring.ops.grouped_linear import grouped_linear
+from mainspring.ops.linear import linear
+from mainspring.ops.log_probs import linear_log_probs, token_log_probs
+from mainspring.ops.norm import add_rms_norm, rms_norm
+from mainspring.ops.policy import FAST, LOCKSTEP, Numerics, Policy
+from mainspring.ops.rope import rope, rope_angles
+from mainspring.ops.swiglu import swiglu
+
+__all__ = [
+    "FAST",
+    "IGNORE_INDEX",
+    "LOCKSTEP",
+    "KVCache",
+    "Numerics",
+    "Policy",
+    "TokenBatch",
+    "add_rms_norm",
+    "attention",
+    "cross_entropy",
+    "grouped_linear",
+    "linear",
+    "linear_log_probs",
+    "rms_norm",
+    "rope",
+    "rope_angles",
+    "swiglu",
+    "token_log_probs",
+]

@@ -1,0 +1,195 @@
+"""The parts of a decoder layer: attention, gated MLP, mixture of experts. No collective and no rank in here.
+
+QKV and gate/up are stored fused; `naming.py` says which rows carry which Hugging Face name.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mainspring import ops
+from mainspring.formats.model_config import ModelConfig
+from mainspring.ops import Policy, TokenBatch
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ + b through `ops.linear`; weight: [out_features, in_features]."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        policy: Policy,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.policy = policy
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [T, in_features] -> [T, out_features]."""
+        return ops.linear(x, self.weight, self.bias, policy=self.policy)
+
+
+class RmsNorm(nn.Module):
+    """Root-mean-square norm with a learned scale; `add` fuses the residual addition that precedes it."""
+
+    def __init__(
+        self, size: int, eps: float, policy: Policy, device: torch.device | str | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.policy = policy
+        self.weight = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., size] -> [..., size]."""
+        return ops.rms_norm(x, self.weight, self.eps, policy=self.policy)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm(x + residual), x + residual); all [T, size]."""
+        return ops.add_rms_norm(x, residual, self.weight, self.eps, policy=self.policy)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary embedding; optionally q/k norms, biases and a sliding window."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        policy: Policy,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.policy = policy
+        self.num_heads = config.num_heads
+        self.num_kv_heads = config.num_kv_heads
+        self.head_dim = config.head_dim
+        self.window = config.sliding_windows[layer]
+        self.scale = config.head_dim**-0.5
+        rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        self.qkv = Linear(config.hidden_size, rows, config.qkv_bias, policy, device, dtype)
+        self.output = Linear(
+            config.num_heads * config.head_dim, config.hidden_size, config.output_bias, policy, device, dtype
+        )
+        norm = (config.head_dim, config.rms_norm_eps, policy, device, dtype)
+        self.q_norm = RmsNorm(*norm) if config.qk_norm else None
+        self.k_norm = RmsNorm(*norm) if config.qk_norm else None
+
+    def forward(self, x: Tensor, batch: TokenBatch, cos: Tensor, sin: Tensor) -> Tensor:
+        """x: [T, hidden], cos, sin: [T, head_dim / 2] -> [T, hidden]."""
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        qkv = self.qkv(x).unflatten(-1, (heads + 2 * kv_heads, self.head_dim))
+        q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)  # [T, H, D] views of one tensor
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = ops.rope(q, k, cos, sin, policy=self.policy)
+        out = ops.attention(
+            q, k, v, batch, layer=self.layer, scale=self.scale, window=self.window, policy=self.policy
+        )
+        attended: Tensor = self.output(out.flatten(1))
+        return attended
+
+
+class Mlp(nn.Module):
+    """down(silu(gate x) · up x)."""
+
+    def __init__(
+        self, config: ModelConfig, policy: Policy, device: torch.device | str | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.policy = policy
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_up = Linear(hidden, 2 * inner, config.mlp_bias, policy, device, dtype)
+        self.down = Linear(inner, hidden, config.mlp_bias, policy, device, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [T, hidden] -> [T, hidden]."""
+        out: Tensor = self.down(ops.swiglu(self.gate_up(x), policy=self.policy))
+        return out
+
+
+class MixtureOfExperts(nn.Module):
+    """Top-k routed gated MLPs (Mixtral, arXiv 2401.04088; Qwen3-MoE, arXiv 2505.09388).
+
+    Each token's expert outputs are added in the order of its own routing, never by atomics.
+    """
+
+    def __init__(
+        self, config: ModelConfig, policy: Policy, device: torch.device | str | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.policy = policy
+        self.num_experts = config.num_experts
+        self.top_k = config.num_experts_per_token
+        self.normalise = config.norm_topk_prob
+        hidden, inner = config.hidden_size, config.moe_intermediate_size
+        self.router = Linear(hidden, config.num_experts, False, policy, device, dtype)
+        self.gate_up = nn.Parameter(
+            torch.empty(config.num_experts, 2 * inner, hidden, device=device, dtype=dtype)
+        )
+        self.down = nn.Parameter(torch.empty(config.num_experts, hidden, inner, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [T, hidden] -> [T, hidden]."""
+        weights, experts = self.route(x)
+        order = experts.flatten().argsort(stable=True)  # [T · k], rows sorted by expert
+        counts = torch.bincount(experts.flatten(), minlength=self.num_experts).tolist()
+        rows = x[order // self.top_k]
+        inner = ops.swiglu(
+            ops.grouped_linear(rows, self.gate_up, counts, policy=self.policy), policy=self.policy
+        )
+        out = ops.grouped_linear(inner, self.down, counts, policy=self.policy)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(order.shape[0], device=order.device)
+        out = out[place].unflatten(0, (-1, self.top_k))  # [T, k, hidden]
+        mixed = out[:, 0] * weights[:, :1]
+        for k in range(1, self.top_k):
+            mixed = mixed + out[:, k] * weights[:, k : k + 1]
+        return mixed
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(weights [T, k] in x's dtype, experts [T, k] int64), the heaviest first."""
+        probabilities = torch.softmax(self.router(x), dim=-1, dtype=torch.float32)
+        weights, experts = probabilities.topk(self.top_k, dim=-1)
+        if self.normalise:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights.to(x.dtype), experts
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm residual layer. The last addition of each layer is left to the next norm, which fuses it."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        policy: Policy,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        norm = (config.hidden_size, config.rms_norm_eps, policy, device, dtype)
+        self.input_norm = RmsNorm(*norm)
+        self.attention = Attention(config, layer, policy, device, dtype)
+        self.post_attention_norm = RmsNorm(*norm)
+        mlp = MixtureOfExperts if config.moe_layers[layer] else Mlp
+        self.mlp = mlp(config, policy, device, dtype)
+
+    def forward(
+        self, update: Tensor | None, residual: Tensor, batch: TokenBatch, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(update, residual) -> the same of the next layer; the stream's value is update + residual, [T, hidden]."""
+        if update is None:
+            x = self.input_norm(residual)
+        else:
+            x, residual = self.input_norm.add(update, residual)
+        x, residual = self.post_attention_norm.add(self.attention(x, batch, cos, sin), residual)
+        return self.mlp(x), residual

@@ -1,0 +1,137 @@
+"""The packed token stream: what stands beside `tokens[T]` so that one forward serves training and serving."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from mainspring.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of all layers in blocks. Block 0 is the null block: it is never handed out.
+
+    k, v: one tensor [num_blocks, block_size, num_kv_heads, head_dim] per layer.
+    """
+
+    k: tuple[Tensor, ...]
+    v: tuple[Tensor, ...]
+    block_size: int
+
+    @property
+    def num_blocks(self) -> int:
+        return self.k[0].shape[0]
+
+    @staticmethod
+    def allocate(
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> KVCache:
+        """An uninitialised cache; memory is 2 · layers · blocks · block_size · heads · head_dim · itemsize bytes."""
+        if num_blocks < 2:
+            raise ConfigError(f"a KV cache needs at least 2 blocks (one is the null block), got {num_blocks}")
+        shape = (num_blocks, block_size, num_kv_heads, head_dim)
+
+        def tensors() -> tuple[Tensor, ...]:
+            return tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers))
+
+        return KVCache(tensors(), tensors(), block_size)
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Where each token of a packed stream stands, and where its keys live.
+
+    S sequences lie end to end in the stream; sequence s owns tokens cu_seqlens[s] .. cu_seqlens[s + 1].
+    It has context_lens[s] keys once the stream's own are in; its i-th token here is at position
+    context_lens[s] - n_s + i.
+    """
+
+    positions: Tensor  # [T] int64, position of each token in its own sequence
+    cu_seqlens: Tensor  # [S + 1] int32
+    context_lens: Tensor  # [S] int32
+    lengths: tuple[int, ...]  # [S] on the host: tokens of each sequence in this stream
+    contexts: tuple[int, ...]  # [S] on the host: the same as context_lens
+    rope_lengths: tuple[int, ...]  # [S] the length that fixes the base of `dynamic` RoPE
+    cache: KVCache | None = None
+    slots: Tensor | None = None  # [T] int64: block * block_size + offset of each new key
+    block_tables: Tensor | None = None  # [S, B] int32, rows padded with the null block
+
+    @property
+    def num_tokens(self) -> int:
+        return self.positions.shape[0]
+
+    @staticmethod
+    def packed(
+        lengths: Sequence[int],
+        device: torch.device | str = "cpu",
+        rope_lengths: Sequence[int] | None = None,
+    ) -> TokenBatch:
+        """Whole sequences of the given lengths, end to end, with no cache."""
+        if not lengths or min(lengths) < 1:
+            raise ConfigError(f"sequence lengths must be at least 1, got {list(lengths)}")
+        position_list = [p for n in lengths for p in range(n)]
+        return TokenBatch(
+            positions=torch.tensor(position_list, dtype=torch.int64, device=device),
+            cu_seqlens=_boundaries(lengths, device),
+            context_lens=torch.tensor(lengths, dtype=torch.int32, device=device),
+            lengths=tuple(lengths),
+            contexts=tuple(lengths),
+            rope_lengths=tuple(rope_lengths if rope_lengths is not None else lengths),
+        )
+
+    @staticmethod
+    def paged(
+        lengths: Sequence[int],
+        contexts: Sequence[int],
+        block_tables: Sequence[Sequence[int]],
+        cache: KVCache,
+        rope_lengths: Sequence[int] | None = None,
+    ) -> TokenBatch:
+        """The next lengths[s] tokens of each sequence, whose keys live in the blocks of block_tables[s].
+
+        contexts[s] counts the cached keys and the new ones; block_tables[s] must cover them.
+        """
+        size = cache.block_size
+        positions: list[int] = []
+        slots: list[int] = []
+        for n, context, table in zip(lengths, contexts, block_tables, strict=True):
+            if n < 1 or context < n or len(table) * size < context:
+                raise ConfigError(
+                    f"a sequence with {n} new tokens and {context} keys does not fit {len(table)} blocks of {size}"
+                )
+            if n == 1:
+                positions.append(context - 1)
+                slots.append(table[(context - 1) // size] * size + (context - 1) % size)
+            else:
+                span = range(context - n, context)
+                positions.extend(span)
+                slots.extend(table[p // size] * size + p % size for p in span)
+        device = cache.k[0].device
+        width = max(-(-context // size) for context in contexts)
+        rows = [list(table[:width]) + [0] * (width - len(table)) for table in block_tables]
+        return TokenBatch(
+            positions=torch.tensor(positions, dtype=torch.int64, device=device),
+            cu_seqlens=_boundaries(lengths, device),
+            context_lens=torch.tensor(contexts, dtype=torch.int32, device=device),
+            lengths=tuple(lengths),
+            contexts=tuple(contexts),
+            rope_lengths=tuple(rope_lengths if rope_lengths is not None else contexts),
+            cache=cache,
+            slots=torch.tensor(slots, dtype=torch.int64, device=device),
+            block_tables=torch.tensor(rows, dtype=torch.int32, device=device),
+        )
+
+
+def _boundaries(lengths: Sequence[int], device: torch.device | str) -> Tensor:
+    return torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device=device)

@@ -1,0 +1,21 @@
+"""Which calls the C++ CPU kernels serve."""
+
+from __future__ import annotations
+
+import torch
+
+from mainspring.ops.cpu.extension import unavailable_reason
+from mainspring.ops.registry import Call
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def refuses(call: Call) -> str | None:
+    """None if the C++ kernels serve such a call, or the reason why not."""
+    if call.device_type != "cpu":
+        return f"runs on the CPU, not on {call.device_type}"
+    if call.dtype not in _DTYPES:
+        return f"computes in float32 and bfloat16, not in {call.dtype}"
+    if call.policy.numerics == "fast" and call.needs_grad:
+        return "torch's kernels, which have backward passes of their own, train faster"
+    return unavailable_reason()

@@ -1,0 +1,111 @@
+"""y = x Wᵀ + b."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mainspring.ops.cpu.support import refuses
+from mainspring.ops.cpu.linear import linear as cpu_linear
+from mainspring.ops.policy import LOCKSTEP, Policy
+from mainspring.ops.registry import Implementation, Operation, accepts_all, any_requires_grad
+
+Linear = Callable[[Tensor, Tensor, Tensor | None, torch.dtype | None, Policy], Tensor]
+
+ROW_TILE = 16  # rows of the reference's lockstep GEMM: every call it makes has a multiple of this many
+ROW_BLOCK = 256  # and at most this many
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+    policy: Policy = LOCKSTEP,
+) -> Tensor:
+    """x: [M, K] (rows may be strided), weight: [N, K], bias: [N] -> [M, N] in out_dtype (x's by default).
+
+    Accumulates in fp32. In lockstep each row of the result is bitwise the same for every M.
+    """
+    run = LINEAR.select(x, policy, any_requires_grad(x, weight, bias))
+    return run(x, weight, bias, out_dtype, policy)
+
+
+def reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None, policy: Policy
+) -> Tensor:
+    """The formula by torch's GEMM; in lockstep over row tiles whose shape does not depend on M."""
+    y = F.linear(x, weight, bias) if policy.numerics == "fast" else _tiled(x, weight, bias)
+    return y if out_dtype is None else y.to(out_dtype)
+
+
+def _tiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows = x.shape[0]
+    if rows == 0:
+        return F.linear(x, weight, bias)
+    padded = F.pad(x, (0, 0, 0, -rows % ROW_TILE))
+    shape_free = _bits_do_not_depend_on_rows(
+        weight.shape[0], weight.shape[1], x.dtype, x.device, torch.get_num_threads()
+    )
+    tiles = padded.split(ROW_BLOCK if shape_free else ROW_TILE)
+    return torch.cat([F.linear(tile, weight, bias) for tile in tiles])[:rows]
+
+
+@lru_cache(maxsize=1024)
+def _bits_do_not_depend_on_rows(n: int, k: int, dtype: torch.dtype, device: torch.device, threads: int) -> bool:
+    """Whether torch's GEMM, on this machine, gives a row the same bits alone in a tile and in a block.
+
+    True of oneDNN and MKL for most shapes (their K loop does not change with M from 16 rows on), but
+    promised by neither, so it is tried once for each shape.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(ROW_BLOCK, k, generator=generator).to(device, dtype)
+    weight = torch.randn(n, k, generator=generator).to(device, dtype)
+    with torch.no_grad():
+        expected = torch.cat([F.linear(tile, weight) for tile in x.split(ROW_TILE)])
+        sizes = (32, 48, 64, 80, 112, 128, 192, 240, ROW_BLOCK)
+        return all(torch.equal(F.linear(x[:m], weight), expected[:m]) for m in sizes)
+
+
+class _CpuLinear(torch.autograd.Function):
+    """The C++ kernel forward, torch's GEMMs backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return cpu_linear(x, weight, bias, out_dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        grad = grad.to(x.dtype)
+        return (
+            grad @ weight if ctx.needs_input_grad[0] else None,
+            grad.t() @ x if ctx.needs_input_grad[1] else None,
+            grad.sum(0) if ctx.needs_input_grad[2] else None,
+            None,
+        )
+
+
+def _cpu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None, policy: Policy
+) -> Tensor:
+    if any_requires_grad(x, weight, bias):
+        result: Tensor = _CpuLinear.apply(x, weight, bias, out_dtype)
+        return result
+    return cpu_linear(x, weight, bias, out_dtype)
+
+
+LINEAR: Operation[Linear] = Operation(
+    "linear",
+    Implementation("cpu", _cpu, refuses),
+    Implementation("reference", reference, accepts_all),
+)

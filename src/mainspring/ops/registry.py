@@ -1,0 +1,79 @@
+"""Which backend serves a call of an operation, and why.
+
+An operation is a table of implementations in order of preference; each can refuse a kind of call and
+says why. The tables are constants: nothing is registered at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from mainspring.errors import BackendError
+from mainspring.ops.policy import Policy
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a backend may look at to accept or refuse: the kind of a call, not its data."""
+
+    device_type: str
+    dtype: torch.dtype
+    policy: Policy
+    needs_grad: bool
+
+
+@dataclass(frozen=True)
+class Implementation(Generic[F]):
+    """One backend's version of an operation. `refuses(call)` is None or the reason of the refusal."""
+
+    backend: str
+    run: F
+    refuses: Callable[[Call], str | None]
+
+
+class Operation(Generic[F]):
+    """A named operation and its implementations, the preferred one first."""
+
+    def __init__(self, name: str, *implementations: Implementation[F]) -> None:
+        self.name = name
+        self.implementations = implementations
+        self._choose = lru_cache(maxsize=256)(self._search)
+
+    def select(self, tensor: torch.Tensor, policy: Policy, needs_grad: bool = False) -> F:
+        """The implementation that serves calls on tensors like `tensor`. Raises BackendError if none does."""
+        return self._choose(Call(tensor.device.type, tensor.dtype, policy, needs_grad))
+
+    def explain(self, call: Call) -> list[tuple[str, str | None]]:
+        """(backend, reason of refusal or None) for every implementation, in order of preference."""
+        return [(i.backend, self._refusal(i, call)) for i in self.implementations]
+
+    def _search(self, call: Call) -> F:
+        for implementation in self.implementations:
+            if self._refusal(implementation, call) is None:
+                return implementation.run
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in self.explain(call))
+        raise BackendError(f"no backend serves {self.name} on {call.device_type} {call.dtype}: {reasons}")
+
+    @staticmethod
+    def _refusal(implementation: Implementation[F], call: Call) -> str | None:
+        forced = call.policy.backend
+        if forced is not None and forced != implementation.backend:
+            return f"the policy forces backend {forced!r}"
+        return implementation.refuses(call)
+
+
+def accepts_all(call: Call) -> str | None:
+    """The PyTorch references serve every call."""
+    return None
+
+
+def any_requires_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd will record a call on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
