@@ -42,7 +42,9 @@ class Decoder(nn.Module):
         )
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, policy, device, dtype)
         self.output_embedding = (
-            None if config.tie_word_embeddings else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            None
+            if config.tie_word_embeddings
+            else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         )
         self.rotary = RotaryEmbedding(config, policy)
         self.register_state_dict_post_hook(_to_hugging_face_names)

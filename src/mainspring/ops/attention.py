@@ -50,7 +50,9 @@ def attention(
     """
     needs_grad = any_requires_grad(q, k, v)
     if batch.cache is not None and needs_grad:
-        raise BackendError("attention through a KV cache has no gradient; run the model under torch.no_grad()")
+        raise BackendError(
+            "attention through a KV cache has no gradient; run the model under torch.no_grad()"
+        )
     run = ATTENTION.select(q, policy, needs_grad)
     return run(q, k, v, batch, layer, scale, window, policy)
 
@@ -101,9 +103,7 @@ def _keys_and_values(k: Tensor, v: Tensor, batch: TokenBatch, layer: int, s: int
     )
 
 
-def _canonical(
-    q: Tensor, k: Tensor, v: Tensor, start: int, scale: float, window: int | None
-) -> Tensor:
+def _canonical(q: Tensor, k: Tensor, v: Tensor, start: int, scale: float, window: int | None) -> Tensor:
     """One sequence, in tiles of one shape that are aligned at position 0.
 
     A query at position p is always row p % QUERY_TILE of its tile and a key always column j % KEY_CHUNK
@@ -176,9 +176,7 @@ def _fast(
     return torch.cat(out)
 
 
-def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, n: int, context: int, scale: float, window: int | None
-) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, n: int, context: int, scale: float, window: int | None) -> Tensor:
     """q: [B, Hq, n, D], k, v: [B, Hkv, context, D]; the queries are the last n positions."""
     grouped = q.shape[1] != k.shape[1]
     if window is not None and window >= context:

@@ -15,9 +15,7 @@ from mainspring.ops.precision import accumulator
 IGNORE_INDEX = -100
 
 
-def cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, policy: Policy = LOCKSTEP
-) -> Tensor:
+def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, policy: Policy = LOCKSTEP) -> Tensor:
     """Mean over the targets that are not -100 of -log softmax(hidden weightᵀ)[target].
 
     hidden: [T, H], weight: [V, H], targets: [T] int64 -> scalar float32, differentiable once. Only a
@@ -68,4 +66,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype), None, None, None
+        return (
+            grad_hidden * grad.to(grad_hidden.dtype),
+            grad_weight * grad.to(grad_weight.dtype),
+            None,
+            None,
+            None,
+        )

@@ -11,9 +11,7 @@ from mainspring.ops.linear import linear
 from mainspring.ops.policy import LOCKSTEP, Policy
 
 
-def grouped_linear(
-    x: Tensor, weight: Tensor, counts: Sequence[int], *, policy: Policy = LOCKSTEP
-) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor, counts: Sequence[int], *, policy: Policy = LOCKSTEP) -> Tensor:
     """Expert e's weight on its counts[e] consecutive rows. x: [R, K], weight: [E, N, K] -> [R, N].
 
     A row's bits are those of `linear` with its expert's weight, whatever rows stand beside it.

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mainspring.ops.cpu.support import refuses
 from mainspring.ops.cpu.linear import linear as cpu_linear
+from mainspring.ops.cpu.support import refuses
 from mainspring.ops.policy import LOCKSTEP, Policy
 from mainspring.ops.registry import Implementation, Operation, accepts_all, any_requires_grad
 
@@ -58,7 +58,9 @@ def _tiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @lru_cache(maxsize=1024)
-def _bits_do_not_depend_on_rows(n: int, k: int, dtype: torch.dtype, device: torch.device, threads: int) -> bool:
+def _bits_do_not_depend_on_rows(
+    n: int, k: int, dtype: torch.dtype, device: torch.device, threads: int
+) -> bool:
     """Whether torch's GEMM, on this machine, gives a row the same bits alone in a tile and in a block.
 
     True of oneDNN and MKL for most shapes (their K loop does not change with M from 16 rows on), but

@@ -61,7 +61,10 @@ class _LinearLogProbs(torch.autograd.Function):
         rows = rows_per_chunk(weight.shape[0])
         pieces = [
             token_log_probs(
-                linear(h, weight, out_dtype=accumulator(hidden.dtype), policy=policy), t, temperature, policy=policy
+                linear(h, weight, out_dtype=accumulator(hidden.dtype), policy=policy),
+                t,
+                temperature,
+                policy=policy,
             )
             for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
         ]

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mainspring.ops.cpu.support import refuses
 from mainspring.ops.cpu import norm as cpu
+from mainspring.ops.cpu.support import refuses
 from mainspring.ops.gradient import kernel_with_formula_gradient
 from mainspring.ops.policy import FAST, LOCKSTEP, Policy
 from mainspring.ops.precision import accumulator

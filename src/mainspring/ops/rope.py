@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mainspring.ops.cpu.support import refuses
 from mainspring.ops.cpu import rope as cpu
+from mainspring.ops.cpu.support import refuses
 from mainspring.ops.gradient import kernel_with_formula_gradient
 from mainspring.ops.policy import LOCKSTEP, Policy
 from mainspring.ops.registry import Implementation, Operation, accepts_all, any_requires_grad

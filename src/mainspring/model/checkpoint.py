@@ -1,0 +1,125 @@
+"""Decoders from and to Hugging Face directories."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mainspring.errors import CheckpointError
+from mainspring.formats.files import new_directory, write_json
+from mainspring.formats.model_config import ModelConfig
+from mainspring.formats.named_models import resolve
+from mainspring.formats.safetensors_file import CheckpointReader, SafetensorsWriter, TensorEntry, TensorSpec
+from mainspring.model.decoder import Decoder
+from mainspring.model.initialise import DTYPES, create_model, torch_dtype
+from mainspring.ops import Numerics, Policy
+
+__all__ = ["create_model", "load_model", "load_weights", "save_model"]
+
+if TYPE_CHECKING:
+    from mainspring.formats.tokenizer import Tokenizer
+
+_STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_STORED_NAMES = {dtype: name for name, dtype in _STORED_DTYPES.items()}
+
+
+def load_model(
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: str | torch.dtype | None = None,
+    numerics: Numerics = "lockstep",
+    backend: str | None = None,
+) -> Decoder:
+    """The decoder of a Hugging Face directory, of a GGUF file (dequantised), or of a known name ("smollm2").
+
+    dtype: "float32", "bfloat16", "float16" or a torch dtype; None takes the checkpoint's own. Weights are
+    copied once, from the mapped file into the fused parameters.
+    Raises ModelNotFoundError, CheckpointError, UnsupportedModelError, ConfigError.
+    """
+    directory = resolve(str(path)).path
+    config = ModelConfig.from_file(directory / "config.json")
+    model = Decoder(
+        config,
+        policy=Policy(numerics, backend),
+        device=device,
+        dtype=torch_dtype(dtype if dtype is not None else config.dtype),
+    )
+    load_weights(model, directory)
+    return model.eval()
+
+
+def load_weights(model: Decoder, directory: str | Path) -> None:
+    """Fills the model from the directory's safetensors files. Raises CheckpointError on any tensor amiss."""
+    reader = CheckpointReader(directory)
+    views = model.hf_tensors()
+    missing = sorted(set(views) - set(reader.names()))
+    if missing:
+        raise CheckpointError(
+            f"{directory} lacks {len(missing)} of the model's {len(views)} tensors; the first is {missing[0]!r}"
+        )
+    # Old checkpoints also store RoPE's frequencies, and tied models the output embedding a second time.
+    unknown = [name for name in reader.names() if name not in views and not name.endswith(".inv_freq")]
+    if model.config.tie_word_embeddings:
+        unknown = [name for name in unknown if name != "lm_head.weight"]
+    if unknown:
+        raise CheckpointError(
+            f"{directory} has {len(unknown)} tensors that its config.json does not account for; "
+            f"the first is {unknown[0]!r}"
+        )
+    with torch.no_grad():
+        for name, view in views.items():
+            view.copy_(_stored_tensor(reader.entry(name), tuple(view.shape)))
+
+
+def save_model(
+    model: Decoder,
+    path: str | Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a Hugging Face directory: config.json, safetensors (sharded above max_shard_bytes), tokenizer files.
+
+    A new directory appears whole or not at all; in an existing one the weights are written beside and
+    renamed last. Each tensor goes straight from its parameter to the file.
+    """
+    target = Path(path)
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target} is a file; name a directory for the checkpoint")
+    fresh = not target.exists() or not any(target.iterdir())
+    with new_directory(target) if fresh else nullcontext(target) as directory:
+        tensors = model.hf_tensors()
+        specs = {name: TensorSpec(_STORED_NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
+        with SafetensorsWriter(directory, specs, max_shard_bytes=max_shard_bytes) as writer:
+            for name, tensor in tensors.items():
+                flat = tensor.detach().cpu().contiguous().flatten()
+                writer.write(name, flat.view(torch.uint8).numpy())
+            write_json(directory / "config.json", _saved_config(model))
+            if tokenizer is not None:
+                tokenizer.save(directory)
+            writer.finish()
+
+
+def _saved_config(model: Decoder) -> dict[str, object]:
+    stored = {dtype: name for name, dtype in DTYPES.items()}
+    config = model.config.to_dict()
+    config["dtype"] = stored.get(model.dtype, model.config.dtype)
+    return config
+
+
+def _stored_tensor(entry: TensorEntry, shape: tuple[int, ...]) -> Tensor:
+    """The stored tensor as a view of the mapped file."""
+    if entry.shape != shape:
+        raise CheckpointError(
+            f"tensor {entry.name!r} has shape {list(entry.shape)}, its config.json needs {list(shape)}"
+        )
+    if entry.dtype not in _STORED_DTYPES:
+        raise CheckpointError(
+            f"tensor {entry.name!r} is stored as {entry.dtype}; weights are read as {', '.join(_STORED_DTYPES)}"
+        )
+    return torch.frombuffer(entry.data, dtype=_STORED_DTYPES[entry.dtype]).view(shape)
