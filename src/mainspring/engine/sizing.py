@@ -1,0 +1,96 @@
+"""How long sequences may be and how large the cache is: what the model and the machine decide."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import torch
+
+from mainspring.engine.config import EngineConfig
+from mainspring.errors import ConfigError
+from mainspring.formats.model_config import ModelConfig
+
+_CPU_SHARE = 0.25
+_CPU_LIMIT_BYTES = 4 << 30
+_GPU_SHARE = 0.75
+_CPU_BATCHED_TOKENS = 512
+_GPU_BATCHED_TOKENS = 8192
+
+
+def context_length(config: ModelConfig) -> int:
+    """Tokens that the model's positions cover, its RoPE scaling counted in."""
+    scaling = config.rope_scaling
+    length = config.max_position_embeddings
+    if scaling is None or scaling.kind == "llama3":  # llama3: max_position_embeddings is the scaled length
+        return length
+    original = scaling.original_max_position_embeddings or length
+    return max(length, math.floor(original * scaling.factor))
+
+
+def max_model_len(engine: EngineConfig, config: ModelConfig) -> int:
+    """The longest sequence that the engine takes. Raises ConfigError if more is asked than the model covers."""
+    context = context_length(config)
+    if engine.max_model_len is None:
+        return context
+    if engine.max_model_len > context:
+        raise ConfigError(
+            f"max_model_len is {engine.max_model_len}, but the model's context is {context} tokens; lower it"
+        )
+    return engine.max_model_len
+
+
+def max_num_batched_tokens(engine: EngineConfig, device: torch.device) -> int:
+    """The step's budget of tokens, never below the number of seats."""
+    if engine.max_num_batched_tokens is not None:
+        return engine.max_num_batched_tokens
+    default = _GPU_BATCHED_TOKENS if device.type == "cuda" else _CPU_BATCHED_TOKENS
+    return max(default, engine.max_num_seqs)
+
+
+def num_cache_blocks(
+    engine: EngineConfig, config: ModelConfig, dtype: torch.dtype, device: torch.device, longest: int
+) -> int:
+    """Usable blocks of the KV cache (the null block comes on top). Raises ConfigError if not even one fits.
+
+    longest: the longest sequence in tokens.
+    """
+    if engine.num_blocks is not None:
+        return engine.num_blocks
+    row_bytes = config.num_kv_heads * config.head_dim * dtype.itemsize
+    block_bytes = 2 * config.num_layers * engine.block_size * row_bytes
+    if engine.kv_cache_bytes is not None:
+        blocks = engine.kv_cache_bytes // block_bytes - 1
+        if blocks < 1:
+            raise ConfigError(
+                f"kv_cache_bytes is {engine.kv_cache_bytes}, but the smallest cache (two blocks of "
+                f"{engine.block_size} tokens) takes {2 * block_bytes} bytes"
+            )
+        return blocks
+    budget = _default_cache_bytes(device)
+    ever_needed = engine.max_num_seqs * -(-longest // engine.block_size)
+    return max(1, min(budget // block_bytes - 1, ever_needed))
+
+
+def _default_cache_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * _GPU_SHARE)
+    return min(_CPU_LIMIT_BYTES, int(_free_host_bytes() * _CPU_SHARE))
+
+
+def _free_host_bytes() -> int:
+    """Memory that can be taken without swapping, within the container's limit if there is one."""
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists():
+        text = limit.read_text().strip()
+        if text != "max":
+            free = min(free, max(0, int(text) - int(used.read_text())))
+    return free
