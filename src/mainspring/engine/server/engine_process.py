@@ -1,0 +1,163 @@
+"""The process that owns the model: reads requests from a socket, runs the engine's steps, sends tokens back.
+
+Started by `client.EngineProcess` as `python -m mainspring.engine.server.engine_process DIRECTORY`. Its standard
+input is a pipe that the parent keeps open and never writes to: its end means that the parent is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import zmq
+
+from mainspring.engine.server.protocol import (
+    TO_ENGINE,
+    TO_FRONTEND,
+    Abort,
+    Failed,
+    FromEngine,
+    Load,
+    Outputs,
+    Progress,
+    Ready,
+    Refused,
+    Shutdown,
+    Submit,
+    ToEngine,
+    decode_to_engine,
+    encode,
+)
+from mainspring.errors import InvalidRequestError, MainspringError
+
+if TYPE_CHECKING:
+    from mainspring.engine.core import EngineCore
+
+log = logging.getLogger(__name__)
+
+
+class Channel:
+    """The engine's end of the two sockets in the private directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self._context = zmq.Context()
+        self._inbox = self._context.socket(zmq.PULL)
+        self._outbox = self._context.socket(zmq.PUSH)
+        for socket in (self._inbox, self._outbox):
+            # Nothing may be dropped or block: both sides read all the time, and requests are few.
+            socket.set_hwm(0)
+        self._inbox.bind(f"ipc://{directory / TO_ENGINE}")
+        self._outbox.connect(f"ipc://{directory / TO_FRONTEND}")
+
+    def send(self, message: FromEngine) -> None:
+        """Queues a message to the frontend; never blocks."""
+        self._outbox.send(encode(message))
+
+    def receive(self, *, wait: bool) -> list[ToEngine]:
+        """All messages that have come; with `wait`, at least one."""
+        messages: list[ToEngine] = []
+        if wait:
+            messages.append(decode_to_engine(self._inbox.recv()))
+        while self._inbox.poll(0):
+            messages.append(decode_to_engine(self._inbox.recv()))
+        return messages
+
+    def close(self) -> None:
+        """Hands over what is queued (for two seconds at most) and closes the sockets."""
+        self._inbox.close(linger=0)
+        self._outbox.close(linger=2000)
+        self._context.term()
+
+
+def serve_requests(core: EngineCore, channel: Channel) -> None:
+    """Runs the engine until a Shutdown comes: one step after another while there is work, else waits."""
+    while True:
+        for message in channel.receive(wait=not core.has_work()):
+            match message:
+                case Submit(requests):
+                    for request in requests:
+                        try:
+                            core.add_request(request)
+                        except InvalidRequestError as error:
+                            kind = type(error).__name__
+                            channel.send(Refused(request.request_id, kind, str(error), error.param))
+                case Abort(request_ids):
+                    for request_id in request_ids:
+                        core.abort(request_id)
+                case Shutdown():
+                    return
+                case Load():
+                    raise RuntimeError("a second Load came; an engine process loads one model")
+        outputs = core.step() if core.has_work() else []
+        channel.send(Outputs(outputs, core.stats()))
+
+
+def load_core(message: Load, channel: Channel) -> EngineCore:
+    """Loads the model and builds the engine on it; tells the frontend what it does."""
+    # PyTorch was imported while the frontend still looked for the model.
+    import torch
+
+    from mainspring.engine.core import EngineCore
+    from mainspring.model.checkpoint import load_model
+
+    if message.num_threads is not None:
+        torch.set_num_threads(message.num_threads)
+    channel.send(Progress("Loading the weights"))
+    model = load_model(message.model, device=message.device, dtype=message.dtype, numerics=message.numerics)
+    channel.send(Progress("Preparing the engine"))
+    core = EngineCore(model, message.config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    dtype = str(model.dtype).removeprefix("torch.")
+    channel.send(Ready(core.limits, core.stats(), str(model.device), dtype, parameters))
+    return core
+
+
+def watch_parent(directory: Path) -> None:
+    """Ends this process, and removes the private directory, as soon as the parent has gone."""
+
+    def wait_for_end() -> None:
+        while os.read(0, 1024):
+            pass
+        shutil.rmtree(directory, ignore_errors=True)
+        # Not sys.exit: the main thread may be in a long step, and there is nobody left to answer.
+        os._exit(0)
+
+    threading.Thread(target=wait_for_end, name="parent-watch", daemon=True).start()
+
+
+def main(directory: Path) -> int:
+    """Runs the engine process; returns its exit status."""
+    # Ctrl-C and a service manager signal the whole group; the frontend decides when this process ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    watch_parent(directory)
+    channel = Channel(directory)
+    try:
+        # The slow import, before the first message: the frontend looks for the model meanwhile.
+        import mainspring.engine.core
+        import mainspring.model.checkpoint  # noqa: F401
+
+        first = channel.receive(wait=True)[0]
+        if isinstance(first, Load):
+            serve_requests(load_core(first, channel), channel)
+        return 0
+    except MainspringError as error:
+        channel.send(Failed(type(error).__name__, str(error)))
+        return 1
+    except Exception as error:
+        log.exception("The engine process ends because of an error")
+        channel.send(Failed(type(error).__name__, str(error)))
+        return 1
+    finally:
+        channel.close()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="engine: %(levelname)s %(message)s")
+    sys.exit(main(Path(sys.argv[1])))

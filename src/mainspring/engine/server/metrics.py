@@ -1,0 +1,142 @@
+"""Prometheus metrics. Names after the prefix, and meanings, are vLLM's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from mainspring.engine.messages import EngineStats
+from mainspring.engine.outputs import FinishReason
+
+PREFIX = "mainspring"
+LABELS = ["model_name"]
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+FIRST_TOKEN_BUCKETS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+)  # fmt: skip
+TOKEN_BUCKETS = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+)
+REQUEST_BUCKETS = (
+    0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
+)  # fmt: skip
+
+
+@dataclass(slots=True)
+class RequestClock:
+    """When a request arrived and when its last token came, in seconds of a monotonic clock."""
+
+    arrived: float
+    last_token: float | None = None
+
+
+class Metrics:
+    """What `/metrics` shows: the engine's last snapshot, and latencies as the frontend sees them.
+
+    The registry belongs to this object; nothing is registered globally.
+    """
+
+    def __init__(self, model_name: str, stats: EngineStats) -> None:
+        self.model_name = model_name
+        self.stats = stats
+        self.engine_up = True
+        self._registry = CollectorRegistry()
+        self._registry.register(_EngineCollector(self))
+        ProcessCollector(registry=self._registry)
+        self._first_token = self._histogram(
+            "time_to_first_token_seconds", "From a request's arrival to its first token.", FIRST_TOKEN_BUCKETS
+        )
+        self._inter_token = self._histogram(
+            "inter_token_latency_seconds", "From one token of a request to its next.", TOKEN_BUCKETS
+        )
+        self._request = self._histogram(
+            "e2e_request_latency_seconds", "From a request's arrival to its last token.", REQUEST_BUCKETS
+        )
+        # Counted here and not by the engine, which takes the end by a stop string for an abort.
+        self._ended = Counter(
+            f"{PREFIX}_request_success",
+            "Requests ended, by reason.",
+            [*LABELS, "finished_reason"],
+            registry=self._registry,
+        )
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        histogram = Histogram(f"{PREFIX}_{name}", text, LABELS, buckets=buckets, registry=self._registry)
+        return histogram.labels(self.model_name)
+
+    def arrived(self) -> RequestClock:
+        """A request has come."""
+        return RequestClock(time.monotonic())
+
+    def tokens(self, clock: RequestClock, count: int) -> None:
+        """A step gave `count` tokens of a request."""
+        now = time.monotonic()
+        if clock.last_token is None:
+            self._first_token.observe(now - clock.arrived)
+        else:
+            for _ in range(count):
+                self._inter_token.observe((now - clock.last_token) / count)
+        clock.last_token = now
+
+    def finished(self, clock: RequestClock, reason: FinishReason) -> None:
+        """A request has ended. Aborted ones count, but their duration says nothing."""
+        self._ended.labels(self.model_name, reason).inc()
+        if reason != "abort":
+            self._request.observe(time.monotonic() - clock.arrived)
+
+    def render(self) -> bytes:
+        """The text that Prometheus reads."""
+        return generate_latest(self._registry)
+
+
+class _EngineCollector(Collector):
+    """Reads the engine's last snapshot when scraped, so that no figure is kept twice."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        stats, model = self._metrics.stats, self._metrics.model_name
+        used = stats.kv_blocks_used / max(stats.kv_blocks_total, 1)
+        gauges = (
+            ("num_requests_running", "Requests that hold KV blocks.", stats.running),
+            ("num_requests_waiting", "Requests that wait for a seat or for blocks.", stats.waiting),
+            ("kv_cache_usage_perc", "Share of the KV blocks in use, 1 means all.", used),
+            ("engine_up", "1 while the engine process runs.", int(self._metrics.engine_up)),
+        )
+        for name, text, value in gauges:
+            gauge = GaugeMetricFamily(f"{PREFIX}_{name}", text, labels=LABELS)
+            gauge.add_metric([model], value)
+            yield gauge
+        counters = (
+            ("prompt_tokens", "Prompt tokens computed.", stats.prompt_tokens_total),
+            ("generation_tokens", "Tokens generated.", stats.generation_tokens_total),
+            ("num_preemptions", "Requests that gave their blocks back.", stats.preemptions_total),
+            ("engine_steps", "Forward passes.", stats.steps_total),
+        )
+        for name, text, total in counters:
+            counter = CounterMetricFamily(f"{PREFIX}_{name}", text, labels=LABELS)
+            counter.add_metric([model], total)
+            yield counter

@@ -1,0 +1,71 @@
+"""From a request's JSON to the engine's sampling parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from mainspring.engine.sampling_params import SamplingParams
+from mainspring.engine.server.openai_types import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from mainspring.errors import InvalidRequestError
+
+# What both APIs hand on under the name that SamplingParams has for it.
+_SHARED = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "max_tokens",
+    "min_tokens",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "skip_special_tokens",
+    "include_stop_str_in_output",
+)
+
+
+def completion_params(body: CompletionRequest) -> SamplingParams:
+    """Sampling parameters of a completion; at most 16 tokens unless it says otherwise, as at OpenAI.
+
+    Raises: InvalidRequestError, which names the field.
+    """
+    return msgspec.structs.replace(_shared_params(body, max_tokens=16), logprobs=body.logprobs)
+
+
+def chat_params(body: ChatCompletionRequest) -> SamplingParams:
+    """Sampling parameters of a chat completion; its length is open unless it says otherwise.
+
+    Raises: InvalidRequestError, which names the field.
+    """
+    if body.max_completion_tokens is not None:
+        if body.max_tokens is not None and body.max_tokens != body.max_completion_tokens:
+            raise InvalidRequestError(
+                f"max_tokens ({body.max_tokens}) and max_completion_tokens ({body.max_completion_tokens}) "
+                "contradict each other; send one of them",
+                "max_completion_tokens",
+            )
+        body = body.model_copy(update={"max_tokens": body.max_completion_tokens})
+    if body.top_logprobs is not None and not body.logprobs:
+        raise InvalidRequestError("top_logprobs needs logprobs to be true", "top_logprobs")
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    return msgspec.structs.replace(_shared_params(body, max_tokens=None), logprobs=logprobs)
+
+
+def _shared_params(body: GenerationRequest, *, max_tokens: int | None) -> SamplingParams:
+    """The shared fields; those that are not given (or null) keep the defaults of SamplingParams."""
+    given = {name: getattr(body, name) for name in _SHARED if getattr(body, name) is not None}
+    return SamplingParams(**{"max_tokens": max_tokens, **given})
+
+
+def for_choices(params: SamplingParams, prompts: int, n: int) -> list[SamplingParams]:
+    """Parameters of choice `j` of prompt `i`, at `i * n + j`. Choice `j` has the seed `seed + j`, as in vLLM."""
+    seeds: Sequence[int | None] = [None if params.seed is None else _wrap(params.seed + j) for j in range(n)]
+    return [msgspec.structs.replace(params, seed=seed) for seed in seeds] * prompts
+
+
+def _wrap(seed: int) -> int:
+    """A seed past the end of 64 bits, from their other end."""
+    return (seed + 2**63) % 2**64 - 2**63

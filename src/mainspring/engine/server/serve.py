@@ -1,0 +1,284 @@
+"""Running the server: engine process and HTTP frontend started side by side, drained and ended together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from mainspring.engine.config import EngineConfig
+from mainspring.engine.server.client import EngineProcess
+from mainspring.engine.server.protocol import Load, Progress, Ready
+from mainspring.errors import ConfigError, EngineDeadError
+
+if TYPE_CHECKING:
+    import uvicorn
+    from fastapi import FastAPI
+
+    from mainspring.engine.server.async_llm import AsyncLLM
+    from mainspring.engine.server.middleware import DrainGate
+    from mainspring.formats.named_models import ResolvedModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """What `run_server` is to do.
+
+    Attributes:
+        model: a Hugging Face directory, a GGUF file, or a known name.
+        port: 0 takes a free one.
+        served_model_name: the name in the API; None: the model's own.
+        dtype: "float32" or "bfloat16"; None: the checkpoint's own.
+        num_threads: threads of one operation on a CPU; None: PyTorch's choice.
+        max_body_bytes: largest request body.
+        drain_seconds: how long running requests may go on after SIGTERM.
+        allowed_hosts: names that a Host header may have besides the loopback ones. The header is checked
+            when the server listens on a loopback address only, or when names are given.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    model: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    served_model_name: str | None = None
+    device: str = "cpu"
+    dtype: str | None = None
+    numerics: Literal["lockstep", "fast"] = "lockstep"
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    num_threads: int | None = None
+    max_body_bytes: int = 16 * 2**20
+    drain_seconds: float = 30.0
+    allowed_hosts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port is {self.port}, but must be between 0 and 65535")
+        if self.num_threads is not None and self.num_threads < 1:
+            raise ConfigError(f"num_threads is {self.num_threads}, but must be at least 1")
+        if self.max_body_bytes < 1:
+            raise ConfigError(f"max_body_bytes is {self.max_body_bytes}, but must be at least 1")
+        if not 0 <= self.drain_seconds < float("inf"):
+            raise ConfigError(f"drain_seconds is {self.drain_seconds}, but must be a number of at least 0")
+
+
+class Reporter(Protocol):
+    """Shows the user what the server does."""
+
+    def step(self, message: str) -> None:
+        """A new step of the start has begun."""
+
+    def progress(self, done: int, total: int) -> None:
+        """The present step is that far."""
+
+    def ready(self, url: str, model_name: str, ready: Ready) -> None:
+        """Requests are taken at this address."""
+
+    def note(self, message: str) -> None:
+        """Something happened after the start."""
+
+
+def run_server(
+    settings: ServerSettings, reporter: Reporter, extend: Callable[[FastAPI, AsyncLLM], None] | None = None
+) -> int:
+    """Serves until a signal ends it; returns the exit status (0 after a drain).
+
+    The first SIGTERM or Ctrl-C drains: new requests get 503, running ones finish (for `drain_seconds` at
+    most). The second ends everything at once. `extend` adds routes to the application.
+
+    Raises:
+        ModelNotFoundError, CheckpointError, UnsupportedModelError, ConfigError: what loading the model raises.
+        EngineDeadError: the engine process ended before it was ready.
+    """
+    listener = _bind(settings.host, settings.port)
+    with listener, _engine_process() as engine:
+        reporter.step(f"Looking for the model {settings.model}")
+        # The engine process imports PyTorch meanwhile.
+        from mainspring.formats.named_models import resolve
+
+        resolved = resolve(settings.model, progress=reporter.progress)
+        engine.send(
+            Load(
+                model=str(resolved.path),
+                device=settings.device,
+                dtype=settings.dtype,
+                numerics=settings.numerics,
+                config=settings.engine,
+                num_threads=settings.num_threads,
+            )
+        )
+        reporter.step("Starting the engine")
+        return asyncio.run(_serve(settings, reporter, extend, listener, engine, resolved))
+
+
+@contextlib.contextmanager
+def _engine_process() -> Iterator[EngineProcess]:
+    engine = EngineProcess()
+    try:
+        yield engine
+    except BaseException:
+        # It may be importing or loading, where it reads no messages.
+        engine.kill()
+        raise
+    finally:
+        engine.stop()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet: a port in use is reported before the model is loaded."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ConfigError(
+            f"The address {host!r} cannot be used ({error}); give another with --host."
+        ) from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        reason = error.strerror or str(error)
+        raise ConfigError(
+            f"Cannot listen on {host} port {port} ({reason}); give another port with --port (0 takes a free one)."
+        ) from error
+    return listener
+
+
+async def _serve(
+    settings: ServerSettings,
+    reporter: Reporter,
+    extend: Callable[[FastAPI, AsyncLLM], None] | None,
+    listener: socket.socket,
+    engine: EngineProcess,
+    resolved: ResolvedModel,
+) -> int:
+    signals = _Signals(engine)
+    # Imported here, and the tokenizer read, while the engine process loads the model.
+    import uvicorn
+
+    from mainspring.engine.server.app import create_app
+    from mainspring.engine.server.async_llm import AsyncLLM
+    from mainspring.engine.server.metrics import Metrics
+    from mainspring.engine.server.middleware import LOOPBACK_NAMES, DrainGate, is_loopback
+    from mainspring.engine.server.service import Service
+    from mainspring.formats.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_directory(resolved.path)
+    ready = await signals.unless_stopped(_until_ready(engine, reporter))
+    if ready is None:
+        engine.kill()
+        return 0
+    name = settings.served_model_name or resolved.name
+    llm = AsyncLLM(engine, ready, tokenizer, tokenizer.eos_token_ids, Metrics(name, ready.stats))
+    gate = DrainGate()
+    hosts: set[str] = set(settings.allowed_hosts)
+    if hosts or is_loopback(settings.host):
+        hosts |= {*LOOPBACK_NAMES, settings.host}
+    app = create_app(Service(llm, name, gate), max_body_bytes=settings.max_body_bytes, allowed_hosts=hosts)
+    if extend is not None:
+        extend(app, llm)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=2
+    )
+    server = _server_without_signals(config)
+    messages = asyncio.create_task(llm.run())
+    drain = asyncio.create_task(_drain(signals, gate, llm, server, settings.drain_seconds, reporter))
+    # From here on connections wait in the listener's queue until uvicorn takes them.
+    listener.listen(config.backlog)
+    reporter.ready(_url(settings.host, listener), name, ready)
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        for task in (messages, drain):
+            task.cancel()
+        await asyncio.wait({messages, drain})
+    return 0
+
+
+async def _until_ready(engine: EngineProcess, reporter: Reporter) -> Ready:
+    """Shows the engine's progress until it is ready."""
+    while True:
+        match await engine.receive():
+            case Progress(message):
+                reporter.step(message)
+            case Ready() as ready:
+                return ready
+            case other:
+                raise EngineDeadError(f"The engine sent {type(other).__name__} before it was ready.")
+
+
+async def _drain(
+    signals: _Signals,
+    gate: DrainGate,
+    llm: AsyncLLM,
+    server: uvicorn.Server,
+    seconds: float,
+    reporter: Reporter,
+) -> None:
+    """After the first signal: closes the gate, waits for running requests, and tells the server to end."""
+    await signals.stop.wait()
+    gate.drain()
+    if gate.in_flight:
+        reporter.note(
+            f"Finishing {gate.in_flight} running requests (at most {seconds:g} s; signal again to end now)"
+        )
+    try:
+        await asyncio.wait_for(gate.wait_idle(), seconds)
+    except TimeoutError:
+        reporter.note(f"Dropping {gate.in_flight} requests that are still running after {seconds:g} s")
+        llm.fail_all(EngineDeadError("The server is shutting down and has dropped this request."))
+    server.should_exit = True
+
+
+class _Signals:
+    """SIGTERM and Ctrl-C: the first sets `stop`, the second ends both processes at once."""
+
+    def __init__(self, engine: EngineProcess) -> None:
+        self.stop = asyncio.Event()
+        self._engine = engine
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self.stop.is_set():
+            self._engine.kill()
+            os._exit(128 + number)
+        self.stop.set()
+
+    async def unless_stopped(self, start: Coroutine[Any, Any, Ready]) -> Ready | None:
+        """The result of the start, or None if a signal came first."""
+        starting = asyncio.create_task(start)
+        stopping = asyncio.create_task(self.stop.wait())
+        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not starting.done():
+            starting.cancel()
+            return None
+        return await starting
+
+
+def _server_without_signals(config: uvicorn.Config) -> uvicorn.Server:
+    """A uvicorn server that leaves the process's signals to us."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    return Server(config)
+
+
+def _url(host: str, listener: socket.socket) -> str:
+    """An address that a browser on this machine can open."""
+    port = listener.getsockname()[1]
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
+    return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
