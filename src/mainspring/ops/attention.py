@@ -8,7 +8,6 @@ chunks of KEY_CHUNK aligned at position 0, each chunk on its own, merged left to
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +21,6 @@ from mainspring.ops.gradient import kernel_with_formula_gradient
 from mainspring.ops.policy import LOCKSTEP, Policy
 from mainspring.ops.precision import accumulator
 from mainspring.ops.registry import Implementation, Operation, accepts_all, any_requires_grad
-
-# (q, k, v, batch, layer, scale, window, policy) -> out
-Attention = Callable[[Tensor, Tensor, Tensor, TokenBatch, int, float, int | None, Policy], Tensor]
 
 KEY_CHUNK = 256
 QUERY_TILE = 16
@@ -156,8 +152,8 @@ def _fast(
         groups[shape].append(s)
     if len(groups) == 1 and batch.cache is None:
         count, n = len(batch.lengths), batch.lengths[0]
-        folded = (x.unflatten(0, (count, n)).transpose(1, 2) for x in (q, k, v))
-        return _sdpa(*folded, n, n, scale, window).transpose(1, 2).flatten(0, 1)
+        q, k, v = (x.unflatten(0, (count, n)).transpose(1, 2) for x in (q, k, v))
+        return _sdpa(q, k, v, n, n, scale, window).transpose(1, 2).flatten(0, 1)
     queries = q.split(batch.lengths)
     out: list[Tensor] = [q] * len(queries)
     for (n, context), members in groups.items():
@@ -219,7 +215,7 @@ def _cpu(
     return result
 
 
-ATTENTION: Operation[Attention] = Operation(
+ATTENTION = Operation(
     "attention",
     Implementation("cpu", _cpu, refuses),
     Implementation("reference", reference, accepts_all),

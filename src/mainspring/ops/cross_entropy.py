@@ -54,7 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             logits.sub_(log_z).exp_()
             logits.scatter_add_(1, target, torch.full_like(log_z, -1.0))
-            logits.mul_((kept / count)[:, None])
+            logits.mul_(kept[:, None]).div_(count)
             d_logits = logits.to(hidden.dtype)
             torch.mm(d_logits, weight, out=grad_hidden[chunk])
             piece = d_logits.t() @ hidden[chunk]
@@ -64,7 +64,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return torch.stack(losses).sum() / count
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             grad_hidden * grad.to(grad_hidden.dtype),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -14,8 +13,6 @@ from mainspring.ops.cpu.linear import linear as cpu_linear
 from mainspring.ops.cpu.support import refuses
 from mainspring.ops.policy import LOCKSTEP, Policy
 from mainspring.ops.registry import Implementation, Operation, accepts_all, any_requires_grad
-
-Linear = Callable[[Tensor, Tensor, Tensor | None, torch.dtype | None, Policy], Tensor]
 
 ROW_TILE = 16  # rows of the reference's lockstep GEMM: every call it makes has a multiple of this many
 ROW_BLOCK = 256  # and at most this many
@@ -86,7 +83,7 @@ class _CpuLinear(torch.autograd.Function):
         return cpu_linear(x, weight, bias, out_dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad = grad.to(x.dtype)
         return (
@@ -106,7 +103,7 @@ def _cpu(
     return cpu_linear(x, weight, bias, out_dtype)
 
 
-LINEAR: Operation[Linear] = Operation(
+LINEAR = Operation(
     "linear",
     Implementation("cpu", _cpu, refuses),
     Implementation("reference", reference, accepts_all),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +13,6 @@ from mainspring.ops.linear import linear
 from mainspring.ops.policy import LOCKSTEP, Policy
 from mainspring.ops.precision import accumulator
 from mainspring.ops.registry import Implementation, Operation, accepts_all
-
-TokenLogProbs = Callable[[Tensor, Tensor, float], Tensor]
 
 LOGIT_CHUNK_ELEMENTS = 1 << 24  # logits held at once, 64 MB of fp32
 
@@ -71,7 +68,7 @@ class _LinearLogProbs(torch.autograd.Function):
         return torch.cat(pieces)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets = ctx.saved_tensors
         rows = rows_per_chunk(weight.shape[0])
         grad_hidden = torch.empty_like(hidden)
@@ -87,7 +84,7 @@ class _LinearLogProbs(torch.autograd.Function):
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
 
-TOKEN_LOG_PROBS: Operation[TokenLogProbs] = Operation(
+TOKEN_LOG_PROBS = Operation(
     "token_log_probs",
     Implementation("cpu", cpu.token_log_probs, refuses),
     Implementation("reference", reference, accepts_all),

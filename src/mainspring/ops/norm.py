@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,9 +12,6 @@ from mainspring.ops.gradient import kernel_with_formula_gradient
 from mainspring.ops.policy import FAST, LOCKSTEP, Policy
 from mainspring.ops.precision import accumulator
 from mainspring.ops.registry import Implementation, Operation, accepts_all, any_requires_grad
-
-RmsNorm = Callable[[Tensor, Tensor, float, Policy], Tensor]
-AddRmsNorm = Callable[[Tensor, Tensor, Tensor, float, Policy], tuple[Tensor, Tensor]]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, policy: Policy = LOCKSTEP) -> Tensor:
@@ -84,12 +79,12 @@ def _cpu_add(
     return result
 
 
-RMS_NORM: Operation[RmsNorm] = Operation(
+RMS_NORM = Operation(
     "rms_norm",
     Implementation("cpu", _cpu, refuses),
     Implementation("reference", reference, accepts_all),
 )
-ADD_RMS_NORM: Operation[AddRmsNorm] = Operation(
+ADD_RMS_NORM = Operation(
     "add_rms_norm",
     Implementation("cpu", _cpu_add, refuses),
     Implementation("reference", add_reference, accepts_all),

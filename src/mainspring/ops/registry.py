@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Generic, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
 import torch
 
 from mainspring.errors import BackendError
 from mainspring.ops.policy import Policy
 
-F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -30,23 +31,23 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Implementation(Generic[F]):
+class Implementation(Generic[P, R]):
     """One backend's version of an operation. `refuses(call)` is None or the reason of the refusal."""
 
     backend: str
-    run: F
+    run: Callable[P, R]
     refuses: Callable[[Call], str | None]
 
 
-class Operation(Generic[F]):
+class Operation(Generic[P, R]):
     """A named operation and its implementations, the preferred one first."""
 
-    def __init__(self, name: str, *implementations: Implementation[F]) -> None:
+    def __init__(self, name: str, *implementations: Implementation[P, R]) -> None:
         self.name = name
         self.implementations = implementations
         self._choose = lru_cache(maxsize=256)(self._search)
 
-    def select(self, tensor: torch.Tensor, policy: Policy, needs_grad: bool = False) -> F:
+    def select(self, tensor: torch.Tensor, policy: Policy, needs_grad: bool = False) -> Callable[P, R]:
         """The implementation that serves calls on tensors like `tensor`. Raises BackendError if none does."""
         return self._choose(Call(tensor.device.type, tensor.dtype, policy, needs_grad))
 
@@ -54,7 +55,7 @@ class Operation(Generic[F]):
         """(backend, reason of refusal or None) for every implementation, in order of preference."""
         return [(i.backend, self._refusal(i, call)) for i in self.implementations]
 
-    def _search(self, call: Call) -> F:
+    def _search(self, call: Call) -> Callable[P, R]:
         for implementation in self.implementations:
             if self._refusal(implementation, call) is None:
                 return implementation.run
@@ -62,7 +63,7 @@ class Operation(Generic[F]):
         raise BackendError(f"no backend serves {self.name} on {call.device_type} {call.dtype}: {reasons}")
 
     @staticmethod
-    def _refusal(implementation: Implementation[F], call: Call) -> str | None:
+    def _refusal(implementation: Implementation[P, R], call: Call) -> str | None:
         forced = call.policy.backend
         if forced is not None and forced != implementation.backend:
             return f"the policy forces backend {forced!r}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -12,9 +10,6 @@ from mainspring.ops.cpu.support import refuses
 from mainspring.ops.gradient import kernel_with_formula_gradient
 from mainspring.ops.policy import LOCKSTEP, Policy
 from mainspring.ops.registry import Implementation, Operation, accepts_all, any_requires_grad
-
-RopeAngles = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
-Rope = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def rope_angles(
@@ -67,12 +62,12 @@ def _cpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     return result
 
 
-ROPE_ANGLES: Operation[RopeAngles] = Operation(
+ROPE_ANGLES = Operation(
     "rope_angles",
     Implementation("cpu", cpu.rope_angles, refuses),
     Implementation("reference", angles_reference, accepts_all),
 )
-ROPE: Operation[Rope] = Operation(
+ROPE = Operation(
     "rope",
     Implementation("cpu", _cpu, refuses),
     Implementation("reference", reference, accepts_all),

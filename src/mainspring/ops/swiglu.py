@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,8 +12,6 @@ from mainspring.ops.gradient import kernel_with_formula_gradient
 from mainspring.ops.policy import FAST, LOCKSTEP, Policy
 from mainspring.ops.precision import accumulator
 from mainspring.ops.registry import Implementation, Operation, accepts_all, any_requires_grad
-
-Swiglu = Callable[[Tensor, Policy], Tensor]
 
 
 def swiglu(gate_up: Tensor, *, policy: Policy = LOCKSTEP) -> Tensor:
@@ -39,7 +35,7 @@ def _cpu(gate_up: Tensor, policy: Policy) -> Tensor:
     return result
 
 
-SWIGLU: Operation[Swiglu] = Operation(
+SWIGLU = Operation(
     "swiglu",
     Implementation("cpu", _cpu, refuses),
     Implementation("reference", reference, accepts_all),
