@@ -1,0 +1,159 @@
+"""The optimizer of a run: float32 master weights, gradient accumulation and clipping, AdamW, and Muon if asked for.
+
+State is named after Hugging Face's tensors (`Decoder.parts`), so it does not depend on how weights are fused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mainspring.errors import CheckpointError
+from mainspring.model.decoder import Decoder
+from mainspring.train.muon import Muon
+from mainspring.train.recipe import OptimizerSection
+
+_EMBEDDINGS = ("embedding", "output_embedding")
+
+
+class Optimizer:
+    """Moves a model's weights by the gradients that `accumulate` has collected since the last `step`.
+
+    A float32 model's weights are updated in place. A bfloat16 model keeps float32 masters here, of which its
+    weights are rounded copies; gradients are then summed in float32, however many micro-batches there are.
+    With `muon`, the matrices inside the layers belong to Muon, part by part (q, k and v, gate and up, each
+    expert on its own); embeddings, the router, norms and biases to AdamW (Loshchilov and Hutter, arXiv 1711.05101).
+    """
+
+    def __init__(self, model: Decoder, settings: OptimizerSection) -> None:
+        self._settings = settings
+        self._parts = model.parts()
+        self._weights = {name: weight.detach() for name, weight in model.named_parameters()}
+        self._parameters = dict(model.named_parameters())
+        self._has_masters = model.dtype != torch.float32
+        self._masters = {
+            name: weight.to(torch.float32, copy=True) if self._has_masters else weight
+            for name, weight in self._weights.items()
+        }
+        self._gradients: dict[str, Tensor] = {}
+        use_muon = settings.name == "muon"
+        muon_names = {
+            name for name in self._masters if use_muon and _is_inner_matrix(name, self._masters[name])
+        }
+        self._muon_parts = [part for part in self._parts if part.parameter in muon_names]
+        self._muon = Muon(
+            [part.view(self._masters[part.parameter]) for part in self._muon_parts],
+            momentum=settings.muon_momentum,
+            weight_decay=settings.muon_weight_decay,
+            iterations=settings.muon_iterations,
+        )
+        self._adamw_names = [name for name in self._masters if name not in muon_names]
+        self._adamw = self._make_adamw()
+
+    def _make_adamw(self) -> torch.optim.AdamW:
+        s = self._settings
+        decayed = [n for n in self._adamw_names if _is_inner_matrix(n, self._masters[n])]
+        plain = [n for n in self._adamw_names if n not in set(decayed)]
+        groups = [
+            {"params": [self._masters[n] for n in names], "weight_decay": decay}
+            for names, decay in ((decayed, s.weight_decay), (plain, 0.0))
+            if names
+        ]
+        adamw = torch.optim.AdamW(groups, lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps, fused=True)
+        for (
+            name
+        ) in self._adamw_names:  # made now, not at the first step, so that a checkpoint can be read into it
+            master = self._masters[name]
+            adamw.state[master] = {
+                "step": torch.zeros((), dtype=torch.float32, device=master.device),
+                "exp_avg": torch.zeros_like(master),
+                "exp_avg_sq": torch.zeros_like(master),
+            }
+        return adamw
+
+    def accumulate(self) -> None:
+        """Takes the gradients of a backward pass over and clears them."""
+        for name, parameter in self._parameters.items():
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is None:
+                continue
+            held = self._gradients.get(name)
+            if held is None:
+                self._gradients[name] = gradient.to(torch.float32)
+            else:
+                held.add_(gradient)
+
+    @torch.no_grad()
+    def step(self, lr_factor: float, clip_norm: float) -> float:
+        """Clips, moves the weights, forgets the gradients. Returns the gradient's norm before clipping.
+
+        lr_factor multiplies both learning rates. A norm that is not finite moves nothing.
+        """
+        gradients = self._gradients
+        self._gradients = {}
+        norm = torch.nn.utils.get_total_norm(list(gradients.values()))
+        norm_value = float(norm)
+        if not torch.isfinite(norm):
+            return norm_value
+        if clip_norm and norm_value > clip_norm:
+            torch._foreach_mul_(list(gradients.values()), clip_norm / norm_value)
+        if self._muon_parts:
+            pieces = [part.view(gradients[part.parameter]) for part in self._muon_parts]
+            self._muon.step(pieces, self._settings.muon_lr * lr_factor)
+        for name in self._adamw_names:
+            self._masters[name].grad = gradients.get(name)
+        for group in self._adamw.param_groups:
+            group["lr"] = self._settings.lr * lr_factor
+        self._adamw.step()
+        self._adamw.zero_grad(set_to_none=True)
+        if self._has_masters:
+            torch._foreach_copy_(list(self._weights.values()), list(self._masters.values()))
+        return norm_value
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything that resuming needs, as views: `master.`, `adamw.exp_avg.`, ... + Hugging Face's name."""
+        return dict(self._state())
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Copies a state_tensors() in. Raises CheckpointError unless names and shapes are exactly this optimizer's."""
+        mine = self.state_tensors()
+        for problem, names in (
+            ("lacks", mine.keys() - tensors.keys()),
+            ("also has", tensors.keys() - mine.keys()),
+        ):
+            if names:
+                raise CheckpointError(
+                    f"the optimizer state {problem} {sorted(names)[0]!r} ({len(names)} in all); resume with the "
+                    "recipe's optimizer, model and dtype that the checkpoint was written with"
+                )
+        for name, tensor in mine.items():
+            if tensor.shape != tensors[name].shape:
+                raise CheckpointError(
+                    f"optimizer state {name!r} has shape {tuple(tensors[name].shape)}, "
+                    f"the model needs {tuple(tensor.shape)}"
+                )
+            tensor.copy_(tensors[name])
+        if self._has_masters:
+            torch._foreach_copy_(list(self._weights.values()), list(self._masters.values()))
+
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        adamw_names = set(self._adamw_names)
+        for part in self._parts:
+            master = self._masters[part.parameter]
+            if self._has_masters:
+                yield f"master.{part.name}", part.view(master)
+            if part.parameter in adamw_names:
+                state = self._adamw.state[master]
+                yield f"adamw.exp_avg.{part.name}", part.view(state["exp_avg"])
+                yield f"adamw.exp_avg_sq.{part.name}", part.view(state["exp_avg_sq"])
+        for name in self._adamw_names:
+            yield f"adamw.step.{name}", self._adamw.state[self._masters[name]]["step"]
+        for part, buffer in zip(self._muon_parts, self._muon.buffers, strict=True):
+            yield f"muon.momentum.{part.name}", buffer
+
+
+def _is_inner_matrix(name: str, weight: Tensor) -> bool:
+    """Matrices inside the layers, one or a stack of experts; not embeddings, the router, norms or biases."""
+    return weight.ndim >= 2 and name not in _EMBEDDINGS and not name.endswith("router.weight")

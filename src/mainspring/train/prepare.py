@@ -1,0 +1,119 @@
+"""From texts to token shards: trains or reads the tokenizer, encodes, writes. Done once for each state of the texts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mainspring.errors import RecipeError
+from mainspring.formats.files import new_directory, write_json
+from mainspring.train.recipe import Recipe
+from mainspring.train.shards import ShardWriter, TokenShard
+from mainspring.train.sources import Corpus, Document
+from mainspring.train.text_tokenizer import TextTokenizer
+
+_DOCUMENTS_AT_A_TIME = 64
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What training reads. Document i of `holdout` continues document i of `train`."""
+
+    tokenizer: TextTokenizer
+    train: TokenShard
+    holdout: TokenShard
+    train_bytes: int
+    holdout_bytes: int
+    fingerprint: str
+
+
+def prepare(recipe: Recipe, directory: Path, say: Callable[[str], None]) -> PreparedData:
+    """The recipe's data in `directory`, made there unless it was made from the same texts and settings before.
+
+    Raises RecipeError for texts that cannot be read, TokenizerError for an unusable tokenizer. A failure
+    leaves the directory as it was.
+    """
+    corpus = Corpus(recipe.data)
+    existing = recipe.model.init_from or recipe.tokenizer.path
+    fingerprint = corpus.fingerprint(existing or recipe.tokenizer.vocab_size)
+    if _recorded_fingerprint(directory) != fingerprint:
+        if existing:
+            tokenizer = TextTokenizer.read(Path(existing).expanduser())
+        else:
+            say(f"training a byte-level BPE of {recipe.tokenizer.vocab_size} entries")
+            tokenizer = TextTokenizer.train(
+                (document.text for document in corpus), recipe.tokenizer.vocab_size
+            )
+        say("encoding the texts")
+        if directory.exists():
+            shutil.rmtree(directory)
+        with new_directory(directory) as partial:
+            _write(corpus, tokenizer, partial, fingerprint)
+    prepared = _open(directory)
+    say(
+        f"{prepared.train.num_documents} documents: {prepared.train.num_tokens:,} tokens to train on "
+        f"({prepared.train_bytes:,} bytes), {prepared.holdout.num_tokens:,} held out "
+        f"({prepared.holdout_bytes:,} bytes)"
+    )
+    return prepared
+
+
+def _recorded_fingerprint(directory: Path) -> str | None:
+    try:
+        recorded = json.loads((directory / "data.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return str(recorded.get("fingerprint"))
+
+
+def _open(directory: Path) -> PreparedData:
+    record = json.loads((directory / "data.json").read_text())
+    return PreparedData(
+        tokenizer=TextTokenizer.read(directory),
+        train=TokenShard(directory / "train.tokens"),
+        holdout=TokenShard(directory / "holdout.tokens"),
+        train_bytes=record["train_bytes"],
+        holdout_bytes=record["holdout_bytes"],
+        fingerprint=record["fingerprint"],
+    )
+
+
+def _write(corpus: Corpus, tokenizer: TextTokenizer, directory: Path, fingerprint: str) -> None:
+    train_bytes = holdout_bytes = 0
+    end = np.asarray([tokenizer.end_of_text], dtype=np.int64)
+    with ExitStack() as stack:
+        train, holdout = (
+            stack.enter_context(ShardWriter(directory / f"{name}.tokens", tokenizer.vocab_size))
+            for name in ("train", "holdout")
+        )
+        for documents in _in_batches(corpus):
+            heads = tokenizer.encode([document.text for document in documents])
+            tails = tokenizer.encode([document.holdout for document in documents])
+            for document, head, tail in zip(documents, heads, tails, strict=True):
+                # A text whose tail is held out does not end where its training part does.
+                train.add(np.concatenate([end, head, end[len(tail) > 0 :]]))
+                holdout.add(tail)
+                train_bytes += document.text_bytes
+                holdout_bytes += document.holdout_bytes
+    if train_bytes == 0:
+        raise RecipeError("data.sources: all texts are empty; there is nothing to train on")
+    tokenizer.save(directory)
+    record = {"fingerprint": fingerprint, "train_bytes": train_bytes, "holdout_bytes": holdout_bytes}
+    write_json(directory / "data.json", record)
+
+
+def _in_batches(corpus: Corpus) -> Iterator[tuple[Document, ...]]:
+    batch: list[Document] = []
+    for document in corpus:
+        batch.append(document)
+        if len(batch) == _DOCUMENTS_AT_A_TIME:
+            yield tuple(batch)
+            batch = []
+    if batch:
+        yield tuple(batch)

@@ -1,0 +1,172 @@
+"""The training recipe: every setting of a run, as frozen values with their ranges.
+
+A recipe is a TOML file with the tables below; `recipe_file.py` reads and checks it. Lengths are in
+tokens, times in seconds, fractions between 0 and 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def _limits(default: Any, *, low: float | None = None, high: float | None = None) -> Any:
+    """A field whose value must lie in [low, high]; `recipe_file.py` enforces it."""
+    return field(default=default, metadata={"low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """Where the texts are. Each file is one document."""
+
+    sources: tuple[str, ...] = ()
+    """Files, directories, or tar archives (.tar, .tar.gz, .tgz, .tar.xz, .tar.bz2); relative to the working directory."""
+    members: str = "*.txt"
+    """Glob on the path inside a directory or archive (`*` also crosses `/`); plain files are always taken."""
+    encoding: str = "utf-8"
+    holdout_fraction: float = _limits(0.0, low=0.0, high=0.5)
+    """The last part of every text, by bytes, that is never trained on (nor seen by the tokenizer's training)."""
+
+
+@dataclass(frozen=True)
+class TokenizerSection:
+    """A byte-level BPE to train, or the directory of an existing tokenizer."""
+
+    vocab_size: int = _limits(4096, low=258, high=1_000_000)
+    path: str | None = None
+    """A directory with tokenizer.json; `vocab_size` is then its own."""
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """A new model of a standard Hugging Face family, or the directory of a model to continue from."""
+
+    init_from: str | None = None
+    """A model directory whose weights and tokenizer the run starts from; the other keys are then its own."""
+    architecture: Literal[
+        "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM"
+    ] = "LlamaForCausalLM"
+    hidden_size: int = _limits(256, low=8)
+    intermediate_size: int = _limits(768, low=8)
+    num_layers: int = _limits(4, low=1, high=1000)
+    num_heads: int = _limits(4, low=1)
+    num_kv_heads: int | None = _limits(None, low=1)
+    """None: as many as num_heads."""
+    head_dim: int | None = _limits(None, low=2)
+    """None: hidden_size / num_heads."""
+    max_position_embeddings: int | None = _limits(None, low=1)
+    """None: training.sequence_length."""
+    rope_theta: float = _limits(10_000.0, low=1.0)
+    rms_norm_eps: float = _limits(1e-6, low=1e-12, high=1e-2)
+    tie_word_embeddings: bool = True
+    init_std: float = _limits(0.02, low=1e-6, high=1.0)
+    """Standard deviation of the embedding (and of the output head, if it is not tied)."""
+    init_scale: float = _limits(1.0, low=1e-3, high=10.0)
+    """Linear weights are drawn with standard deviation init_scale / sqrt(inputs)."""
+    zero_init_residual: bool = True
+    """Start the projections that write into the residual stream (o_proj, down_proj) at zero."""
+
+
+@dataclass(frozen=True)
+class TrainingSection:
+    """The loop: batch, length of the run, precision."""
+
+    sequence_length: int = _limits(256, low=2)
+    """Documents are cut into windows of at most so many tokens; each window's positions start at 0."""
+    tokens_per_micro_batch: int = _limits(4096, low=2)
+    """Most tokens in one forward pass: whole windows, packed end to end."""
+    accumulation_steps: int = _limits(1, low=1)
+    """Micro-batches whose gradients are summed before the weights move."""
+    max_steps: int = _limits(1000, low=1)
+    max_seconds: float | None = _limits(None, low=0.1)
+    """Seconds from the start of the command after which training ends and the schedule is complete."""
+    clip_norm: float = _limits(1.0, low=0.0)
+    """Largest norm of the gradient over all weights; 0 turns clipping off."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: forward and backward in bfloat16, master weights and optimizer state in float32."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    numerics: Literal["lockstep", "fast"] = "fast"
+    threads: int | None = _limits(None, low=1)
+    """PyTorch's CPU threads; None leaves PyTorch's choice. Resuming is exact with an equal number."""
+    log_every: int = _limits(10, low=1)
+
+
+@dataclass(frozen=True)
+class OptimizerSection:
+    """AdamW for all weights, or Muon for the matrices inside the layers and AdamW for the rest."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = _limits(1e-3, low=0.0, high=10.0)
+    """AdamW's peak learning rate."""
+    beta1: float = _limits(0.9, low=0.0, high=0.9999)
+    beta2: float = _limits(0.95, low=0.0, high=0.99999)
+    eps: float = _limits(1e-8, low=1e-16, high=1e-2)
+    weight_decay: float = _limits(0.1, low=0.0, high=10.0)
+    """Decoupled decay of the matrices; embeddings, norms and biases are not decayed."""
+    muon_lr: float = _limits(0.02, low=0.0, high=10.0)
+    muon_momentum: float = _limits(0.95, low=0.0, high=0.9999)
+    muon_weight_decay: float = _limits(0.0, low=0.0, high=10.0)
+    muon_iterations: int = _limits(5, low=1, high=20)
+    """Newton–Schulz steps of the orthogonalisation."""
+
+
+@dataclass(frozen=True)
+class ScheduleSection:
+    """Factor on the learning rates as a function of progress (0 at the start, 1 at the end)."""
+
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    """cosine: warm-up, then half a cosine. wsd: warm-up, stable, linear decay. constant: warm-up, then 1."""
+    warmup_fraction: float = _limits(0.02, low=0.0, high=1.0)
+    decay_fraction: float = _limits(0.2, low=0.0, high=1.0)
+    """Part of the run in which `wsd` decays."""
+    final_factor: float = _limits(0.0, low=0.0, high=1.0)
+
+
+@dataclass(frozen=True)
+class EvaluationSection:
+    """Bits per byte on the held-out tails."""
+
+    every: int = _limits(0, low=0)
+    """Steps between evaluations; 0 evaluates at the end only."""
+    stride: int | None = _limits(None, low=1)
+    """Held-out tokens that each window predicts; the rest of the window is context. None: half a window."""
+
+
+@dataclass(frozen=True)
+class CheckpointSection:
+    """What is written while training, besides the checkpoint at the end."""
+
+    every: int = _limits(0, low=0)
+    """Steps between checkpoints; 0 writes at the end (and on Ctrl-C) only."""
+    keep: int = _limits(2, low=1)
+    """Newest checkpoints that are kept."""
+
+
+@dataclass(frozen=True)
+class SamplesSection:
+    """Texts printed at the end."""
+
+    prompts: tuple[str, ...] = ()
+    max_tokens: int = _limits(120, low=1)
+    temperature: float = _limits(0.8, low=0.0, high=10.0)
+    top_k: int = _limits(0, low=0)
+    """Sample among the k likeliest tokens; 0 takes all."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole training run."""
+
+    name: str = "run"
+    output: str = "runs/run"
+    """Directory of checkpoints, token shards and metrics; relative to the working directory."""
+    seed: int = _limits(0, low=0, high=2**31 - 1)
+    data: DataSection = DataSection()
+    tokenizer: TokenizerSection = TokenizerSection()
+    model: ModelSection = ModelSection()
+    training: TrainingSection = TrainingSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    samples: SamplesSection = SamplesSection()
