@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.families import FAMILIES, Family, model_config
 
 from mainspring.model.decoder import Decoder
 from mainspring.model.initialise import create_model
 from mainspring.ops import KVCache, TokenBatch, token_log_probs
 from mainspring.ops.cpu.extension import unavailable_reason
+from support.families import FAMILIES, Family, model_config
 
 BLOCK_SIZE = 4
 BACKENDS = [

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from support.families import FAMILIES, Family, transformers_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mainspring.model.checkpoint import load_model, save_model
 from mainspring.ops import Numerics, TokenBatch
+from support.families import FAMILIES, Family, transformers_model
 
 TOLERANCE = 1e-5
 LENGTHS = [3, 40, 1, 90]  # 90 is beyond max_position_embeddings: `dynamic` RoPE changes its base
