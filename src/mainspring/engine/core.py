@@ -17,6 +17,7 @@ from mainspring.engine.random_numbers import key_from_seed
 from mainspring.engine.request import Request
 from mainspring.engine.sampler import sample
 from mainspring.engine.scheduler import Scheduler
+from mainspring.engine.threads import single_threaded
 from mainspring.errors import InvalidRequestError
 from mainspring.model.decoder import Decoder
 
@@ -91,8 +92,9 @@ class EngineCore:
         tokens: list[int] = []
         logprobs: list[TokenLogprobs | None] = []
         if logits is not None:
-            tokens = sample(logits, requests)
-            logprobs = self._runner.sampled_logprobs(logits, tokens, requests)
+            with single_threaded():
+                tokens = sample(logits, requests)
+                logprobs = self._runner.sampled_logprobs(logits, tokens, requests)
         for item in scheduled:
             self._advance(item.request, item.num_tokens)
         self._num_steps += 1
