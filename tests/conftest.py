@@ -4,5 +4,5 @@ from __future__ import annotations
 
 import torch
 
-# Two threads are what the smallest machines have; tiny tensors gain nothing from more.
-torch.set_num_threads(2)
+# Tiny tensors gain nothing from threads, and on a busy machine threads that wait for each other lose minutes.
+torch.set_num_threads(1)

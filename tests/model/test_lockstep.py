@@ -16,18 +16,24 @@ from mainspring.ops.cpu.extension import unavailable_reason
 from support.families import FAMILIES, Family, model_config
 
 BLOCK_SIZE = 4
-BACKENDS = [
-    "reference",
+# (device, backend)
+PLACES = [
+    pytest.param(("cpu", "reference"), id="cpu-reference"),
     pytest.param(
-        "cpu", marks=pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason()))
+        ("cpu", "cpu"),
+        id="cpu-kernels",
+        marks=pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason())),
     ),
+    pytest.param(("cuda", "reference"), id="cuda-reference", marks=pytest.mark.gpu),
 ]
+Place = tuple[str, str]
 
 
 @lru_cache(maxsize=64)
-def _model(name: str, backend: str, dtype: torch.dtype) -> Decoder:
+def _model(name: str, place: Place, dtype: torch.dtype) -> Decoder:
     family = next(f for f in FAMILIES if f.name == name)
-    return create_model(model_config(family), dtype=dtype, backend=backend, seed=7)
+    device, backend = place
+    return create_model(model_config(family), dtype=dtype, device=device, backend=backend, seed=7)
 
 
 @torch.no_grad()
@@ -44,7 +50,7 @@ def _paged_log_probs(
         config.num_kv_heads,
         config.head_dim,
         model.dtype,
-        "cpu",
+        model.device,
     )
     for tensor in (*cache.k, *cache.v):
         tensor.fill_(torch.nan)  # what was never written must never be read
@@ -66,11 +72,14 @@ def _paged_log_probs(
             rope_lengths=[len(sequences[i]) for i in active],
         )
         tokens = torch.tensor(
-            [t for i, n in zip(active, lengths, strict=True) for t in sequences[i][done[i] : done[i] + n]]
+            [t for i, n in zip(active, lengths, strict=True) for t in sequences[i][done[i] : done[i] + n]],
+            device=model.device,
         )
         logits = model.logits(model(tokens, batch)).split(lengths)
         for i, n, rows in zip(active, lengths, logits, strict=True):
-            targets = torch.tensor(sequences[i][done[i] + 1 : done[i] + n + 1], dtype=torch.int64)
+            targets = torch.tensor(
+                sequences[i][done[i] + 1 : done[i] + n + 1], dtype=torch.int64, device=model.device
+            )
             out[i].append(token_log_probs(rows[: len(targets)], targets, policy=model.policy))
             done[i] += n
         step += 1
@@ -78,7 +87,7 @@ def _paged_log_probs(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 @settings(max_examples=6, deadline=None)
 @given(
@@ -87,9 +96,9 @@ def _paged_log_probs(
     seed=st.integers(0, 2**31),
 )
 def test_log_probs_do_not_depend_on_batch_chunks_or_cache(
-    family: Family, backend: str, dtype: torch.dtype, lengths: list[int], chunk_sizes: list[int], seed: int
+    family: Family, place: Place, dtype: torch.dtype, lengths: list[int], chunk_sizes: list[int], seed: int
 ) -> None:
-    model = _model(family.name, backend, dtype)
+    model = _model(family.name, place, dtype)
     random = torch.Generator().manual_seed(seed)
     sequences = [torch.randint(0, 97, (n,), generator=random).tolist() for n in lengths]
     with torch.no_grad():
@@ -104,10 +113,10 @@ def test_log_probs_do_not_depend_on_batch_chunks_or_cache(
     assert torch.isfinite(alone[0]).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
-def test_recording_gradients_does_not_change_the_bits(family: Family, backend: str) -> None:
-    model = _model(family.name, backend, torch.float32)
+def test_recording_gradients_does_not_change_the_bits(family: Family, place: Place) -> None:
+    model = _model(family.name, place, torch.float32)
     sequences = [list(range(1, 60)), [5, 4, 3], list(range(40, 80))]
     with torch.no_grad():
         expected = model.log_probs(sequences, temperature=0.7)
@@ -117,13 +126,13 @@ def test_recording_gradients_does_not_change_the_bits(family: Family, backend: s
     assert all(piece.requires_grad for piece in recorded)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_log_probs_agree_with_the_definition_and_have_its_gradient(backend: str) -> None:
-    model = _model("qwen3", backend, torch.float32)
+@pytest.mark.parametrize("place", PLACES)
+def test_log_probs_agree_with_the_definition_and_have_its_gradient(place: Place) -> None:
+    model = _model("qwen3", place, torch.float32)
     sequences = [list(range(1, 50)), [5, 4, 3]]
-    tokens = torch.tensor([t for s in sequences for t in s])
-    logits = model.logits(model(tokens, TokenBatch.packed([49, 3])))
-    weights = torch.randn(50, generator=torch.Generator().manual_seed(1))
+    tokens = torch.tensor([t for s in sequences for t in s], device=model.device)
+    logits = model.logits(model(tokens, TokenBatch.packed([49, 3], model.device)))
+    weights = torch.randn(50, generator=torch.Generator().manual_seed(1)).to(model.device)
     plain = torch.log_softmax(logits / 0.7, dim=-1)
     expected = torch.cat(
         [plain[:48].gather(1, tokens[1:49, None])[:, 0], plain[49:51].gather(1, tokens[50:, None])[:, 0]]
