@@ -46,17 +46,15 @@ def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value)
 
 
-def _text_parts(value: Any) -> Any:
-    """Joins a content of parts of type text into one string."""
+def _content(value: Any) -> Any:
+    """Checks a content that is a list of parts; the chat template decides how parts are joined."""
     if not isinstance(value, list):
         return value
-    texts: list[str] = []
     for part in value:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
             raise ValueError(f"content parts must be {{'type': 'text', 'text': string}}, not {kind!r}")
-        texts.append(part["text"])
-    return "".join(texts)
+    return value
 
 
 class _Body(BaseModel):
@@ -75,7 +73,7 @@ class ChatMessage(_Body):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str, BeforeValidator(_text_parts)]
+    content: Annotated[str | list[dict[str, Any]], BeforeValidator(_content)]
     name: str | None = None
     refusal: Annotated[str | None, _neutral(None)] = None
     tool_calls: Annotated[list[Any] | None, _neutral(None, [])] = None

@@ -9,12 +9,13 @@ import signal
 import socket
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from mainspring.engine.config import EngineConfig
 from mainspring.engine.server.client import EngineProcess
 from mainspring.engine.server.protocol import Load, Progress, Ready
-from mainspring.errors import ConfigError, EngineDeadError
+from mainspring.engine.server.reporter import Reporter
+from mainspring.errors import ChatTemplateError, ConfigError, EngineDeadError
 
 if TYPE_CHECKING:
     import uvicorn
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mainspring.engine.server.async_llm import AsyncLLM
     from mainspring.engine.server.middleware import DrainGate
     from mainspring.formats.named_models import ResolvedModel
+    from mainspring.formats.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,22 +70,6 @@ class ServerSettings:
             raise ConfigError(f"drain_seconds is {self.drain_seconds}, but must be a number of at least 0")
 
 
-class Reporter(Protocol):
-    """Shows the user what the server does."""
-
-    def step(self, message: str) -> None:
-        """A new step of the start has begun."""
-
-    def progress(self, done: int, total: int) -> None:
-        """The present step is that far."""
-
-    def ready(self, url: str, model_name: str, ready: Ready) -> None:
-        """Requests are taken at this address."""
-
-    def note(self, message: str) -> None:
-        """Something happened after the start."""
-
-
 def run_server(
     settings: ServerSettings, reporter: Reporter, extend: Callable[[FastAPI, AsyncLLM], None] | None = None
 ) -> int:
@@ -100,9 +86,9 @@ def run_server(
     with listener, _engine_process() as engine:
         reporter.step(f"Looking for the model {settings.model}")
         # The engine process imports PyTorch meanwhile.
-        from mainspring.formats.named_models import resolve
+        from mainspring.engine.server.model_source import resolve_model
 
-        resolved = resolve(settings.model, progress=reporter.progress)
+        resolved = resolve_model(settings.model, settings.dtype, reporter)
         engine.send(
             Load(
                 model=str(resolved.path),
@@ -171,10 +157,12 @@ async def _serve(
     from mainspring.formats.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_directory(resolved.path)
+    warm = asyncio.create_task(asyncio.to_thread(_start_template, tokenizer))
     ready = await signals.unless_stopped(_until_ready(engine, reporter))
     if ready is None:
         engine.kill()
         return 0
+    await warm
     name = settings.served_model_name or resolved.name
     llm = AsyncLLM(engine, ready, tokenizer, tokenizer.eos_token_ids, Metrics(name, ready.stats))
     gate = DrainGate()
@@ -200,6 +188,13 @@ async def _serve(
             task.cancel()
         await asyncio.wait({messages, drain})
     return 0
+
+
+def _start_template(tokenizer: Tokenizer) -> None:
+    """Starts the chat template's process, so that the first request need not wait for it."""
+    # A template may refuse this conversation, and a model may have none; requests will be told.
+    with contextlib.suppress(ChatTemplateError):
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}])
 
 
 async def _until_ready(engine: EngineProcess, reporter: Reporter) -> Ready:

@@ -1,0 +1,159 @@
+"""`mainspring serve`: the OpenAI-compatible server with its console, and what the terminal shows of it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from mainspring.engine.server.protocol import Ready
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="A Hugging Face directory, a GGUF file, or the name smollm2.")],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
+    served_model_name: Annotated[str | None, typer.Option(help="The model's name in the API.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16; the checkpoint's own by default.")
+    ] = None,
+    numerics: Annotated[
+        str, typer.Option(help="lockstep (the same bits in any batch) or fast.")
+    ] = "lockstep",
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Longest sequence in tokens, prompt and answer together.")
+    ] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Most requests that run at once.")] = 64,
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens in one forward pass.")
+    ] = None,
+    kv_cache_mb: Annotated[
+        int | None, typer.Option(help="Memory for the KV cache in MiB; a share of the free one by default.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of one operation.")] = None,
+    max_body_mb: Annotated[float, typer.Option(help="Largest request body in MiB.")] = 16.0,
+    drain_seconds: Annotated[
+        float, typer.Option(help="How long running requests may go on after SIGTERM or Ctrl-C.")
+    ] = 30.0,
+    allowed_host: Annotated[
+        list[str] | None, typer.Option(help="Another name that a Host header may have; may be repeated.")
+    ] = None,
+) -> None:
+    """Serve a model: OpenAI's API under /v1 and a console at /, on this machine only unless told otherwise."""
+    from mainspring.console.mount import mount_console
+    from mainspring.engine.config import EngineConfig
+    from mainspring.engine.server.serve import ServerSettings, run_server
+    from mainspring.errors import ConfigError
+
+    if numerics not in ("lockstep", "fast"):
+        raise ConfigError(f"numerics {numerics!r} is not one of lockstep, fast")
+    settings = ServerSettings(
+        model=model,
+        host=host,
+        port=port,
+        served_model_name=served_model_name,
+        device=device,
+        dtype=dtype,
+        numerics="lockstep" if numerics == "lockstep" else "fast",
+        engine=EngineConfig(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            kv_cache_bytes=None if kv_cache_mb is None else kv_cache_mb * 2**20,
+        ),
+        num_threads=threads,
+        max_body_bytes=round(max_body_mb * 2**20),
+        drain_seconds=drain_seconds,
+        allowed_hosts=tuple(allowed_host or ()),
+    )
+    with TerminalReporter(Console()) as reporter:
+        status = run_server(settings, reporter, extend=mount_console)
+    raise typer.Exit(status)
+
+
+class TerminalReporter:
+    """Shows the steps of the start with a spinner, or a bar where the length is known, then the addresses."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._began = time.monotonic()
+        self._step_began = self._began
+        self._message: str | None = None
+        self._task: TaskID | None = None
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            console=console,
+            transient=True,
+        )
+
+    def __enter__(self) -> TerminalReporter:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def step(self, message: str) -> None:
+        """A new step has begun, so the one before is done."""
+        self._finish_step()
+        self._message = message
+        self._step_began = time.monotonic()
+        self._task = self._progress.add_task(message, total=None)
+
+    def progress(self, done: int, total: int) -> None:
+        """The present step is that far."""
+        if self._task is not None:
+            self._progress.update(self._task, completed=done, total=total)
+
+    def ready(self, url: str, model_name: str, ready: Ready) -> None:
+        """The server takes requests."""
+        self._finish_step()
+        self._progress.stop()
+        limits, stats = ready.limits, ready.stats
+        room = stats.kv_blocks_total * stats.block_size
+        self._console.print(
+            f"\n[bold]{model_name}[/] is ready after {time.monotonic() - self._began:.1f} s: "
+            f"{ready.parameters / 1e6:,.1f}M parameters in {ready.dtype} on {ready.device}, "
+            f"context {limits.max_model_len:,} tokens, room for {room:,} in the cache.\n",
+            highlight=False,
+        )
+        addresses = Table.grid(padding=(0, 2))
+        addresses.add_row("Console", f"[bold cyan]{url}/[/]")
+        addresses.add_row("API", f"{url}/v1")
+        self._console.print(addresses)
+        # Printed as it is: a wrapped or coloured command line would not survive being copied.
+        self._console.print(
+            f"\n{curl_line(url, model_name)}\n", highlight=False, markup=False, soft_wrap=True
+        )
+        self._console.print("[dim]Ctrl-C finishes running requests and stops; twice stops at once.[/]")
+
+    def note(self, message: str) -> None:
+        """Something happened after the start."""
+        self._console.print(message, highlight=False, markup=False)
+
+    def _finish_step(self) -> None:
+        if self._task is None or self._message is None:
+            return
+        self._progress.remove_task(self._task)
+        seconds = time.monotonic() - self._step_began
+        self._console.print(f"[green]✓[/] {self._message} [dim]{seconds:.1f} s[/]", highlight=False)
+        self._task = self._message = None
+
+
+def curl_line(url: str, model_name: str) -> str:
+    """A command that asks the server something, to be pasted into a shell."""
+    body = json.dumps({"model": model_name, "messages": [{"role": "user", "content": "Hello! Who are you?"}]})
+    return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}"
