@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -46,7 +46,7 @@ def doctor(
     table = Table(title=f"{device}, {dtype}, {numerics}{', training' if train else ''}", title_justify="left")
     for column in ("operation", "served by", "refused by"):
         table.add_column(column)
-    operations: tuple[Operation[..., object], ...] = (
+    operations: tuple[Operation[Any, Any], ...] = (
         ATTENTION, LINEAR, RMS_NORM, ADD_RMS_NORM, ROPE_ANGLES, ROPE, SWIGLU, TOKEN_LOG_PROBS,
     )  # fmt: skip
     for operation in operations:

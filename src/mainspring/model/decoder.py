@@ -146,7 +146,7 @@ def _to_hugging_face_names(
     module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
 ) -> None:
     assert isinstance(module, Decoder)
-    fused = {part.parameter: state.pop(prefix + part.parameter, None) for part in module.parts()}
+    fused = {name: state.pop(prefix + name) for name in {part.parameter for part in module.parts()}}
     for part in module.parts():
         state[prefix + part.name] = part.view(fused[part.parameter])
     if module.config.tie_word_embeddings:

@@ -150,7 +150,7 @@ class MixtureOfExperts(nn.Module):
         place = torch.empty_like(order)
         place[order] = torch.arange(order.shape[0], device=order.device)
         out = out[place].unflatten(0, (-1, self.top_k))  # [T, k, hidden]
-        mixed = out[:, 0] * weights[:, :1]
+        mixed: Tensor = out[:, 0] * weights[:, :1]
         for k in range(1, self.top_k):
             mixed = mixed + out[:, k] * weights[:, k : k + 1]
         return mixed
