@@ -1,0 +1,91 @@
+"""`mainspring generate`: one prompt, its completion streamed to the terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="A Hugging Face directory, a GGUF file, or the name smollm2.")],
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this mass.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Keep that many likeliest tokens; 0 keeps all.")] = 0,
+    min_p: Annotated[
+        float, typer.Option(help="Keep tokens at least this fraction as likely as the likeliest.")
+    ] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End the text before this string; may be repeated.")
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it is, without the model's chat template.")
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="A system message for the chat template.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16; the checkpoint's own by default.")
+    ] = None,
+    numerics: Annotated[
+        str, typer.Option(help="lockstep (the same bits in any batch) or fast.")
+    ] = "lockstep",
+) -> None:
+    """Complete a prompt, or answer it where the model has a chat template; the text streams to standard output."""
+    from mainspring.engine.llm import LLM
+    from mainspring.engine.sampling_params import SamplingParams
+    from mainspring.errors import ConfigError
+
+    if numerics not in ("lockstep", "fast"):
+        raise ConfigError(f"numerics {numerics!r} is not one of lockstep, fast")
+    params = SamplingParams(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        seed=seed,
+        max_tokens=max_tokens,
+        stop=stop,
+    )
+    text = sys.stdin.read() if prompt == "-" else prompt
+    console = Console(stderr=True)
+    with console.status(f"Loading {model}"):
+        # One stream at a time: the seats of a server would only cost memory.
+        llm = LLM(
+            model,
+            device=device,
+            dtype=dtype,
+            numerics="lockstep" if numerics == "lockstep" else "fast",
+            max_num_seqs=1,
+        )
+    has_template = llm.tokenizer is not None and llm.tokenizer.chat_template is not None
+    if raw or not has_template:
+        if system is not None:
+            raise ConfigError("--system needs a model with a chat template, and not --raw")
+        outputs = llm.stream(text, params)
+    else:
+        messages = [{"role": "user", "content": text}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        outputs = llm.stream_chat(messages, params)
+    began = time.perf_counter()
+    num_tokens = 0
+    try:
+        for output in outputs:
+            num_tokens += len(output.outputs[0].token_ids)
+            sys.stdout.write(output.outputs[0].text)
+            sys.stdout.flush()
+    finally:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    seconds = time.perf_counter() - began
+    if console.is_terminal:
+        console.print(
+            f"[dim]{num_tokens} tokens in {seconds:.1f} s, {num_tokens / seconds:.1f} tokens/s[/]",
+            highlight=False,
+        )

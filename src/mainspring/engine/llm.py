@@ -1,0 +1,213 @@
+"""The offline engine: prompts in, finished texts out. Names as in vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from mainspring.engine.admission import make_request
+from mainspring.engine.config import EngineConfig
+from mainspring.engine.core import EngineCore
+from mainspring.engine.messages import EngineRequest
+from mainspring.engine.output_processor import OutputKind, OutputProcessor
+from mainspring.engine.outputs import RequestOutput
+from mainspring.engine.sampling_params import SamplingParams
+from mainspring.errors import ConfigError, InvalidRequestError
+from mainspring.formats.named_models import resolve
+from mainspring.formats.tokenizer import Tokenizer
+from mainspring.model.checkpoint import load_model
+from mainspring.model.decoder import Decoder
+from mainspring.ops import Numerics
+
+Prompt = str | Sequence[int]
+Messages = Sequence[Mapping[str, Any]]
+
+
+class LLM:
+    """A model, its tokenizer and an engine in this process.
+
+    Not thread-safe: one call at a time.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Decoder,
+        *,
+        tokenizer: Tokenizer | None = None,
+        dtype: str | None = None,
+        device: torch.device | str = "cpu",
+        numerics: Numerics = "lockstep",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int | None = None,
+        block_size: int = 16,
+        kv_cache_bytes: int | None = None,
+        num_blocks: int | None = None,
+        seed: int | None = None,
+    ) -> None:
+        """Load the model, or take a `Decoder` as it is (its parameters are shared, not copied).
+
+        Args:
+            model: a Hugging Face directory, a GGUF file, a known name ("smollm2"), or a `Decoder`.
+            tokenizer: None: the model's own. A `Decoder` has none: without one, prompts are token ids,
+                texts stay empty and stop strings are refused.
+            dtype, device, numerics: as `load_model` takes them; a `Decoder` has its own.
+            max_model_len ... seed: as in `EngineConfig`.
+
+        Raises:
+            ModelNotFoundError, CheckpointError, UnsupportedModelError, TokenizerError, ConfigError.
+        """
+        config = EngineConfig(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            block_size=block_size,
+            kv_cache_bytes=kv_cache_bytes,
+            num_blocks=num_blocks,
+            max_model_len=max_model_len,
+            seed=seed,
+        )
+        if isinstance(model, Decoder):
+            if dtype is not None:
+                raise ConfigError(
+                    f"dtype {dtype!r} was given beside a Decoder, which has its own: {model.dtype}"
+                )
+            self.model = model
+        else:
+            # A quantised file is converted to what is asked for: float32 keeps its exact values.
+            directory = resolve(model, dtype if dtype is not None else "bfloat16").path
+            self.model = load_model(directory, device=device, dtype=dtype, numerics=numerics)
+            tokenizer = tokenizer if tokenizer is not None else Tokenizer.from_directory(directory)
+        self.tokenizer = tokenizer
+        self.engine = EngineCore(self.model, config)
+        self._processor = OutputProcessor(tokenizer)
+        self._request_ids = count()
+        ends = self.model.config.eos_token_ids + (() if tokenizer is None else tokenizer.eos_token_ids)
+        self._eos_token_ids = tuple(dict.fromkeys(ends))
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Complete one prompt or several.
+
+        Args:
+            prompts: a text, a list of token ids, or a list of either.
+            params: for all prompts, or one for each; the defaults if None.
+            use_tqdm: show a progress bar on the terminal.
+
+        Returns:
+            One finished output a prompt, in order.
+
+        Raises:
+            InvalidRequestError, RequestTooLongError: a request is refused; then none is started.
+        """
+        requests = self._requests(_as_list(prompts), params)
+        finished: dict[str, RequestOutput] = {}
+        columns = (TextColumn("Prompts"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, disable=not use_tqdm) as progress:
+            task = progress.add_task("", total=len(requests))
+            for output in self._run(requests, "final"):
+                finished[output.request_id] = output
+                progress.advance(task)
+        return [finished[request.request_id] for request, _ in requests]
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several through the model's chat template.
+
+        Args:
+            messages: a list of {"role": ..., "content": ...}, or a list of such lists.
+
+        Raises:
+            ChatTemplateError: the model has no template, or it fails; and what `generate` raises.
+        """
+        is_one = not messages or isinstance(messages[0], Mapping)
+        conversations = cast("Sequence[Messages]", [messages] if is_one else messages)
+        return self.generate([self._chat_prompt(chat) for chat in conversations], params, use_tqdm=use_tqdm)
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Complete one prompt; each output carries what is new since the one before. Closing it aborts.
+
+        Raises:
+            InvalidRequestError, RequestTooLongError: the request is refused.
+        """
+        return self._run(self._requests([prompt], params), "delta")
+
+    def stream_chat(
+        self, messages: Messages, params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
+        """Like `stream`, for a conversation through the model's chat template."""
+        return self.stream(self._chat_prompt(messages), params)
+
+    def _chat_prompt(self, messages: Messages) -> list[int]:
+        if self.tokenizer is None:
+            raise InvalidRequestError("chat needs a tokenizer, and this engine has none", "messages")
+        # The template writes the special tokens itself.
+        return self.tokenizer.encode(self.tokenizer.apply_chat_template(messages), add_special_tokens=False)
+
+    def _requests(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[tuple[EngineRequest, str | None]]:
+        """Checked requests, each with its text if it had one. Nothing is started yet."""
+        if params is None:
+            params = SamplingParams()
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise InvalidRequestError(f"there are {len(prompts)} prompts, but {len(each)} params", "params")
+        requests: list[tuple[EngineRequest, str | None]] = []
+        for prompt, one in zip(prompts, each, strict=True):
+            token_ids = self._encode(prompt) if isinstance(prompt, str) else prompt
+            request_id = str(next(self._request_ids))
+            request = make_request(request_id, token_ids, one, self.engine.limits, self._eos_token_ids)
+            if one.stop_strings and self.tokenizer is None:
+                raise InvalidRequestError("stop strings need a tokenizer, and this engine has none", "stop")
+            requests.append((request, prompt if isinstance(prompt, str) else None))
+        return requests
+
+    def _encode(self, text: str) -> list[int]:
+        if self.tokenizer is None:
+            raise InvalidRequestError(
+                "a text needs a tokenizer, and this engine has none; give token ids", "prompt"
+            )
+        return self.tokenizer.encode(text)
+
+    def _run(
+        self, requests: Sequence[tuple[EngineRequest, str | None]], output_kind: OutputKind
+    ) -> Iterator[RequestOutput]:
+        """Step until all requests are done. However this ends, none of them stays in the engine."""
+        unfinished = {request.request_id for request, _ in requests}
+        try:
+            for request, text in requests:
+                self._processor.add(request, text, output_kind)
+                self.engine.add_request(request)
+            while unfinished:
+                outputs, to_abort = self._processor.process(self.engine.step())
+                for request_id in to_abort:
+                    self.engine.abort(request_id)
+                for output in outputs:
+                    if output.finished:
+                        unfinished.discard(output.request_id)
+                    yield output
+        finally:
+            for request_id in unfinished:
+                self._processor.abort(request_id)
+                self.engine.abort(request_id)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A single prompt, text or token ids, as a list of one."""
+    is_one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    return [cast("Prompt", prompts)] if is_one else list(cast("Sequence[Prompt]", prompts))
