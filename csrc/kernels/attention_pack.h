@@ -54,12 +54,21 @@ MS_INLINE void pack_query(const T* row, int64_t d, float* out) {
   for_lanes(d / P::kValues, [&](int64_t i, int n) { store_lanes(out + i, P::load_units(row + i * P::kValues, n), n); });
 }
 
+// Rows lie scattered, a few lines each: the hardware's prefetchers do not see the pattern.
+template <class T>
+MS_INLINE void prefetch_rows(const T* const* rows, int64_t begin, int64_t end, int64_t d) {
+  for (int64_t key = begin; key < end; ++key)
+    for (int64_t byte = 0; byte < d * static_cast<int64_t>(sizeof(T)); byte += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(rows[key]) + byte);
+}
+
 // Keys begin..end of a chunk, transposed: out[unit][key], a row of kChunk keys for each unit of d. `begin` and
 // `end` are multiples of kLanes; a null row packs as zeros.
 template <class T>
 void pack_keys(const T* const* rows, int begin, int end, int64_t d, float* out) {
   using P = Packed<T>;
-  for (int key = begin; key < end; key += kLanes)
+  for (int key = begin; key < end; key += kLanes) {
+    prefetch_rows(rows, key + kLanes, min_of(key + 2 * kLanes, end), d);
     for_lanes(d / P::kValues, [&](int64_t i, int n) {
       vf square[kLanes];
       for (int j = 0; j < kLanes; ++j)
@@ -67,14 +76,17 @@ void pack_keys(const T* const* rows, int begin, int end, int64_t d, float* out) 
       transpose(square);
       for (int u = 0; u < n; ++u) store(out + (i + u) * kChunk + key, square[u]);
     });
+  }
 }
 
 // Values of keys begin..end of a chunk: out[key / kValues][dim], rows of `stride` units, dims past d as zeros.
 template <class T>
 void pack_values(const T* const* rows, int begin, int end, int64_t d, int64_t stride, float* out) {
   using P = Packed<T>;
-  for (int key = begin / P::kValues * P::kValues; key < end; key += P::kValues)
+  for (int key = begin / P::kValues * P::kValues; key < end; key += P::kValues) {
+    prefetch_rows(rows, key + 8 * P::kValues, min_of(key + 9 * P::kValues, end), d);
     for_lanes(d, [&](int64_t i, int n) { store(out + key / P::kValues * stride + i, P::join_keys(rows + key, i, n)); });
+  }
 }
 
 }  // namespace mainspring::MAINSPRING_ISA

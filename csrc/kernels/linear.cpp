@@ -60,14 +60,27 @@ MS_INLINE void sum_tile(const vf (&acc)[Rows][Cols], float* sums) {
 #endif
 }
 
+// With few rows the weights come from memory: each step of a tile asks for `lines` cache lines of the next
+// panel, so that reading goes on while a row tile computes on a panel that is already there. They go to the
+// second level: the first holds the present panel.
+struct Ahead {
+  const char* next;
+  int lines;
+
+  MS_INLINE void prefetch() {
+    for (int i = 0; i < lines; ++i, next += 64) __builtin_prefetch(next, 0, 2);
+  }
+};
+
 template <class T, int Rows, int Cols>
-void dot_tile(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t k, float* sums) {
+void dot_tile(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t k, Ahead& ahead, float* sums) {
   using D = Dot<T>;
   vf acc[Rows][Cols];
   for (int r = 0; r < Rows; ++r)
     for (int c = 0; c < Cols; ++c) acc[r][c] = zero();
 
   auto step = [&](auto load_operand) {
+    ahead.prefetch();
     typename D::Operand w_part[Cols];
     for (int c = 0; c < Cols; ++c) w_part[c] = load_operand(w + c * w_stride);
     for (int r = 0; r < Rows; ++r) {
@@ -81,23 +94,47 @@ void dot_tile(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_
   sum_tile<Rows, Cols>(acc, sums);
 }
 
+// One row of x: the weights are read once, so one row of w after the other, as the memory likes it best.
+template <class T, int Cols>
+void dot_row(const T* x, const T* w, int64_t w_stride, int64_t k, float* sums) {
+  using D = Dot<T>;
+  vf acc[1][Cols];
+  for (int c = 0; c < Cols; ++c) {
+    const T* row = w + c * w_stride;
+    vf sum = zero();
+    int64_t i = 0;
+    for (; i + D::kStep <= k; i += D::kStep) sum = D::step(sum, D::load_step(x + i), D::load_step(row + i));
+    if (i < k) {
+      const int n = static_cast<int>(k - i);
+      sum = D::step(sum, D::load_tail(x + i, n), D::load_tail(row + i, n));
+    }
+    acc[0][c] = sum;
+  }
+  sum_tile<1, Cols>(acc, sums);
+}
+
 // `rows` rows of x against `cols` rows of w.
 template <class T, int Rows>
-void dot_panel(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t k, int cols, float* sums) {
+void dot_panel(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t k, int cols, Ahead& ahead,
+               float* sums) {
   int c = 0;
+  if constexpr (Rows == 1) {
+    for (; c + kTileCols <= cols; c += kTileCols)
+      dot_row<T, kTileCols>(x, w + c * w_stride, w_stride, k, sums + c);
+  }
   for (; c + kTileCols <= cols; c += kTileCols)
-    dot_tile<T, Rows, kTileCols>(x, x_stride, w + c * w_stride, w_stride, k, sums + c);
-  for (; c < cols; ++c) dot_tile<T, Rows, 1>(x, x_stride, w + c * w_stride, w_stride, k, sums + c);
+    dot_tile<T, Rows, kTileCols>(x, x_stride, w + c * w_stride, w_stride, k, ahead, sums + c);
+  for (; c < cols; ++c) dot_tile<T, Rows, 1>(x, x_stride, w + c * w_stride, w_stride, k, ahead, sums + c);
 }
 
 template <class T>
 void dot_panel(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t k, int rows, int cols,
-               float* sums) {
+               Ahead& ahead, float* sums) {
   switch (rows) {
-    case 1: return dot_panel<T, 1>(x, x_stride, w, w_stride, k, cols, sums);
-    case 2: return dot_panel<T, 2>(x, x_stride, w, w_stride, k, cols, sums);
-    case 3: return dot_panel<T, 3>(x, x_stride, w, w_stride, k, cols, sums);
-    default: return dot_panel<T, 4>(x, x_stride, w, w_stride, k, cols, sums);
+    case 1: return dot_panel<T, 1>(x, x_stride, w, w_stride, k, cols, ahead, sums);
+    case 2: return dot_panel<T, 2>(x, x_stride, w, w_stride, k, cols, ahead, sums);
+    case 3: return dot_panel<T, 3>(x, x_stride, w, w_stride, k, cols, ahead, sums);
+    default: return dot_panel<T, 4>(x, x_stride, w, w_stride, k, cols, ahead, sums);
   }
 }
 
@@ -123,11 +160,17 @@ void linear_block(const ms_linear_args& a, const Block& block) {
   const T* bias = static_cast<const T*>(a.bias);
   Out* out = static_cast<Out*>(a.out);
   alignas(64) float sums[kTileRows * kSumsStride];
-  for (int64_t c = block.col_begin; c < block.col_end; c += kPanel) {
-    const int cols = static_cast<int>(min_of(kPanel, block.col_end - c));
+  const int64_t row_tiles = (block.row_end - block.row_begin + kTileRows - 1) / kTileRows;
+  const bool few_rows = row_tiles <= kTileCols;
+  const int64_t panel = few_rows ? kTileCols : kPanel;
+  for (int64_t c = block.col_begin; c < block.col_end; c += panel) {
+    Ahead ahead = {reinterpret_cast<const char*>(w + (c + panel) * a.w_stride),
+                   few_rows ? static_cast<int>(kTileCols / max_of(1, row_tiles)) : 0};
+    const int cols = static_cast<int>(min_of(panel, block.col_end - c));
     for (int64_t r = block.row_begin; r < block.row_end; r += kTileRows) {
       const int rows = static_cast<int>(min_of(kTileRows, block.row_end - r));
-      dot_panel<T>(x + r * a.x_stride, a.x_stride, w + c * a.w_stride, a.w_stride, a.k, rows, cols, sums);
+      dot_panel<T>(x + r * a.x_stride, a.x_stride, w + c * a.w_stride, a.w_stride, a.k, rows, cols, ahead,
+                   sums);
       for (int i = 0; i < rows; ++i)
         finish_row(sums + i * kSumsStride, bias == nullptr ? nullptr : bias + c, out + (r + i) * a.out_stride + c, cols);
     }
