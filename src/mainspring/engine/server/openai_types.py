@@ -46,10 +46,21 @@ def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value)
 
 
-def _content(value: Any) -> Any:
-    """Checks a content that is a list of parts; the chat template decides how parts are joined."""
-    if not isinstance(value, list):
+def _stops(value: Any) -> Any:
+    """Checks the form of stop strings."""
+    if value is None or isinstance(value, str):
         return value
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return value
+    raise ValueError("must be a string or a list of strings")
+
+
+def _content(value: Any) -> Any:
+    """Checks a message's content; the chat template decides how its parts are joined."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError("must be a string or a list of text parts")
     for part in value:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
@@ -91,7 +102,7 @@ class GenerationRequest(_Body):
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: Annotated[str | list[str] | None, BeforeValidator(_stops)] = None
     # Names of vLLM's, beyond OpenAI's.
     top_k: int | None = None
     min_p: float | None = None
