@@ -21,6 +21,7 @@ app = typer.Typer(
     name="mainspring",
     help="One stack for language models, from kernel to agent, on one model definition.",
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
