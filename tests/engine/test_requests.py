@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import msgspec
@@ -121,3 +123,9 @@ def test_the_engine_checks_a_request_that_was_built_by_hand() -> None:
 def test_engine_config_refuses(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         EngineConfig(**values)
+
+
+def test_the_callers_side_of_the_border_loads_no_pytorch() -> None:
+    modules = "admission, config, messages, output_processor, outputs, sampling_params"
+    code = f"import sys; from mainspring.engine import {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
