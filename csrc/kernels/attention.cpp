@@ -258,9 +258,7 @@ class TileWork {
   vf final_score(vf dot) const {
     const vf score = mul(dot, all(a.scale));
     if (a.softcap == 0) return score;
-    // cap tanh(s / cap) = cap (1 - 2 / (exp(2 s / cap) + 1))
-    const vf e = exp(mul(all(2.0f), div(score, all(a.softcap))));
-    return mul(all(a.softcap), sub(all(1.0f), div(all(2.0f), add(e, all(1.0f)))));
+    return mul(all(a.softcap), tanh(div(score, all(a.softcap))));
   }
 
   // Turns one row's scores into packed probabilities relative to the row's maximum, in place; keys of `any`

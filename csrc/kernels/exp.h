@@ -1,4 +1,4 @@
-// exp of every lane by one polynomial, the same in full vectors and tails.
+// exp and tanh of every lane by polynomials, the same in full vectors and tails.
 #pragma once
 
 #include "simd.h"
@@ -23,6 +23,19 @@ MS_INLINE vf exp(vf x) {
   p = fma(p, r, all(5.0000001201e-1f));
   p = add(fma(p, mul(r, r), r), all(1.0f));
   return scale_by_power(p, n);
+}
+
+// Within a few ulp. Small arguments have a polynomial of their own (Cephes' tanhf): the other form cancels there.
+MS_INLINE vf tanh(vf x) {
+  const vf z = mul(x, x);
+  vf p = all(-5.70498872745e-3f);
+  p = fma(p, z, all(2.06390887954e-2f));
+  p = fma(p, z, all(-5.37397155531e-2f));
+  p = fma(p, z, all(1.33314422036e-1f));
+  p = fma(p, z, all(-3.33332819422e-1f));
+  const vf small = fma(mul(p, z), x, x);
+  const vf large = sub(all(1.0f), div(all(2.0f), add(exp(mul(all(2.0f), x)), all(1.0f))));
+  return select_less(z, all(0.625f * 0.625f), small, large);
 }
 
 MS_INLINE float exp_one(float x) {

@@ -8,6 +8,7 @@
 //   fma(a, b, c)                a b + c (two roundings where the hardware has no fma)
 //   vmax(a, b)                  b where either is NaN
 //   select_range(v, first, lo, hi, other)   lane i keeps v where lo <= first + i < hi
+//   select_less(a, b, yes, no)  yes where a < b
 //   scale_by_power(v, n)        v 2^n for integral n, rounding to subnormals, zero or infinity
 //   sum_lanes, max_lanes        one fixed tree
 //   transpose(r)                of kLanes vectors as a square

@@ -54,6 +54,9 @@ MS_INLINE vf select_range(vf v, int64_t first, int64_t lo, int64_t hi, vf other)
   const __m256i inside = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(hi - first)), lane_numbers());
   return _mm256_blendv_ps(other, v, _mm256_castsi256_ps(_mm256_andnot_si256(below, inside)));
 }
+MS_INLINE vf select_less(vf a, vf b, vf yes, vf no) {
+  return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+}
 MS_INLINE vf scale_by_power(vf v, vf n) {
   // In two halves, so that a power below the smallest normal one still rounds correctly.
   const __m256i power = _mm256_cvtps_epi32(n);

@@ -49,6 +49,9 @@ MS_INLINE vf select_range(vf v, int64_t first, int64_t lo, int64_t hi, vf other)
                          _mm512_cmplt_epi32_mask(lane, _mm512_set1_epi32(static_cast<int>(hi - first)));
   return _mm512_mask_blend_ps(keep, other, v);
 }
+MS_INLINE vf select_less(vf a, vf b, vf yes, vf no) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
+}
 MS_INLINE vf scale_by_power(vf v, vf n) { return _mm512_scalef_ps(v, n); }
 
 MS_INLINE void transpose(vf (&r)[16]) {

@@ -48,6 +48,7 @@ MS_INLINE vf select_range(vf v, int64_t first, int64_t lo, int64_t hi, vf other)
   const vi lane = {0, 1, 2, 3};
   return choose((lane >= static_cast<int32_t>(lo - first)) & (lane < static_cast<int32_t>(hi - first)), v, other);
 }
+MS_INLINE vf select_less(vf a, vf b, vf yes, vf no) { return choose(a < b, yes, no); }
 MS_INLINE vf scale_by_power(vf v, vf n) {
   // In two halves, so that a power below the smallest normal one still rounds correctly.
   const vi power = __builtin_convertvector(n, vi);

@@ -131,7 +131,7 @@ def attention(
             )
         k_stride, v_stride = k_stride[1:], v_stride[1:]
         table_address, table_stride = block_tables.data_ptr(), block_tables.stride(0)
-    out = torch.empty((t, q_heads, d), dtype=dtype)
+    out = q.new_empty((t, q_heads, d))
     lse = torch.empty((t, q_heads), dtype=torch.float32) if return_lse else None
     require_kernels().attention(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), q_stride[0], k_stride[0], v_stride[0], cu_seqlens.data_ptr(),

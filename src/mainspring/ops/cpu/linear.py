@@ -34,9 +34,10 @@ def linear(
     n, weight_k = weight.shape
     dtype = x.dtype
     code = dtype_code("linear", x)
-    if weight.dtype is not dtype or weight_k != k:
+    if weight.dtype is not dtype or weight_k != k or not weight.is_cpu:
         raise reject(
-            "linear", f"weight {weight.dtype} {tuple(weight.shape)} does not fit x {dtype} {tuple(shape)}"
+            "linear",
+            f"weight {weight.dtype} {tuple(weight.shape)} on {weight.device} does not fit x {dtype} {tuple(shape)}",
         )
     x_stride, x_step = x.stride()
     weight_stride, weight_step = weight.stride()
@@ -54,7 +55,7 @@ def linear(
         out_dtype = dtype
     elif out_dtype is not dtype and out_dtype is not torch.float32:
         raise reject("linear", f"out_dtype must be {dtype} or torch.float32, not {out_dtype}")
-    out = torch.empty((m, n), dtype=out_dtype)
+    out = x.new_empty((m, n)) if out_dtype is dtype else x.new_empty((m, n), dtype=out_dtype)
     require_kernels().linear(
         x.data_ptr(), x_stride, weight.data_ptr(), weight_stride, bias_address, out.data_ptr(), n, m, n, k, code,
         DTYPE_CODES[out_dtype],

@@ -32,7 +32,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     else:
         raise reject("rms_norm", f"x must have 2 or 3 dimensions, not {tuple(shape)}")
     code = _check("rms_norm", x, weight, h, step)
-    out = torch.empty(shape, dtype=x.dtype)
+    out = torch.empty_like(x) if x.is_contiguous() else x.new_empty(shape)  # the former is quicker
     require_kernels().rms_norm(
         x.data_ptr(),
         outer_stride,
@@ -76,8 +76,8 @@ def add_rms_norm(
             f"residual must be a contiguous {tuple(x.shape)} of {x.dtype}, "
             f"not {tuple(residual.shape)} of {residual.dtype}",
         )
-    out = torch.empty((m, h), dtype=x.dtype)
-    total = torch.empty((m, h), dtype=x.dtype)
+    out = torch.empty_like(residual)
+    total = torch.empty_like(residual)
     require_kernels().rms_norm(
         x.data_ptr(), stride, 0, residual.data_ptr(), weight.data_ptr(), out.data_ptr(), total.data_ptr(), m, 1, h,
         eps, code,
@@ -87,10 +87,11 @@ def add_rms_norm(
 
 def _check(operation: str, x: torch.Tensor, weight: torch.Tensor, h: int, step: int) -> int:
     code = dtype_code(operation, x)
-    if weight.dtype is not x.dtype or weight.shape != (h,) or not weight.is_contiguous():
+    if weight.dtype is not x.dtype or not weight.is_cpu or weight.shape != (h,) or not weight.is_contiguous():
         raise reject(
             operation,
-            f"weight must be a contiguous [{h}] of {x.dtype}, not {tuple(weight.shape)} of {weight.dtype}",
+            f"weight must be a contiguous [{h}] of {x.dtype} on the CPU, "
+            f"not {tuple(weight.shape)} of {weight.dtype} on {weight.device}",
         )
     if step != 1 and h > 1:
         raise reject(operation, "the last dimension of x must be contiguous; call .contiguous()")

@@ -24,6 +24,6 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     stride, step = gate_up.stride()
     if two_i % 2 or (step != 1 and two_i > 1):
         raise reject("swiglu", f"gate_up must be [M, 2 I] with contiguous rows, not {tuple(gate_up.shape)}")
-    out = torch.empty((m, two_i // 2), dtype=gate_up.dtype)
+    out = gate_up.new_empty((m, two_i // 2))
     require_kernels().swiglu(gate_up.data_ptr(), stride, out.data_ptr(), m, two_i // 2, code)
     return out
