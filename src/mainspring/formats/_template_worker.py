@@ -5,9 +5,9 @@ from endless loops, huge powers or strings of terabytes, some of which are singl
 interpreter can interrupt. Here the operating system bounds memory and processor time, and the parent ends the
 process when its patience is over.
 
-Messages both ways are a 4-byte little-endian length and that much JSON. The first holds the template and the
-limits, each further one the variables of a rendering; the answer is {"text": ...} or {"error": ...}. The process
-ends when its input does.
+Messages both ways are a 4-byte little-endian length and that much JSON. The process says {"text": ""} when it is
+ready. The first request holds the template and the limits, each further one the variables of a rendering; the
+answer is {"text": ...} or {"error": ...}. The process ends when its input does.
 """
 
 from __future__ import annotations
@@ -112,6 +112,7 @@ def _send(stream: BinaryIO, answer: Mapping[str, str]) -> None:
 def main() -> None:
     """Answers rendering requests on the standard streams until the input ends."""
     source, sink = sys.stdin.buffer, sys.stdout.buffer
+    _send(sink, {"text": ""})
     first = _receive(source)
     if first is None:
         return

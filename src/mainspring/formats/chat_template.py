@@ -176,7 +176,8 @@ class _Worker:
             "max_bytes": _MAX_BYTES,
         }
         try:
-            self.ask(json.dumps(first).encode(), _START_SECONDS)
+            self._answer(_START_SECONDS)
+            self.ask(json.dumps(first).encode(), max_seconds)  # jinja2 works out constants when it compiles
         except BaseException:
             self.stop()
             raise
@@ -186,7 +187,6 @@ class _Worker:
 
     def ask(self, request: bytes, seconds: float) -> str:
         """The text of the answer; ChatTemplateError if it is an error, _WorkerFailure if there is none in time."""
-        deadline = time.monotonic() + seconds
         sink = self._process.stdin
         assert sink is not None  # both streams are pipes: see the constructor
         try:
@@ -194,6 +194,10 @@ class _Worker:
             sink.flush()
         except BrokenPipeError:
             raise _WorkerFailure("its process has ended") from None
+        return self._answer(seconds)
+
+    def _answer(self, seconds: float) -> str:
+        deadline = time.monotonic() + seconds
         (size,) = struct.unpack("<I", self._read(4, deadline, seconds))
         answer = json.loads(self._read(size, deadline, seconds))
         if "error" in answer:

@@ -65,7 +65,12 @@ def read_config(header: GGUFHeader, dtype: str) -> ModelConfig:
             f"the known ones are: {', '.join(ARCHITECTURES)}"
         )
     settings = _Settings(header, architecture)
-    heads = settings.integer("attention.head_count")
+    heads = max(1, settings.integer("attention.head_count"))
+    layers = settings.integer("block_count")
+    if layers > len(header.tensors):
+        raise CheckpointError(
+            f"{header.path} announces {layers} layers, but has {len(header.tensors)} tensors only"
+        )
     hidden = settings.integer("embedding_length")
     head_dim = settings.integer(
         "attention.key_length", settings.integer("rope.dimension_count", hidden // heads)
@@ -75,7 +80,7 @@ def read_config(header: GGUFHeader, dtype: str) -> ModelConfig:
     config: dict[str, Any] = {
         "vocab_size": _vocab_size(header),
         "hidden_size": hidden,
-        "num_hidden_layers": settings.integer("block_count"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": settings.integer("attention.head_count_kv", heads),
         "head_dim": head_dim,
@@ -252,7 +257,8 @@ def _sources_of(
         if part == "ffn_gate_inp":
             return {f"{prefix}.{block}.gate.{kind}": TensorSource(name)}
         if which is not None and (expert is None) == (which[2] is not None):
-            experts = range(config.num_experts) if expert is None else [int(expert)]
+            # A file may announce any number of experts: _check_shapes compares the two.
+            experts = range(header.tensors[name].shape[0]) if expert is None else [int(expert)]
             return {
                 f"{prefix}.{block}.experts.{e}.{parts[which[1]]}.{kind}": TensorSource(
                     name, e if expert is None else None

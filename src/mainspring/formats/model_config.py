@@ -36,6 +36,8 @@ from mainspring.formats.rope_scaling import RopeScaling, read_rope, write_rope
 
 __all__ = ["DTYPES", "KNOWN_ARCHITECTURES", "ModelConfig", "RopeScaling"]
 
+_MAX_LAYERS = 100_000  # far beyond any model: a larger number is a damaged file
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -191,6 +193,8 @@ class ModelConfig:
         family = find_family(d)
         refuse_unsupported(d)
         num_layers = read_int(d, "num_hidden_layers", minimum=1)
+        if num_layers > _MAX_LAYERS:
+            raise ConfigError(f"num_hidden_layers is {num_layers}: at most {_MAX_LAYERS} are supported")
         num_heads = read_int(d, "num_attention_heads", minimum=1)
         hidden_size = read_int(d, "hidden_size", minimum=1)
         intermediate_size = read_int(d, "intermediate_size", minimum=1)
