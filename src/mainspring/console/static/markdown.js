@@ -2,7 +2,7 @@
 
 import { button, copyFrom, element } from "./dom.js";
 
-const FENCE = /^ {0,3}(```+|~~~+)\s*([^\s`]*)[^`]*$/;
+const FENCE = /^(\s*)(```+|~~~+)\s*([^\s`]*)[^`]*$/;
 const HEADING = /^ {0,3}(#{1,6})\s+(.*?)\s*#*\s*$/;
 const RULE = /^ {0,3}([-*_])(\s*\1){2,}\s*$/;
 const QUOTE = /^ {0,3}> ?(.*)$/;
@@ -21,7 +21,7 @@ export function renderInto(parent, text) {
 }
 
 function isSame(a, b) {
-  return a.kind === b.kind && a.info === b.info && a.closed === b.closed && a.lines.join("\n") === b.lines.join("\n");
+  return a.kind === b.kind && a.info === b.info && a.lines.join("\n") === b.lines.join("\n");
 }
 
 /** Cuts a text into blocks: { kind, lines, info }. */
@@ -34,8 +34,10 @@ export function splitBlocks(text) {
     const line = lines[at];
     const fence = FENCE.exec(line);
     if (fence) {
-      const end = endOfFence(lines, at + 1, fence[1]);
-      blocks.push({ kind: "code", lines: lines.slice(at + 1, end), info: fence[2], closed: end < lines.length });
+      const [, space, mark, info] = fence;
+      const end = endOfFence(lines, at + 1, mark);
+      const code = lines.slice(at + 1, end).map((each) => withoutIndent(each, space.length));
+      blocks.push({ kind: "code", lines: code, info });
       at = end;
       open = null;
     } else if (line.trim() === "") {
@@ -74,6 +76,12 @@ function endOfFence(lines, from, mark) {
     if (line.startsWith(mark) && line.replaceAll(mark[0], "") === "") return at;
   }
   return lines.length;
+}
+
+/** A line of code in a fence that is indented, as inside a list. */
+function withoutIndent(line, width) {
+  const space = line.length - line.trimStart().length;
+  return line.slice(Math.min(width, space));
 }
 
 function render(block) {
@@ -156,7 +164,7 @@ function withBreaks(lines) {
 
 const INLINE = [
   { pattern: /^(`+)(.+?)\1(?!`)/, make: (m) => element("code", {}, m[2].trim()) },
-  { pattern: /^(\*\*|__)(?=\S)(.+?\S|\S)\1/, make: (m, depth) => element("strong", {}, ...inline(m[2], depth)) },
+  { pattern: /^(\*\*|__)(?=\S)(.+?\S|\S)\1(?![*_])/, make: (m, depth) => element("strong", {}, ...inline(m[2], depth)) },
   { pattern: /^\*(?=[^\s*])(.*?[^\s*])\*(?!\*)/, make: (m, depth) => element("em", {}, ...inline(m[1], depth)) },
   { pattern: /^_(?=[^\s_])(.*?[^\s_])_(?!\w)/, make: (m, depth) => element("em", {}, ...inline(m[1], depth)), word: true },
   { pattern: /^~~(?=\S)(.+?\S|\S)~~/, make: (m, depth) => element("del", {}, ...inline(m[1], depth)) },
