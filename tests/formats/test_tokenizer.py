@@ -366,6 +366,17 @@ def test_smollm2_decodes_random_ids_as_the_library_does(
 
 
 @needs_smollm2
+def test_smollm2_as_transformers_saves_it_is_read(smollm2_peer: Any, tmp_path: Path) -> None:
+    smollm2_peer.save_pretrained(tmp_path)
+    loaded = Tokenizer.from_directory(tmp_path)
+    text = "It's <2024>,\n\ndéjà vu 你好 🎉<|im_end|>"
+    ids = loaded.encode(text)
+    assert ids == smollm2_peer(text)["input_ids"]
+    assert "".join(pieces(loaded, ids, False)) == loaded.decode(ids, False) == text
+    assert loaded.chat_template == smollm2_peer.chat_template
+
+
+@needs_smollm2
 def test_smollm2_cuts_numbers_into_single_characters(smollm2: Tokenizer) -> None:
     tokens = [smollm2.id_to_token(i) for i in smollm2.encode("in 2024 ½")]
     assert tokens == ["in", "Ġ", "2", "0", "2", "4", "Ġ", "Â½"]

@@ -30,10 +30,14 @@ class TokenBytes:
         self._byte_fallback = "ByteFallback" in kinds
         self._space = "▁" if {"Replace", "Metaspace"} & set(kinds) else None
         self.strips_first_space = _strips_first_space(steps)
-        allowed = (
-            {"ByteLevel"} if self._byte_level else {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
-        )
-        if not kinds or not set(kinds) <= allowed or not all(map(_is_standard, steps)):
+        # transformers puts sentencepiece's steps, which then change nothing, before ByteLevel in what it makes of
+        # GGUF files.
+        others = {"ByteLevel"} if self._byte_level else {"Strip", "Metaspace"}
+        if (
+            not kinds
+            or not set(kinds) <= {"Replace", "ByteFallback", "Fuse"} | others
+            or not all(map(_is_standard, steps))
+        ):
             raise TokenizerError(
                 f"the tokenizer's decoder {kinds or None} is not supported; the known ones are: {_KNOWN}"
             )
