@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn
 from rich.table import Table
 
@@ -92,7 +93,7 @@ class TerminalReporter:
         self._task: TaskID | None = None
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TaskProgressColumn(),
             console=console,
@@ -125,7 +126,7 @@ class TerminalReporter:
         limits, stats = ready.limits, ready.stats
         room = stats.kv_blocks_total * stats.block_size
         self._console.print(
-            f"\n[bold]{model_name}[/] is ready after {time.monotonic() - self._began:.1f} s: "
+            f"\n[bold]{escape(model_name)}[/] is ready after {time.monotonic() - self._began:.1f} s: "
             f"{ready.parameters / 1e6:,.1f}M parameters in {ready.dtype} on {ready.device}, "
             f"context {limits.max_model_len:,} tokens, room for {room:,} in the cache.\n",
             highlight=False,
@@ -149,7 +150,7 @@ class TerminalReporter:
             return
         self._progress.remove_task(self._task)
         seconds = time.monotonic() - self._step_began
-        self._console.print(f"[green]✓[/] {self._message} [dim]{seconds:.1f} s[/]", highlight=False)
+        self._console.print(f"[green]✓[/] {escape(self._message)} [dim]{seconds:.1f} s[/]", highlight=False)
         self._task = self._message = None
 
 

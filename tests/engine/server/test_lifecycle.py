@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 import stat
@@ -46,6 +47,13 @@ def engine_and_children(server: Server) -> list[psutil.Process]:
 def private_directory(server: Server) -> Path:
     """Where the sockets between frontend and engine lie."""
     return Path(server.engine.cmdline()[-1])
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
+def test_the_command_that_is_shown_works(server: Server) -> None:
+    (command,) = [line for line in server.output.read_text().splitlines() if line.startswith("curl ")]
+    done = subprocess.run(["sh", "-c", command], capture_output=True, check=True, timeout=120)
+    assert json.loads(done.stdout)["choices"][0]["message"]["content"]
 
 
 def test_a_client_that_leaves_a_stream_frees_its_blocks(server: Server) -> None:

@@ -47,7 +47,7 @@ export class Figures {
     show("figure-waiting", figures.waiting);
     show("figure-kv", percent(kv));
     show("fact-requests", `${figures.running} running, ${figures.waiting} waiting`);
-    show("fact-kv", `${percent(kv)} of ${count(figures.kv_blocks_total * figures.block_size)} tokens`);
+    show("fact-kv", `${percent(kv)} of ${count(figures.kv_blocks_total * figures.block_size)}`);
     document.getElementById("fact-kv-meter").value = kv;
     show("fact-read", `${count(figures.prompt_tokens_total)} tokens`);
     show("fact-written", `${count(figures.generation_tokens_total)} tokens`);
