@@ -37,17 +37,19 @@ def load_model(
 ) -> Decoder:
     """The decoder of a Hugging Face directory, of a GGUF file (dequantised), or of a known name ("smollm2").
 
-    dtype: "float32", "bfloat16", "float16" or a torch dtype; None takes the checkpoint's own. Weights are
-    copied once, from the mapped file into the fused parameters.
+    dtype: "float32", "bfloat16", "float16" or a torch dtype; None takes the checkpoint's own (of a GGUF file
+    bfloat16; ask for float32 to compute with exactly its values). Weights are copied once, from the mapped
+    file into the fused parameters.
     Raises ModelNotFoundError, CheckpointError, UnsupportedModelError, ConfigError.
     """
-    directory = resolve(str(path)).path
+    wanted = torch_dtype(dtype) if dtype is not None else None
+    directory = resolve(path, _converted_dtype(wanted)).path
     config = ModelConfig.from_file(directory / "config.json")
     model = Decoder(
         config,
         policy=Policy(numerics, backend),
         device=device,
-        dtype=torch_dtype(dtype if dtype is not None else config.dtype),
+        dtype=wanted if wanted is not None else torch_dtype(config.dtype),
     )
     load_weights(model, directory)
     return model.eval()
@@ -103,6 +105,13 @@ def save_model(
             if tokenizer is not None:
                 tokenizer.save(directory)
             writer.finish()
+
+
+def _converted_dtype(wanted: torch.dtype | None) -> str:
+    """The dtype that a quantised file is dequantised to: wide enough to lose nothing that was asked for."""
+    if wanted is None:
+        return "bfloat16"
+    return next((name for name, dtype in DTYPES.items() if dtype == wanted), "float32")
 
 
 def _saved_config(model: Decoder) -> dict[str, object]:
