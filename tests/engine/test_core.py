@@ -150,6 +150,18 @@ def test_preempted_requests_go_on_with_the_same_tokens_and_log_probabilities() -
     assert tight.stats().finished_total == {"stop": 0, "length": 4, "abort": 0}
 
 
+def test_the_base_of_dynamic_rope_is_fixed_at_admission_and_reported() -> None:
+    model = tiny_model("rope-dynamic")  # 64 positions before the base grows
+    params = [SamplingParams(temperature=0, max_tokens=n, logprobs=0, prompt_logprobs=0) for n in (10, 60)]
+    prompt = [(7 * i) % VOCAB for i in range(60)]
+    results = run(EngineCore(model, EngineConfig(max_num_batched_tokens=64)), [(prompt, p) for p in params])
+    assert [result.rope_length for result in results] == [70, 120]
+    for result in results:
+        assert_bitwise_the_trainers(model, result)
+    # The two bases differ, and so do the same prompt's log-probabilities.
+    assert results[0].prompt_logprobs != results[1].prompt_logprobs
+
+
 def test_greedy_tokens_are_the_likeliest_at_every_position() -> None:
     model = tiny_model("qwen3")
     jobs: list[Job] = [([7, 3, 1], SamplingParams(temperature=0, max_tokens=10, logprobs=1))]

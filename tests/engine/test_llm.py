@@ -92,7 +92,7 @@ def test_one_bad_prompt_refuses_all_and_starts_none(llm: LLM) -> None:
         llm.generate(["fine", "x" * 128], GREEDY)
     with pytest.raises(InvalidRequestError, match="empty"):
         llm.generate(["fine", ""], GREEDY)
-    with pytest.raises(InvalidRequestError, match="2 prompts, but 1 params"):
+    with pytest.raises(InvalidRequestError, match="2 prompts, but 1 sampling_params"):
         llm.generate(["a", "b"], [GREEDY])
     assert not llm.engine.has_work()
     assert len(llm.generate("fine", GREEDY)) == 1

@@ -92,7 +92,7 @@ class LLM:
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
@@ -100,7 +100,7 @@ class LLM:
 
         Args:
             prompts: a text, a list of token ids, or a list of either.
-            params: for all prompts, or one for each; the defaults if None.
+            sampling_params: for all prompts, or one for each; the defaults if None.
             use_tqdm: show a progress bar on the terminal.
 
         Returns:
@@ -109,7 +109,7 @@ class LLM:
         Raises:
             InvalidRequestError, RequestTooLongError: a request is refused; then none is started.
         """
-        requests = self._requests(_as_list(prompts), params)
+        requests = self._requests(_as_list(prompts), sampling_params)
         finished: dict[str, RequestOutput] = {}
         columns = (TextColumn("Prompts"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, disable=not use_tqdm) as progress:
@@ -122,7 +122,7 @@ class LLM:
     def chat(
         self,
         messages: Messages | Sequence[Messages],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
@@ -136,15 +136,18 @@ class LLM:
         """
         is_one = not messages or isinstance(messages[0], Mapping)
         conversations = cast("Sequence[Messages]", [messages] if is_one else messages)
-        return self.generate([self._chat_prompt(chat) for chat in conversations], params, use_tqdm=use_tqdm)
+        prompts = [self._chat_prompt(chat) for chat in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
         """Complete one prompt; each output carries what is new since the one before. Closing it aborts.
 
         Raises:
             InvalidRequestError, RequestTooLongError: the request is refused.
         """
-        return self._run(self._requests([prompt], params), "delta")
+        return self._run(self._requests([prompt], sampling_params), "delta")
 
     def stream_chat(
         self, messages: Messages, params: SamplingParams | None = None
@@ -166,7 +169,9 @@ class LLM:
             params = SamplingParams()
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
-            raise InvalidRequestError(f"there are {len(prompts)} prompts, but {len(each)} params", "params")
+            raise InvalidRequestError(
+                f"there are {len(prompts)} prompts, but {len(each)} sampling_params", "sampling_params"
+            )
         requests: list[tuple[EngineRequest, str | None]] = []
         for prompt, one in zip(prompts, each, strict=True):
             token_ids = self._encode(prompt) if isinstance(prompt, str) else prompt

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mainspring.engine.random_numbers import uniform
 from mainspring.engine.request import Request
 
-# Candidates looked at first where top_p alone limits them; widened by this factor until the mass is reached.
+# Candidates looked at where top_p alone limits them, until the mass is reached; beyond these all are sorted.
 _FIRST_WIDTH = 128
-_WIDENING = 8
+_SECOND_WIDTH = 1024
 
 
 def sample(logits: Tensor, requests: Sequence[Request]) -> list[int]:
@@ -50,7 +51,9 @@ def _without_stop_tokens(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     masked = logits.clone()
     for row, request in enumerate(requests):
         if request.forbids_stopping:
-            masked[row, request.ignored_stop_ids] = -torch.inf
+            # A tokenizer may name an end token that this model has no logit for.
+            known = [token for token in request.ignored_stop_ids if token < logits.shape[1]]
+            masked[row, known] = -torch.inf
     return masked
 
 
@@ -97,7 +100,7 @@ def _cutoffs(probs: Tensor, top_ks: Sequence[int], top_ps: Sequence[float]) -> T
     p_column = torch.tensor(top_ps, dtype=torch.float64, device=device)[:, None]
     whole = probs.cumsum(dim=-1, dtype=torch.float64)[:, -1:] if needs_mass else None
     while True:
-        top = probs.topk(width, dim=-1).values  # [R, W], descending
+        top = _largest(probs, width)  # [R, W]
         kept = torch.where(torch.arange(width, device=device) < k_column, top, 0.0)
         mass = kept.cumsum(dim=-1, dtype=torch.float64)  # [R, W]
         total = mass[:, -1:] if whole is None else torch.where(k_column < vocab_size, mass[:, -1:], whole)
@@ -106,7 +109,7 @@ def _cutoffs(probs: Tensor, top_ks: Sequence[int], top_ps: Sequence[float]) -> T
             break
         if bool(((mass[:, -1:] >= wanted) | (p_column == 1.0) | (k_column < vocab_size)).all()):
             break
-        width = min(vocab_size, width * _WIDENING)
+        width = min(vocab_size, _SECOND_WIDTH) if width < _SECOND_WIDTH else vocab_size
     # A token stays if what stands before it has not reached the mass yet; the first always stays.
     num_kept = ((mass - kept) < wanted).sum(dim=-1, keepdim=True).clamp_(min=1)  # [R, 1]
     num_kept = torch.minimum(num_kept, k_column.clamp(max=width))
@@ -115,3 +118,11 @@ def _cutoffs(probs: Tensor, top_ks: Sequence[int], top_ps: Sequence[float]) -> T
         [k == vocab_size and p == 1.0 for k, p in zip(top_ks, top_ps, strict=True)], device=device
     )
     return cutoffs.masked_fill_(unlimited, 0.0)
+
+
+def _largest(probs: Tensor, width: int) -> Tensor:
+    """The `width` largest of each row, descending: [R, V] -> [R, width]."""
+    if width == probs.shape[1] and probs.device.type == "cpu":
+        # NumPy's vectorised sort takes a quarter of the time of torch's.
+        return torch.from_numpy(np.sort(probs.numpy(), axis=-1)).flip(-1)
+    return probs.topk(width, dim=-1).values
