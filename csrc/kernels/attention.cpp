@@ -1,11 +1,11 @@
 // Causal attention over packed or paged keys, for prefill, chunked prefill and decode alike.
 //
 // Canonical order of a query's output: keys in chunks of kChunk, aligned at position 0. Within a chunk the
-// scores are dot products over d from first to last; then the maximum, the exponentials relative to it,
-// their sum (key j in lane j % kLanes, then one tree), and the weighted values added from the first key to
-// the last. A chunk thus gives (max, sum, values) on its own, and chunks are merged from left to right. Keys
-// that a query does not see count as probability 0, which changes nothing, and chunks without visible keys
-// are left out. So the bits depend on nothing but the query and the keys it sees.
+// scores are dot products over d from first to last, in segments; then the maximum, the exponentials relative
+// to it, their sum (key j in lane j % kLanes, then one tree), and the weighted values added from the first key
+// to the last. A chunk thus gives (max, sum, values) on its own, and chunks are merged from left to right.
+// Keys that a query does not see count as probability 0, which changes nothing, and chunks without visible
+// keys are left out. So the bits depend on nothing but the query and the keys it sees.
 //
 // The work is cut into tiles: neighbouring queries of one sequence with all the query heads that share a
 // key head. When there are few tiles (decode of few sequences), their chunks are computed in parallel too.
@@ -28,6 +28,7 @@ constexpr int kVectors = 4;  // vectors of keys, or of dims, in a register tile
 constexpr int kVectors = 2;
 #endif
 constexpr int kKeyBlock = kVectors * kLanes;
+constexpr int64_t kSegment = 32;  // units of d summed in one go: one long sum in float32 would lose digits
 constexpr int64_t kTileRows = 192;  // about how many query rows share one packing of a chunk
 
 struct Range {
@@ -239,20 +240,26 @@ class TileWork {
     return {max_of(0, keys_seen.begin - chunk_begin), min_of(kChunk, keys_seen.end - chunk_begin)};
   }
 
-  // Scores of kRows rows with kKeyBlock keys, before scaling.
+  // Scores of kRows rows with kKeyBlock keys, before scaling: sums over kSegment units of d, joined in order.
   void score_block(int64_t row, int64_t key) {
-    vf acc[kRows][kVectors];
-    for (auto& line : acc)
-      for (auto& v : line) v = zero();
-    const float* q = queries + row * shape.units;
-    for (int64_t u = 0; u < shape.units; ++u) {
-      vf k[kVectors];
-      for (int c = 0; c < kVectors; ++c) k[c] = load(keys + u * kChunk + key + c * kLanes);
+    for (int64_t begin = 0; begin < shape.units; begin += kSegment) {
+      vf acc[kRows][kVectors];
+      for (auto& line : acc)
+        for (auto& v : line) v = zero();
+      const float* q = queries + row * shape.units;
+      const int64_t end = min_of(begin + kSegment, shape.units);
+      for (int64_t u = begin; u < end; ++u) {
+        vf k[kVectors];
+        for (int c = 0; c < kVectors; ++c) k[c] = load(keys + u * kChunk + key + c * kLanes);
+        for (int r = 0; r < kRows; ++r)
+          for (int c = 0; c < kVectors; ++c) acc[r][c] = P::step(acc[r][c], q + r * shape.units + u, k[c]);
+      }
       for (int r = 0; r < kRows; ++r)
-        for (int c = 0; c < kVectors; ++c) acc[r][c] = P::step(acc[r][c], q + r * shape.units + u, k[c]);
+        for (int c = 0; c < kVectors; ++c) {
+          float* score = scores + r * kChunk + key + c * kLanes;
+          store(score, begin == 0 ? acc[r][c] : add(load(score), acc[r][c]));
+        }
     }
-    for (int r = 0; r < kRows; ++r)
-      for (int c = 0; c < kVectors; ++c) store(scores + r * kChunk + key + c * kLanes, acc[r][c]);
   }
 
   vf final_score(vf dot) const {
