@@ -102,7 +102,7 @@ random_params = st.builds(
 small_engines = st.builds(
     EngineConfig,
     max_num_seqs=st.integers(1, 5),
-    max_num_batched_tokens=st.integers(5, 40),
+    max_num_batched_tokens=st.integers(1, 40),
     block_size=st.sampled_from([1, 4, 16]),
     num_blocks=st.sampled_from([41, 48, 64]),
 )

@@ -117,7 +117,6 @@ def test_the_engine_checks_a_request_that_was_built_by_hand() -> None:
         {"max_model_len": 1.5},
         {"max_logprobs": -1},
         {"kv_cache_bytes": 100, "num_blocks": 3},
-        {"max_num_batched_tokens": 8, "max_num_seqs": 9},
     ],
 )
 def test_engine_config_refuses(values: dict[str, Any]) -> None:

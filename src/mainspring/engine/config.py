@@ -12,7 +12,8 @@ class EngineConfig:
     """Validated on construction; what depends on model and machine is resolved by `EngineCore`.
 
     Attributes:
-        max_num_seqs: most requests that run at once.
+        max_num_seqs: most requests that run at once; never more than `max_num_batched_tokens`, so that
+            a step has room for a token of each.
         max_num_batched_tokens: most tokens in one forward pass, prompt chunks and decodes together; None:
             512 on a CPU (a step stays short enough for the streams beside a long prompt), 8,192 on a GPU.
         block_size: tokens a KV block.
@@ -54,10 +55,4 @@ class EngineConfig:
             raise ConfigError(
                 f"kv_cache_bytes ({self.kv_cache_bytes}) and num_blocks ({self.num_blocks}) both size "
                 "the cache; give one of them"
-            )
-        if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
-            raise ConfigError(
-                f"max_num_batched_tokens is {self.max_num_batched_tokens}, below max_num_seqs "
-                f"({self.max_num_seqs}): a step must hold one token of every running request; "
-                "raise the first or lower the second"
             )

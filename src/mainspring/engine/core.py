@@ -42,13 +42,10 @@ class EngineCore:
             vocab_size=model.config.vocab_size,
             max_logprobs=config.max_logprobs,
         )
+        budget = sizing.max_num_batched_tokens(config, model.device)
+        seats = min(config.max_num_seqs, budget)
         self._allocator = BlockAllocator(num_blocks)
-        self._scheduler = Scheduler(
-            self._allocator,
-            config.block_size,
-            config.max_num_seqs,
-            sizing.max_num_batched_tokens(config, model.device),
-        )
+        self._scheduler = Scheduler(self._allocator, config.block_size, seats, budget)
         self._runner = ModelRunner(model, num_blocks, config.block_size)
         self._random = random.Random(config.seed)
         self._num_prompt_tokens = 0
