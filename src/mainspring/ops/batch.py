@@ -37,13 +37,17 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> KVCache:
-        """An uninitialised cache; memory is 2 · layers · blocks · block_size · heads · head_dim · itemsize bytes."""
+        """A cache of 2 · layers · blocks · block_size · heads · head_dim · itemsize bytes.
+
+        Its contents are undefined: attention never reads a key that was not written. (On the CPU no page is
+        touched before its first key is, so that gigabytes cost nothing at the start.)
+        """
         if num_blocks < 2:
             raise ConfigError(f"a KV cache needs at least 2 blocks (one is the null block), got {num_blocks}")
         shape = (num_blocks, block_size, num_kv_heads, head_dim)
 
         def tensors() -> tuple[Tensor, ...]:
-            return tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers))
+            return tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers))
 
         return KVCache(tensors(), tensors(), block_size)
 
