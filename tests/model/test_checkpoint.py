@@ -63,6 +63,14 @@ def test_dtype_is_the_checkpoints_unless_asked_for(saved: Path) -> None:
         load_model(saved, dtype="int4")
 
 
+@pytest.mark.parametrize(
+    ("device", "message"), [("cuda:99", "'cuda:99' is not there"), ("abacus", "is not one that")]
+)
+def test_a_device_that_is_not_there_is_refused(saved: Path, device: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_model(saved, device=device)
+
+
 def test_the_same_seed_gives_the_same_weights() -> None:
     assert _same_weights(create_model(LLAMA, seed=5), create_model(LLAMA, seed=5))
     assert not _same_weights(create_model(LLAMA, seed=5), create_model(LLAMA, seed=6))

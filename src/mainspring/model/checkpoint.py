@@ -15,7 +15,7 @@ from mainspring.formats.model_config import ModelConfig
 from mainspring.formats.named_models import resolve
 from mainspring.formats.safetensors_file import CheckpointReader, SafetensorsWriter, TensorEntry, TensorSpec
 from mainspring.model.decoder import Decoder
-from mainspring.model.initialise import DTYPES, create_model, torch_dtype
+from mainspring.model.initialise import DTYPES, create_model, torch_device, torch_dtype
 from mainspring.ops import Numerics, Policy
 
 __all__ = ["create_model", "load_model", "load_weights", "save_model"]
@@ -48,7 +48,7 @@ def load_model(
     model = Decoder(
         config,
         policy=Policy(numerics, backend),
-        device=device,
+        device=torch_device(device),
         dtype=wanted if wanted is not None else torch_dtype(config.dtype),
     )
     load_weights(model, directory)

@@ -26,7 +26,9 @@ def create_model(
 
     The same seed gives the same weights on every device (they are drawn on the CPU in fp32).
     """
-    model = Decoder(config, policy=Policy(numerics, backend), device=device, dtype=torch_dtype(dtype))
+    model = Decoder(
+        config, policy=Policy(numerics, backend), device=torch_device(device), dtype=torch_dtype(dtype)
+    )
     deviation = float(config.extra.get("initializer_range", _INITIALIZER_RANGE))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -38,6 +40,21 @@ def create_model(
             else:
                 parameter.copy_(torch.empty(parameter.shape).normal_(0, deviation, generator=generator))
     return model
+
+
+def torch_device(device: torch.device | str) -> torch.device:
+    """The device, if this machine has it. Raises ConfigError."""
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"device {device!r} is not one that PyTorch knows; name cpu, cuda or cuda:N"
+        ) from error
+    if found.type == "cuda":
+        count = torch.cuda.device_count()
+        if (found.index or 0) >= count:
+            raise ConfigError(f"device {str(device)!r} is not there: this machine has {count} CUDA devices")
+    return found
 
 
 def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
