@@ -70,7 +70,7 @@ def attention_cases(name: str, dtype: torch.dtype) -> Iterator[Case]:
         return tuple(torch.randn(n, h, 64).to(dtype) for n, h in ((tokens, 9), (keys, 3), (keys, 3)))  # type: ignore[return-value]
 
     def heads_first(x: Tensor, sequences: int) -> Tensor:
-        return x.unflatten(0, (sequences, -1)).transpose(1, 2)
+        return x.view(sequences, -1, *x.shape[1:]).transpose(1, 2)
 
     q, k, v = tensors(2048, 2048)
     ends, lengths = torch.tensor([0, 2048], dtype=torch.int32), torch.tensor([2048], dtype=torch.int32)
@@ -85,7 +85,7 @@ def attention_cases(name: str, dtype: torch.dtype) -> Iterator[Case]:
     for sequences, context in ((1, 4096), (8, 1024), (32, 512)):
         blocks = sequences * context // 16
         q, k, v = tensors(sequences, sequences * context)
-        paged_k, paged_v = k.unflatten(0, (blocks, 16)), v.unflatten(0, (blocks, 16))
+        paged_k, paged_v = k.view(blocks, 16, 3, 64), v.view(blocks, 16, 3, 64)
         tables = torch.arange(blocks, dtype=torch.int32).view(sequences, -1)
         ends = torch.arange(sequences + 1, dtype=torch.int32)
         lengths = torch.full((sequences,), context, dtype=torch.int32)
@@ -164,7 +164,9 @@ def best_seconds(case: Case, seconds: float) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=require_kernels().num_threads())
     parser.add_argument("--seconds", type=float, default=0.4, help="time spent on each row")
     parser.add_argument("--only", default="", help="rows whose name contains this")
@@ -174,13 +176,20 @@ def main() -> None:
     kernels.set_num_threads(arguments.threads)
     print(f"{kernels.isa()}, {arguments.threads} threads, torch {torch.__version__}")
     print(f"{'case':40} {'unit':>8} {'ours':>9} {'torch':>9} {'ratio':>6} {'ours us':>9}")
-    groups = [make(name, dtype) for name, dtype in DTYPES.items() for make in (linear_cases, attention_cases, small_cases)]
+    groups = [
+        make(name, dtype)
+        for name, dtype in DTYPES.items()
+        for make in (linear_cases, attention_cases, small_cases)
+    ]
     for case in itertools.chain(*groups, log_prob_cases()):
         if arguments.only not in case.name:
             continue
         ours, torchs = best_seconds(case, arguments.seconds)
         rates = case.amount / ours, case.amount / torchs
-        print(f"{case.name:40} {case.unit:>8} {rates[0]:9.1f} {rates[1]:9.1f} {rates[0] / rates[1]:6.2f} {ours * 1e6:9.1f}")
+        print(
+            f"{case.name:40} {case.unit:>8} {rates[0]:9.1f} {rates[1]:9.1f} {rates[0] / rates[1]:6.2f} "
+            f"{ours * 1e6:9.1f}"
+        )
 
 
 if __name__ == "__main__":

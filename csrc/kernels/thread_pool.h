@@ -15,15 +15,15 @@ void set_num_threads(int count);
 void run_tasks(int64_t num_tasks, void (*task)(void* context, int64_t index), void* context);
 
 template <class Body>
-void parallel_for(int64_t num_tasks, Body&& body) {
+void parallel_for(int64_t num_tasks, const Body& body) {
   if (num_tasks == 1) return body(int64_t{0});
-  auto call = [](void* context, int64_t index) { (*static_cast<Body*>(context))(index); };
-  run_tasks(num_tasks, call, &body);
+  auto call = [](void* context, int64_t index) { (*static_cast<const Body*>(context))(index); };
+  run_tasks(num_tasks, call, const_cast<Body*>(&body));
 }
 
 // Calls body(begin, end) over pieces of [0, count), each of at least `grain`: use it for cheap rows.
 template <class Body>
-void parallel_ranges(int64_t count, int64_t grain, Body&& body) {
+void parallel_ranges(int64_t count, int64_t grain, const Body& body) {
   if (count <= 0) return;
   int64_t pieces = count / (grain > 1 ? grain : 1);
   const int64_t most = 4 * num_threads();
