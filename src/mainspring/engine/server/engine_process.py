@@ -101,13 +101,12 @@ def serve_requests(core: EngineCore, channel: Channel) -> None:
 def load_core(message: Load, channel: Channel) -> EngineCore:
     """Loads the model and builds the engine on it; tells the frontend what it does."""
     # PyTorch was imported while the frontend still looked for the model.
-    import torch
-
     from mainspring.engine.core import EngineCore
     from mainspring.model.checkpoint import load_model
+    from mainspring.ops.threads import set_num_threads
 
     if message.num_threads is not None:
-        torch.set_num_threads(message.num_threads)
+        set_num_threads(message.num_threads)
     channel.send(Progress("Loading the weights"))
     model = load_model(message.model, device=message.device, dtype=message.dtype, numerics=message.numerics)
     channel.send(Progress("Preparing the engine"))
