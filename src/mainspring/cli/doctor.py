@@ -23,6 +23,7 @@ def doctor(
     from mainspring.errors import ConfigError
     from mainspring.model.initialise import torch_dtype
     from mainspring.ops.attention import ATTENTION
+    from mainspring.ops.grouped_linear import GROUPED_LINEAR
     from mainspring.ops.linear import LINEAR
     from mainspring.ops.log_probs import TOKEN_LOG_PROBS
     from mainspring.ops.norm import ADD_RMS_NORM, RMS_NORM
@@ -47,7 +48,7 @@ def doctor(
     for column in ("operation", "served by", "refused by"):
         table.add_column(column)
     operations: tuple[Operation[Any, Any], ...] = (
-        ATTENTION, LINEAR, RMS_NORM, ADD_RMS_NORM, ROPE_ANGLES, ROPE, SWIGLU, TOKEN_LOG_PROBS,
+        ATTENTION, LINEAR, GROUPED_LINEAR, RMS_NORM, ADD_RMS_NORM, ROPE_ANGLES, ROPE, SWIGLU, TOKEN_LOG_PROBS,
     )  # fmt: skip
     for operation in operations:
         answers = operation.explain(call)
