@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,9 @@ def train(
     ] = None,
 ) -> None:
     """Train a language model by a recipe. Ctrl-C writes a checkpoint and stops."""
+    # GNU OpenMP's threads otherwise spin for milliseconds at every barrier; beside another busy process
+    # each then waits for a core that the other's spinning holds. Read when PyTorch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from mainspring.train.recipe_file import load_recipe
 
     overrides = list(set_ or [])

@@ -12,6 +12,7 @@ Everything is a function of (seed, epoch): a run resumes at (epoch, index of the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,7 +55,7 @@ class PackedStream:
         sequence_length: int,
         tokens_per_batch: int,
         seed: int,
-        position: DataPosition = DataPosition(),  # noqa: B008 (a frozen value)
+        position: DataPosition = DataPosition(),
     ) -> None:
         self._shard = shard
         self._sequence_length = sequence_length
@@ -104,7 +105,7 @@ def _cut_windows(
 ) -> NDArray[np.int64]:
     """All windows [W, 2] of the documents whose offsets are given."""
     pieces: list[NDArray[np.int64]] = []
-    for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
+    for begin, end in pairwise(offsets):
         targets = int(end - begin) - 1
         if targets < 1:
             continue

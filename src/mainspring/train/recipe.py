@@ -20,7 +20,7 @@ class DataSection:
     """Where the texts are. Each file is one document."""
 
     sources: tuple[str, ...] = ()
-    """Files, directories, or tar archives (.tar, .tar.gz, .tgz, .tar.xz, .tar.bz2); relative to the working directory."""
+    """Files, directories, or tar archives (.tar, .tar.gz, .tgz, .tar.xz, .tar.bz2), seen from the working directory."""
     members: str = "*.txt"
     """Glob on the path inside a directory or archive (`*` also crosses `/`); plain files are always taken."""
     encoding: str = "utf-8"
@@ -79,7 +79,7 @@ class TrainingSection:
     """Micro-batches whose gradients are summed before the weights move."""
     max_steps: int = _limits(1000, low=1)
     max_seconds: float | None = _limits(None, low=0.1)
-    """Seconds from the start of the command after which training ends and the schedule is complete."""
+    """Seconds after which training ends, its schedule complete; reading and tokenizing the texts count."""
     clip_norm: float = _limits(1.0, low=0.0)
     """Largest norm of the gradient over all weights; 0 turns clipping off."""
     dtype: Literal["float32", "bfloat16"] = "float32"

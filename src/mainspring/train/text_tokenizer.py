@@ -48,7 +48,9 @@ class TextTokenizer:
             "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
             "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode(),
         }
-        return TextTokenizer(tokenizer, tokenizer.token_to_id(END_OF_TEXT), files)
+        end = tokenizer.token_to_id(END_OF_TEXT)
+        assert end is not None  # train_tokenizer puts it in
+        return TextTokenizer(tokenizer, end, files)
 
     @staticmethod
     def read(directory: Path) -> TextTokenizer:

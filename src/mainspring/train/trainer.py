@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -303,8 +304,12 @@ def _choose_start(output: Path, resume: bool, restart: bool) -> Path | None:
 
 
 def _usable_device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("training.device = 'cuda', but PyTorch sees no CUDA device; set it to 'cpu'")
+    """The device. On CUDA, PyTorch is told to take deterministic kernels, without which resuming is not exact."""
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError("training.device = 'cuda', but PyTorch sees no CUDA device; set it to 'cpu'")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+        torch.use_deterministic_algorithms(True)
     return torch.device(name)
 
 
