@@ -19,8 +19,9 @@ from gguf.quants import dequantize
 
 from mainspring.errors import CheckpointError, UnsupportedModelError
 from mainspring.formats.files import new_directory, write_json
-from mainspring.formats.gguf_config import TensorSource, read_config, tensor_sources
+from mainspring.formats.gguf_config import TensorSource, eos_ids, read_config, tensor_sources
 from mainspring.formats.gguf_header import GGUFHeader, GGUFTensor
+from mainspring.formats.gguf_tokenizer import build_tokenizer
 from mainspring.formats.model_config import DTYPES, ModelConfig
 from mainspring.formats.safetensors_file import SafetensorsWriter, TensorEntry, TensorSpec
 from mainspring.formats.tokenizer import Tokenizer
@@ -50,7 +51,8 @@ class GGUFFile:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the file carries; raises TokenizerError if it is of an unknown kind."""
-        return Tokenizer.from_gguf(self)
+        metadata = self.header.metadata
+        return Tokenizer(*build_tokenizer(metadata), eos_ids(metadata))
 
     def tensor_names(self) -> tuple[str, ...]:
         """Hugging Face's names of all tensors."""

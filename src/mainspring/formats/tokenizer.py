@@ -6,7 +6,7 @@ import codecs
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import tokenizers
 
@@ -14,9 +14,6 @@ from mainspring.errors import ChatTemplateError, TokenizerError
 from mainspring.formats._token_bytes import TokenBytes
 from mainspring.formats.chat_template import ChatTemplate
 from mainspring.formats.files import write_file, write_json
-
-if TYPE_CHECKING:
-    from mainspring.formats.gguf_file import GGUFFile
 
 TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
@@ -80,16 +77,6 @@ class Tokenizer:
         if ends is None:
             ends = _read_object(directory / "config.json").get("eos_token_id")
         return cls(backend, config, _ids(ends))
-
-    @classmethod
-    def from_gguf(cls, file: GGUFFile) -> Self:
-        """The tokenizer that a GGUF file carries; raises TokenizerError if it is of an unknown kind."""
-        # Imported here: the gguf package takes a while, and directories do not need it.
-        from mainspring.formats.gguf_config import eos_ids
-        from mainspring.formats.gguf_tokenizer import build_tokenizer
-
-        metadata = file.header.metadata
-        return cls(*build_tokenizer(metadata), eos_ids(metadata))
 
     def save(self, directory: str | Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json` (with the chat template), each whole or not at all."""
