@@ -13,7 +13,7 @@ from mainspring.model.decoder import Decoder
 from mainspring.ops import TokenBatch
 from mainspring.train.evaluate import evaluate
 from mainspring.train.shards import ShardWriter, TokenShard
-from tests.train.models import tiny_model
+from train.models import tiny_model
 
 
 def _shards(directory: Path, heads: list[int], tails: list[int]) -> tuple[TokenShard, TokenShard]:

@@ -11,7 +11,7 @@ from mainspring.model.decoder import Decoder
 from mainspring.ops import TokenBatch
 from mainspring.train.optimizer import Optimizer
 from mainspring.train.recipe import OptimizerSection
-from tests.train.models import tiny_model
+from train.models import tiny_model
 
 _MOE = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -133,7 +133,7 @@ def test_state_of_another_optimizer_is_refused() -> None:
     model = tiny_model()
     adamw = Optimizer(model, OptimizerSection())
     muon = Optimizer(model, OptimizerSection(name="muon"))
-    with pytest.raises(CheckpointError, match="lacks|also has"):
+    with pytest.raises(CheckpointError, match=r"lacks|also has"):
         muon.load_state_tensors(adamw.state_tensors())
     wrong = dict(adamw.state_tensors())
     wrong["adamw.exp_avg.model.norm.weight"] = torch.zeros(3)

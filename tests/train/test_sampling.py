@@ -6,7 +6,7 @@ import torch
 
 from mainspring.ops import TokenBatch
 from mainspring.train.sampling import sample
-from tests.train.models import tiny_model
+from train.models import tiny_model
 
 
 def test_greedy_samples_are_the_likeliest_continuations() -> None:
