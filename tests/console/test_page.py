@@ -57,14 +57,14 @@ def test_an_answer_streams_in_and_is_counted(page: Page, server: Server) -> None
         }"""
     )
     page.locator("#temperature").fill("0")
-    answer = ask(page, "hello", max_tokens=200)
+    answer = ask(page, "hello", max_tokens=900)
     expect(page.locator("#stop")).to_be_visible()
     settle(page)
-    body = {"messages": [{"role": "user", "content": "hello"}], "temperature": 0, "max_tokens": 200}
+    body = {"messages": [{"role": "user", "content": "hello"}], "temperature": 0, "max_tokens": 900}
     wanted = httpx.post(f"{server.url}/v1/chat/completions", json={**body, "top_p": 0.95}, timeout=60).json()
     text = wanted["choices"][0]["message"]["content"]
     assert " ".join(answer.locator(".text").inner_text().split()) == " ".join(text.split())
-    expect(answer.locator(".facts-line")).to_contain_text("Ended at the token limit · 200 tokens · ")
+    expect(answer.locator(".facts-line")).to_contain_text("Ended at the token limit · 900 tokens · ")
     expect(page.locator("#context")).to_contain_text(f"of {CONTEXT:,} tokens of context")
     # It grew before it was complete.
     assert page.evaluate("window.lengths.size") > 3
