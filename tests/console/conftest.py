@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from support.serving import Server, running_server, write_tiny_model
 
@@ -76,7 +76,8 @@ def open_page(browser: Browser, server: Server) -> Iterator[OpenPage]:
         page.set_default_timeout(20_000)
         watch(page)
         page.goto("/")
-        page.wait_for_function("document.getElementById('model').textContent !== ''")
+        # Not wait_for_function: it polls by eval inside the page, which the page's own policy may forbid.
+        expect(page.locator("#model")).not_to_be_empty()
         return page
 
     yield open_it

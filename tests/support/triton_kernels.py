@@ -1,0 +1,64 @@
+"""Where the tests of the Triton kernels run: on a GPU, or under TRITON_INTERPRET=1 on the CPU.
+
+On a CPU `test_triton_interpreter.py` runs them all in a process of its own, because Triton reads that variable
+when it is first imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mainspring.ops.triton.support import interpreted
+
+INTERPRETED = interpreted()
+DEVICE = "cpu" if INTERPRETED else "cuda"
+AVAILABLE = importlib.util.find_spec("triton") is not None
+# The interpreter has no bf16 arithmetic: it computes garbage, silently.
+DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
+EXAMPLES = 4 if INTERPRETED else 25
+
+needs_triton = [
+    pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed"),
+    *([] if INTERPRETED else [pytest.mark.gpu]),
+]
+
+
+def _index_of_one_element() -> None:
+    """The interpreter asks numpy for the integer in an array of one element, which numpy 2.4 refuses."""
+    import triton.runtime.interpreter as interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+if INTERPRETED and AVAILABLE:
+    _index_of_one_element()
+
+
+def random_tensor(seed: int, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    """Normal values on the tests' device, the same for the same seed and shape."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * scale).to(DEVICE, dtype)
+
+
+def bits(x: Tensor) -> Tensor:
+    """The bit patterns."""
+    return x.contiguous().view(torch.int16 if x.element_size() == 2 else torch.int32)
+
+
+def assert_same_bits(a: Tensor, b: Tensor) -> None:
+    """Every element of the one is the other's, bit for bit."""
+    assert a.shape == b.shape
+    assert a.dtype == b.dtype
+    different = int((bits(a) != bits(b)).sum())
+    assert different == 0, f"{different} of {a.numel()} elements differ"
