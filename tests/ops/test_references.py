@@ -12,6 +12,7 @@ from mainspring import ops
 from mainspring.errors import BackendError, ConfigError
 from mainspring.ops import KVCache, Policy, TokenBatch
 from mainspring.ops.linear import LINEAR
+from mainspring.ops.packed_attention import packed_attention
 from mainspring.ops.registry import Call, Implementation, Operation, accepts_all
 
 REFERENCES = [Policy("lockstep", "reference"), Policy("fast", "reference")]
@@ -53,6 +54,23 @@ def test_attention_is_its_formula(lengths: list[int], window: int | None, policy
         torch.testing.assert_close(
             got, _naive_attention(q, k, v, lengths, 0.3, window), rtol=1e-12, atol=1e-12
         )
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 300])
+@pytest.mark.parametrize("lengths", [[1], [5, 5, 5], [3, 20, 1, 70, 65]], ids=str)
+def test_attention_by_products_is_its_formula_and_has_its_gradient(
+    lengths: list[int], window: int | None
+) -> None:
+    total = sum(lengths)
+    inputs = [_random(total, 4, 8, seed=1), _random(total, 2, 8, seed=2), _random(total, 2, 8, seed=3)]
+    weights = _random(total, 4, 8, seed=4).detach()
+    batch = TokenBatch.packed(lengths)
+    expected = ops.attention(*inputs, batch, layer=0, scale=0.3, window=window, policy=REFERENCES[0])
+    got = packed_attention(*inputs, tuple(lengths), 0.3, window)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    ours, theirs = (torch.autograd.grad((out * weights).sum(), inputs) for out in (got, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
 @both_numerics

@@ -1,8 +1,8 @@
 """Causal attention over the packed token stream, with and without a paged KV cache.
 
 The batch, not the caller, says where the keys are. Reference and backends alike reduce the keys in
-chunks of KEY_CHUNK aligned at position 0, each chunk on its own, merged left to right in fp32
-("Canonical reduction order" in docs/design.md).
+chunks aligned at position 0, each chunk on its own, merged left to right in fp32; each has a size of chunk
+of its own, KEY_CHUNK here ("Canonical reduction order" in docs/design.md).
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from mainspring.ops.batch import KVCache, TokenBatch
 from mainspring.ops.cpu import attention as cpu
 from mainspring.ops.cpu.support import refuses
 from mainspring.ops.gradient import kernel_with_formula_gradient
+from mainspring.ops.packed_attention import MAX_LENGTH, packed_attention
 from mainspring.ops.policy import LOCKSTEP, Policy
 from mainspring.ops.precision import accumulator
 from mainspring.ops.registry import Implementation, Operation, accepts_all, any_requires_grad
+from mainspring.ops.triton.support import refuses_fast_training as triton_refuses
 
 KEY_CHUNK = 256
 QUERY_TILE = 16
@@ -147,6 +149,8 @@ def _fast(
     q: Tensor, k: Tensor, v: Tensor, batch: TokenBatch, layer: int, scale: float, window: int | None
 ) -> Tensor:
     """torch's scaled_dot_product_attention; sequences of equal (new tokens, keys) share a call."""
+    if _trains_faster_by_products(q, k, v, batch):
+        return packed_attention(q, k, v, batch.lengths, scale, window)
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     for s, shape in enumerate(zip(batch.lengths, batch.contexts, strict=True)):
         groups[shape].append(s)
@@ -170,6 +174,16 @@ def _fast(
         for s, piece in zip(members, result.transpose(1, 2).unbind(0), strict=True):
             out[s] = piece
     return torch.cat(out)
+
+
+def _trains_faster_by_products(q: Tensor, k: Tensor, v: Tensor, batch: TokenBatch) -> bool:
+    return (
+        q.device.type == "cpu"
+        and q.dtype == torch.bfloat16
+        and batch.cache is None
+        and max(batch.lengths) <= MAX_LENGTH
+        and any_requires_grad(q, k, v)
+    )
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, n: int, context: int, scale: float, window: int | None) -> Tensor:
@@ -215,8 +229,41 @@ def _cpu(
     return result
 
 
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    batch: TokenBatch,
+    layer: int,
+    scale: float,
+    window: int | None,
+    policy: Policy,
+) -> Tensor:
+    from mainspring.ops.triton import attention as triton
+
+    longest = max(batch.lengths), max(batch.contexts)
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return triton.attention(
+            q, k, v, batch.cu_seqlens, batch.context_lens, batch.block_tables, scale, window,
+            max_length=longest[0], max_context=longest[1],
+        )  # fmt: skip
+
+    if batch.cache is not None and batch.slots is not None:
+        keys, values = batch.cache.k[layer], batch.cache.v[layer]
+        triton.write_cache(k, v, batch.slots, keys, values)
+        return kernel(q, keys, values)
+    if not any_requires_grad(q, k, v):
+        return kernel(q, k, v)
+    result: Tensor = kernel_with_formula_gradient(
+        kernel, lambda q, k, v: _fast(q, k, v, batch, layer, scale, window), q, k, v
+    )
+    return result
+
+
 ATTENTION = Operation(
     "attention",
     Implementation("cpu", _cpu, refuses),
+    Implementation("triton", _triton, triton_refuses),
     Implementation("reference", reference, accepts_all),
 )

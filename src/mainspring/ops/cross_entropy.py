@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mainspring.ops.linear import linear
+from mainspring.ops.linear import LINEAR
 from mainspring.ops.log_probs import rows_per_chunk
 from mainspring.ops.policy import LOCKSTEP, Policy
 from mainspring.ops.precision import accumulator
@@ -37,6 +37,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, policy: Policy, wants_grad: bool
     ) -> Tensor:
+        # Chosen as for a recorded call: inside this function autograd is off.
+        product = LINEAR.select(hidden, policy, needs_grad=wants_grad)
         rows = rows_per_chunk(weight.shape[0])
         count = (targets != IGNORE_INDEX).sum().clamp_min(1)
         losses = []
@@ -44,24 +46,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight: Tensor | None = None
         for first in range(0, hidden.shape[0], rows):
             chunk = slice(first, first + rows)
-            logits = linear(hidden[chunk], weight, out_dtype=accumulator(hidden.dtype), policy=policy)
+            logits = product(hidden[chunk], weight, None, accumulator(hidden.dtype), policy)
             kept = targets[chunk] != IGNORE_INDEX
             target = torch.where(kept, targets[chunk], 0)[:, None]
-            # Logits become log-probabilities, then their own gradient, in place: one chunk of memory.
-            log_z = torch.logsumexp(logits, dim=-1, keepdim=True)
-            losses.append(((log_z - logits.gather(1, target))[:, 0] * kept).sum())
+            log_probs = torch.log_softmax(logits, dim=-1)
+            del logits
+            losses.append((log_probs.gather(1, target)[:, 0] * kept).sum())
             if grad_hidden is None:
                 continue
-            logits.sub_(log_z).exp_()
-            logits.scatter_add_(1, target, torch.full_like(log_z, -1.0))
-            logits.mul_(kept[:, None]).div_(count)
-            d_logits = logits.to(hidden.dtype)
+            # The log-probabilities become the gradient in place: d loss / d z = (softmax(z) - onehot) / count.
+            d_logits = log_probs.exp_()
+            d_logits.scatter_add_(1, target, d_logits.new_full((target.shape[0], 1), -1.0))
+            d_logits = d_logits.mul_(kept[:, None]).div_(count).to(hidden.dtype)
             torch.mm(d_logits, weight, out=grad_hidden[chunk])
             piece = d_logits.t() @ hidden[chunk]
             grad_weight = piece if grad_weight is None else grad_weight.add_(piece)
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight)
-        return torch.stack(losses).sum() / count
+        return -torch.stack(losses).sum() / count
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -13,6 +13,7 @@ from mainspring.ops.cpu.support import refuses
 from mainspring.ops.linear import linear
 from mainspring.ops.policy import LOCKSTEP, Policy
 from mainspring.ops.registry import Implementation, Operation, accepts_all, any_requires_grad
+from mainspring.ops.triton.support import refuses_fast_numerics as triton_refuses
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Sequence[int], *, policy: Policy = LOCKSTEP) -> Tensor:
@@ -43,5 +44,7 @@ def _cpu(x: Tensor, weight: Tensor, counts: Sequence[int], policy: Policy) -> Te
 GROUPED_LINEAR = Operation(
     "grouped_linear",
     Implementation("cpu", _cpu, refuses),
+    # A call of Triton's linear for each expert: the loop of the reference chooses it by itself.
+    Implementation("triton", reference, triton_refuses),
     Implementation("reference", reference, accepts_all),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +14,7 @@ from mainspring.ops.cpu.linear import linear as cpu_linear
 from mainspring.ops.cpu.support import refuses
 from mainspring.ops.policy import LOCKSTEP, Policy
 from mainspring.ops.registry import Implementation, Operation, accepts_all, any_requires_grad
+from mainspring.ops.triton.support import refuses_fast_numerics as triton_refuses
 
 ROW_TILE = 16  # rows of the reference's lockstep GEMM: every call it makes has a multiple of this many
 ROW_BLOCK = 256  # and at most this many
@@ -72,24 +74,30 @@ def _bits_do_not_depend_on_rows(
         return all(torch.equal(F.linear(x[:m], weight), expected[:m]) for m in sizes)
 
 
-class _CpuLinear(torch.autograd.Function):
-    """The C++ kernel forward, torch's GEMMs backward."""
+class _KernelLinear(torch.autograd.Function):
+    """A kernel forward, torch's GEMMs backward."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None
+        ctx: Any,
+        kernel: Callable[..., Tensor],
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        out_dtype: torch.dtype | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return cpu_linear(x, weight, bias, out_dtype)
+        return kernel(x, weight, bias, out_dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad = grad.to(x.dtype)
         return (
-            grad @ weight if ctx.needs_input_grad[0] else None,
-            grad.t() @ x if ctx.needs_input_grad[1] else None,
-            grad.sum(0) if ctx.needs_input_grad[2] else None,
+            None,
+            grad @ weight if ctx.needs_input_grad[1] else None,
+            grad.t() @ x if ctx.needs_input_grad[2] else None,
+            grad.sum(0) if ctx.needs_input_grad[3] else None,
             None,
         )
 
@@ -98,13 +106,25 @@ def _cpu(
     x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None, policy: Policy
 ) -> Tensor:
     if any_requires_grad(x, weight, bias):
-        result: Tensor = _CpuLinear.apply(x, weight, bias, out_dtype)
+        result: Tensor = _KernelLinear.apply(cpu_linear, x, weight, bias, out_dtype)
         return result
     return cpu_linear(x, weight, bias, out_dtype)
+
+
+def _triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None, policy: Policy
+) -> Tensor:
+    from mainspring.ops.triton.linear import linear as triton_linear
+
+    if any_requires_grad(x, weight, bias):
+        result: Tensor = _KernelLinear.apply(triton_linear, x, weight, bias, out_dtype)
+        return result
+    return triton_linear(x, weight, bias, out_dtype)
 
 
 LINEAR = Operation(
     "linear",
     Implementation("cpu", _cpu, refuses),
+    Implementation("triton", _triton, triton_refuses),
     Implementation("reference", reference, accepts_all),
 )

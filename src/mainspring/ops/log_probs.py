@@ -13,6 +13,7 @@ from mainspring.ops.linear import linear
 from mainspring.ops.policy import LOCKSTEP, Policy
 from mainspring.ops.precision import accumulator
 from mainspring.ops.registry import Implementation, Operation, accepts_all
+from mainspring.ops.triton.support import refuses as triton_refuses
 
 LOGIT_CHUNK_ELEMENTS = 1 << 24  # logits held at once, 64 MB of fp32
 
@@ -84,8 +85,15 @@ class _LinearLogProbs(torch.autograd.Function):
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
 
+def _triton(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    from mainspring.ops.triton.log_probs import token_log_probs as triton_token_log_probs
+
+    return triton_token_log_probs(logits, targets, temperature)
+
+
 TOKEN_LOG_PROBS = Operation(
     "token_log_probs",
     Implementation("cpu", cpu.token_log_probs, refuses),
+    Implementation("triton", _triton, triton_refuses),
     Implementation("reference", reference, accepts_all),
 )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mainspring.ops.cpu import rope as cpu
 from mainspring.ops.cpu.support import refuses
-from mainspring.ops.gradient import kernel_with_formula_gradient
 from mainspring.ops.policy import LOCKSTEP, Policy
 from mainspring.ops.registry import Implementation, Operation, accepts_all, any_requires_grad
+from mainspring.ops.triton.support import refuses as triton_refuses
 
 
 def rope_angles(
@@ -39,6 +42,10 @@ def angles_reference(positions: Tensor, inv_freq: Tensor, scale: float) -> tuple
 
 
 def reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return _rotation(_formula, q, k, cos, sin) if any_requires_grad(q, k) else _formula(q, k, cos, sin)
+
+
+def _formula(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
 
@@ -48,27 +55,72 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def _cpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    if not any_requires_grad(q, k):
-        cpu.rope_(q, k, cos, sin)
-        return q, k
+class _Rotation(torch.autograd.Function):
+    """A rotation's gradient is the rotation back: the same kernel with the sines' signs turned."""
 
-    def kernel(a: Tensor, b: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = a.clone(memory_format=torch.contiguous_format), b.clone(memory_format=torch.contiguous_format)
-        cpu.rope_(a, b, c, s)
-        return a, b
+    @staticmethod
+    def forward(
+        ctx: Any, kernel: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.kernel = kernel
+        ctx.save_for_backward(cos, sin)
+        rotated: tuple[Tensor, Tensor] = kernel(q, k, cos, sin)
+        return rotated
 
-    result: tuple[Tensor, Tensor] = kernel_with_formula_gradient(kernel, reference, q, k, cos, sin)
+    @staticmethod
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return None, *ctx.kernel(grad_q, grad_k, cos, -sin), None, None
+
+
+def _rotation(
+    kernel: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """kernel(q, k, cos, sin), which leaves q and k as they are, with the gradient of a rotation."""
+    result: tuple[Tensor, Tensor] = _Rotation.apply(kernel, q, k, cos, sin)
     return result
+
+
+def _cpu_copies(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    q, k = (x.clone(memory_format=torch.contiguous_format) for x in (q, k))
+    cpu.rope_(q, k, cos, sin)
+    return q, k
+
+
+def _cpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    if any_requires_grad(q, k):
+        return _rotation(_cpu_copies, q, k, cos, sin)
+    cpu.rope_(q, k, cos, sin)
+    return q, k
+
+
+def _triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    from mainspring.ops.triton import rope as triton
+
+    if any_requires_grad(q, k):
+        return _rotation(triton.rope, q, k, cos, sin)
+    return triton.rope(q, k, cos, sin, in_place=True)
+
+
+def _triton_angles(positions: Tensor, inv_freq: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    from mainspring.ops.triton import rope as triton
+
+    return triton.rope_angles(positions, inv_freq, scale)
 
 
 ROPE_ANGLES = Operation(
     "rope_angles",
     Implementation("cpu", cpu.rope_angles, refuses),
+    Implementation("triton", _triton_angles, triton_refuses),
     Implementation("reference", angles_reference, accepts_all),
 )
 ROPE = Operation(
     "rope",
     Implementation("cpu", _cpu, refuses),
+    Implementation("triton", _triton, triton_refuses),
     Implementation("reference", reference, accepts_all),
 )

@@ -161,7 +161,7 @@ class Trainer:
             tokens, batch, targets = self._to_device(micro)
             # Each micro-batch's mean weighs by its tokens: the sum is the mean over the whole step.
             loss = self._model.loss(tokens, batch, targets) * (len(micro.tokens) / total)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             self._optimizer.accumulate()
             step_loss += loss.detach()
             window.flops += training_flops(self._model.config, micro.lengths)

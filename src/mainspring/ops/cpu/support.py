@@ -17,5 +17,6 @@ def refuses(call: Call) -> str | None:
     if call.dtype not in _DTYPES:
         return f"computes in float32 and bfloat16, not in {call.dtype}"
     if call.policy.numerics == "fast" and call.needs_grad:
-        return "torch's kernels, which have backward passes of their own, train faster"
+        # A step that alternates between two thread pools waits for one while the other still spins.
+        return "a backward pass runs on torch's thread pool, and a step is fastest on one pool"
     return unavailable_reason()
