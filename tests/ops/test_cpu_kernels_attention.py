@@ -128,7 +128,9 @@ def test_is_as_exact_as_torch_over_many_chunks(context: int, dtype: torch.dtype)
     setting = Setting(0.125)
     got = Pages([(k, v)], seed=0).attend(setting, q, [5], [context])
     exact = setting.formula(q.double(), k.double(), v.double())
-    assert_as_exact_as_torch(got, setting.formula(q, k, v), exact, roundings=4, magnitude=v.abs().max().item())
+    assert_as_exact_as_torch(
+        got, setting.formula(q, k, v), exact, roundings=4, magnitude=v.abs().max().item()
+    )
 
 
 @settings(deadline=None, max_examples=20)
@@ -202,7 +204,9 @@ def test_large_scores_neither_overflow_nor_lose_their_maximum(dtype: torch.dtype
     exact = setting.formula(q.double(), k.double(), v.double())
     got = setting.packed(q, k, v, [300])
     # In float32 the score itself, of 1e5, has steps of 0.01: the peer has as few digits.
-    assert_as_exact_as_torch(got, setting.formula(q, k, v), exact, roundings=4, magnitude=v.abs().max().item())
+    assert_as_exact_as_torch(
+        got, setting.formula(q, k, v), exact, roundings=4, magnitude=v.abs().max().item()
+    )
 
 
 def test_a_single_token_gives_its_value() -> None:
