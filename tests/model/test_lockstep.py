@@ -25,6 +25,7 @@ PLACES = [
         marks=pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason())),
     ),
     pytest.param(("cuda", "reference"), id="cuda-reference", marks=pytest.mark.gpu),
+    pytest.param(("cuda", "triton"), id="cuda-triton", marks=pytest.mark.gpu),
 ]
 Place = tuple[str, str]
 

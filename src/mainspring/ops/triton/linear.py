@@ -54,7 +54,8 @@ _FP32_TILE = Tile(64, 64, 16, 4, 2)
 def k_chunk(n: int, k: int) -> int:
     """How many of K are summed in one chain: all, unless so few columns leave a GPU without work."""
     chunks = max(1, min(1024 // n, k // 1024))
-    return triton.cdiv(triton.cdiv(k, chunks), CHUNK_STEP) * CHUNK_STEP
+    step = chunks * CHUNK_STEP
+    return (k + step - 1) // step * CHUNK_STEP
 
 
 @lru_cache(maxsize=4096)

@@ -1,0 +1,130 @@
+"""The Triton kernels compile for Hopper without a GPU: no spills, and matrix instructions where they belong."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from support.triton_kernels import AVAILABLE, INTERPRETED
+
+pytestmark = [
+    pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed"),
+    pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing"),
+]
+
+WARPGROUP_PRODUCT = "wgmma.mma_async"
+
+
+def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, stages: int) -> Any:
+    """The kernel for sm_90, every pointer and integer a multiple of 16."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = list(kernel.arg_names)
+    signature = {name: types.get(name, "constexpr") for name in names}
+    divisible = {(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t[0] in "*i"}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=divisible)
+    return triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages}
+    )
+
+
+def stack_bytes(binary: Any, tmp_path: Path) -> int:
+    """Bytes of a thread's stack: what ptxas spilled."""
+    import triton.backends.nvidia as nvidia
+
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(binary.asm["cubin"])
+    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    report = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"STACK:(\d+)", report)
+    assert found, report
+    return int(found[1])
+
+
+def test_linear(tmp_path: Path) -> None:
+    from mainspring.ops.triton.linear import _CHOICES, linear_kernel
+
+    for choice in _CHOICES:
+        tile = choice.tile
+        types = {
+            "x": f"tensordesc<bf16[{tile.rows},{tile.k}]>",
+            "w": f"tensordesc<bf16[{tile.columns},{tile.k}]>",
+            "out": f"tensordesc<bf16[{tile.rows},{tile.columns // 2}]>",
+            **dict.fromkeys(("m", "n", "depth", "chunk", "x_stride", "w_stride"), "i32"),
+        }
+        constants = {
+            "bias": None, "CHUNKED": False, "ROWS": tile.rows, "COLUMNS": tile.columns, "STEP": tile.k, "GROUP": 8,
+            "TMA": True, "TMA_OUT": True, "BIAS": False, "PRECISION": "tf32",
+        }  # fmt: skip
+        binary = compiled(linear_kernel, types, constants, tile.warps, tile.stages)
+        assert stack_bytes(binary, tmp_path) == 0
+        # one for each 16 of a step's k
+        assert binary.asm["ptx"].count(WARPGROUP_PRODUCT) == tile.k // 16
+        assert binary.metadata.shared <= 227 << 10
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["prefill", "decode"])
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_attention(d: int, split: bool, tmp_path: Path) -> None:
+    from mainspring.ops.triton.attention import KEY_CHUNK, attention_kernel, tile_of
+
+    tile = tile_of(d, torch.bfloat16)
+    keys = "*bf16" if split else f"tensordesc<bf16[{tile.keys},{d}]>"
+    integers = (
+        "window", "num_seqs", "tokens", "q_stride", "k_stride", "v_stride", "table_stride", "q_heads", "group",
+    )  # fmt: skip
+    types = {
+        "q": "*bf16", "k": keys, "v": keys, "out": "*bf16", "part_out": "*fp32", "part_state": "*fp32",
+        "cu_seqlens": "*i32", "context_lens": "*i32", "scale": "fp32", **dict.fromkeys(integers, "i32"),
+        **({"block_tables": "*i32"} if split else {}),
+    }  # fmt: skip
+    constants = {
+        "HEAD_DIM": d, "DIM": d, "ROWS": tile.rows, "KEYS": tile.keys, "CHUNK": KEY_CHUNK, "PAGED": split,
+        "BLOCK_SIZE": 16, "WINDOWED": False, "TMA": not split, "SPLIT": split, "PRECISION": "tf32",
+        **({} if split else {"block_tables": None}),
+    }  # fmt: skip
+    binary = compiled(attention_kernel, types, constants, tile.warps, tile.stages)
+    assert stack_bytes(binary, tmp_path) == 0
+    # q kᵀ and weights v, in the loop over whole blocks and in that over masked ones
+    assert binary.asm["ptx"].count(WARPGROUP_PRODUCT) >= 2 * (d // 16 + tile.keys // 16)
+
+
+def test_norms(tmp_path: Path) -> None:
+    from mainspring.ops.triton.norm import _shape, rms_norm_backward_kernel, rms_norm_kernel
+
+    rows, block, warps = _shape(4096)
+    constants = {"H": 4096, "BLOCK": block, "ROWS": rows, "ADD": True}
+    tensors = ("x", "residual", "weight", "out", "total_out")
+    integers = dict.fromkeys(("rows", "inner", "outer_stride", "inner_stride"), "i32")
+    types = {**dict.fromkeys(tensors, "*bf16"), **integers, "eps": "fp32"}
+    assert stack_bytes(compiled(rms_norm_kernel, types, constants, warps, 3), tmp_path) == 0
+    tensors = ("x", "weight", "grad", "grad_total", "grad_x")
+    types = {**dict.fromkeys(tensors, "*bf16"), "grad_weight": "*fp32", "rows": "i32", "eps": "fp32"}
+    assert stack_bytes(compiled(rms_norm_backward_kernel, types, constants, warps, 3), tmp_path) == 0
+
+
+@pytest.mark.parametrize("narrow", [False, True], ids=["fp32", "masters"])
+def test_adamw_moves_vectors_of_16_bytes(narrow: bool, tmp_path: Path) -> None:
+    import triton.language as tl
+
+    from mainspring.ops.triton.adamw import BLOCK, adamw_kernel
+
+    factors = ("lr", "beta2", "rest1", "rest2", "eps", "correction1", "root_correction2", "grad_scale")
+    types = {
+        "addresses": "*i64", "sizes": "*i64", "decays": "*fp32", "owners": "*i32", "offsets": "*i64",
+        **dict.fromkeys(factors, "fp32"),
+    }  # fmt: skip
+    dtype = tl.bfloat16 if narrow else tl.float32
+    binary = compiled(
+        adamw_kernel, types, {"GRAD": dtype, "WEIGHT": dtype, "HAS_WEIGHT": narrow, "BLOCK": BLOCK}, 4, 3
+    )
+    assert stack_bytes(binary, tmp_path) == 0
+    # three states read and three written, each in vectors: the fewest that BLOCK elements on 128 threads need
+    assert len(re.findall(r"\.v4\.b32", binary.asm["ptx"])) >= 6 * BLOCK // 128 // 4
