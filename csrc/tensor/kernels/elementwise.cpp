@@ -149,29 +149,53 @@ struct Stretches {
   T buffer[kStretch];
 
   Stretches(const void* p_, int64_t s) : p(static_cast<const T*>(p_)), stride(s) {
-    if (stride == 0)
-      for (T& x : buffer) x = *p;
+    if (stride == 0) fill();
   }
-  const T* at(int64_t i, int64_t count) {
-    if (stride == 1) return p + i;
+  __attribute__((noinline)) void fill() {
+    for (T& x : buffer) x = *p;
+  }
+  const T* at(int64_t i, int64_t count) { return stride == 1 ? p + i : gathered(i, count); }
+  __attribute__((noinline)) const T* gathered(int64_t i, int64_t count) {
     if (stride != 0)
       for (int64_t j = 0; j < count; ++j) buffer[j] = p[(i + j) * stride];
     return buffer;
   }
 };
 
+// Whole vectors, then the rest as one padded vector through the same code: F is compiled once, not once more
+// for tails, which halves the time to build this file.
+template <class F, int inputs, class T>
+MS_INLINE void run_vectors(int64_t count, const T* x, const T* y, T* to) {
+  T x_rest[kLanes] = {}, y_rest[kLanes] = {}, to_rest[kLanes];
+  T* last = nullptr;
+  int rest = 0;
+  for (;;) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      if constexpr (inputs == 2) store(to + i, F::run(load(x + i), load(y + i)));
+      else store(to + i, F::run(load(x + i)));
+    }
+    if (rest != 0) break;
+    rest = static_cast<int>(count - i);
+    if (rest == 0) return;
+    last = to + i;
+    for (int j = 0; j < rest; ++j) x_rest[j] = x[i + j];
+    if constexpr (inputs == 2)
+      for (int j = 0; j < rest; ++j) y_rest[j] = y[i + j];
+    x = x_rest, y = y_rest, to = to_rest, count = kLanes;
+  }
+  for (int j = 0; j < rest; ++j) last[j] = to_rest[j];
+}
+
 template <class T, class F>
 void binary_float(int64_t n, const void* a, int64_t sa, const void* b, int64_t sb, void* out_) {
   T* out = static_cast<T*>(out_);
-  auto loop = [](int64_t count, const T* x, const T* y, T* to) {
-    for_lanes(count, [&](int64_t i, int l) { store_lanes(to + i, F::run(load_lanes(x + i, l), load_lanes(y + i, l)), l); });
-  };
   const bool whole = n == 1 || (sa == 1 && sb == 1);
-  if (whole) return loop(n, static_cast<const T*>(a), static_cast<const T*>(b), out);
-  Stretches<T> x(a, sa), y(b, sb);
-  for (int64_t i = 0; i < n; i += kStretch) {
-    const int64_t count = min_of(kStretch, n - i);
-    loop(count, x.at(i, count), y.at(i, count), out + i);
+  Stretches<T> x(a, whole ? 1 : sa), y(b, whole ? 1 : sb);
+  const int64_t step = whole ? n : kStretch;
+  for (int64_t i = 0; i < n; i += step) {
+    const int64_t count = min_of(step, n - i);
+    run_vectors<F, 2>(count, x.at(i, count), y.at(i, count), out + i);
   }
 }
 
@@ -180,10 +204,10 @@ void unary_float(int64_t n, const void* a, int64_t sa, void* out_) {
   T* out = static_cast<T*>(out_);
   Stretches<T> x(a, n == 1 ? 1 : sa);
   const int64_t step = x.stride == 1 ? n : kStretch;
-  for (int64_t i0 = 0; i0 < n; i0 += step) {
-    const int64_t count = min_of(step, n - i0);
-    const T* from = x.at(i0, count);
-    for_lanes(count, [&](int64_t i, int l) { store_lanes(out + i0 + i, F::run(load_lanes(from + i, l)), l); });
+  for (int64_t i = 0; i < n; i += step) {
+    const int64_t count = min_of(step, n - i);
+    const T* from = x.at(i, count);
+    run_vectors<F, 1>(count, from, from, out + i);
   }
 }
 

@@ -125,8 +125,10 @@ void pack_panel(const typename G::T* x, int64_t line, int64_t step, int width, i
     }
   }
   if (G::kPair == 1 && line == 1 && width == kFull) {  // contiguous across lines
-    for (; u < units; ++u)
+    for (; u < units; ++u) {
+      for (int i = 0; i < kFull; i += 16) __builtin_prefetch(x + (u + 12) * step + i);  // lines lie far apart
       for (int i = 0; i < kFull; ++i) panel[u * kFull + i] = G::unit(x + u * step + i, step, 1);
+    }
     return;
   }
   for (; u < units; ++u) {
@@ -149,6 +151,8 @@ void multiply_tile(int64_t units, const typename G::Unit* a, const typename G::U
   typename G::V acc[kTileRows][G::kVectors];
   for (auto& row : acc)
     for (auto& v : row) v = typename G::V{};
+  for (int r = 0; r < rows; ++r)  // needed when the products are done
+    for (int v = 0; v < G::kVectors; ++v) __builtin_prefetch(c + r * c_row + v * G::kWidth, 1);
   for (int64_t u = 0; u < units; ++u) G::step(acc, a + u * kTileRows, b + u * kCols);
   if (rows == kTileRows && cols == kCols) {
     for (int r = 0; r < kTileRows; ++r)
@@ -205,7 +209,7 @@ void multiply(const GemmArgs& g, typename G::Acc* c, int64_t c_row) {
   using T = typename G::T;
   using Unit = typename G::Unit;
   constexpr int kCols = G::kVectors * G::kWidth;
-  constexpr int64_t kDepth = 384 * G::kPair;    // of k: an A block of 192 rows then fills a third of a 1 MB second level
+  constexpr int64_t kDepth = 512 * G::kPair;    // of k: an A block of 192 rows then takes 384 KB
   constexpr int64_t kRows = 16 * kTileRows;     // of A, in the second-level cache
   constexpr int64_t kWide = 4096;               // of B, in the last-level cache
   const T* a = static_cast<const T*>(g.a);
