@@ -40,6 +40,11 @@ class GGUFFile:
         self.path = Path(path)
         self.header = GGUFHeader(self.path)
         self.config: ModelConfig = read_config(self.header, "bfloat16")
+        if self.config.num_layers > len(self.header.tensors):
+            raise CheckpointError(
+                f"the GGUF file {self.path} announces {self.config.num_layers} layers but holds only "
+                f"{len(self.header.tensors)} tensors; fetch it anew"
+            )
         self._sources = tensor_sources(self.header, self.config)
         self._check_shapes()
 

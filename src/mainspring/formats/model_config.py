@@ -36,7 +36,8 @@ from mainspring.formats.rope_scaling import RopeScaling, read_rope, write_rope
 
 __all__ = ["DTYPES", "KNOWN_ARCHITECTURES", "ModelConfig", "RopeScaling"]
 
-_MAX_LAYERS = 100_000  # far beyond any model: a larger number is a damaged file
+_MAX_LAYERS = 10_000  # far beyond any model: a larger number is a damaged file
+_MAX_EXPERTS = 4_096  # of a layer: likewise
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -133,6 +134,8 @@ class ModelConfig:
                 raise ConfigError(
                     f"moe_intermediate_size is {self.moe_intermediate_size}: it must be at least 1"
                 )
+            if self.num_experts > _MAX_EXPERTS:
+                raise ConfigError(f"num_experts is {self.num_experts}: at most {_MAX_EXPERTS} are supported")
             if not 1 <= self.num_experts_per_token <= self.num_experts:
                 raise ConfigError(
                     f"num_experts_per_token is {self.num_experts_per_token}: it must lie between 1 and "
