@@ -49,8 +49,8 @@ def linear_cases(name: str, dtype: torch.dtype) -> Iterator[Case]:
             ours, torchs = itertools.cycle(pool), itertools.cycle(pool)
             yield Case(
                 f"linear {name} M={m} {n}x{k}",
-                lambda x=x, ours=ours: linear(x, next(ours)),  # type: ignore[misc]
-                lambda x=x, torchs=torchs: F.linear(x, next(torchs)),  # type: ignore[misc]
+                lambda x=x, ours=ours: linear(x, next(ours)),
+                lambda x=x, torchs=torchs: F.linear(x, next(torchs)),
                 size / 1e9,
                 "GB/s",
             )
@@ -58,8 +58,8 @@ def linear_cases(name: str, dtype: torch.dtype) -> Iterator[Case]:
             x, w = torch.randn(512, k).to(dtype), pool[0]
             yield Case(
                 f"linear {name} M=512 {n}x{k}",
-                lambda x=x, w=w: linear(x, w),  # type: ignore[misc]
-                lambda x=x, w=w: F.linear(x, w),  # type: ignore[misc]
+                lambda x=x, w=w: linear(x, w),
+                lambda x=x, w=w: F.linear(x, w),
                 2e-9 * 512 * n * k,
                 "GFLOP/s",
             )
@@ -67,7 +67,7 @@ def linear_cases(name: str, dtype: torch.dtype) -> Iterator[Case]:
 
 def attention_cases(name: str, dtype: torch.dtype) -> Iterator[Case]:
     def tensors(tokens: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
-        return tuple(torch.randn(n, h, 64).to(dtype) for n, h in ((tokens, 9), (keys, 3), (keys, 3)))  # type: ignore[return-value]
+        return tuple(torch.randn(n, h, 64).to(dtype) for n, h in ((tokens, 9), (keys, 3), (keys, 3)))
 
     def heads_first(x: Tensor, sequences: int) -> Tensor:
         return x.view(sequences, -1, *x.shape[1:]).transpose(1, 2)
@@ -92,8 +92,8 @@ def attention_cases(name: str, dtype: torch.dtype) -> Iterator[Case]:
         q1, k1, v1 = (heads_first(x, sequences) for x in (q, k, v))
         yield Case(
             f"attention {name} decode {sequences}x{context}",
-            lambda q=q, k=paged_k, v=paged_v, e=ends, n=lengths, t=tables: attention(q, k, v, e, n, t, 0.125),  # type: ignore[misc]
-            lambda q=q1, k=k1, v=v1: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),  # type: ignore[misc]
+            lambda q=q, k=paged_k, v=paged_v, e=ends, n=lengths, t=tables: attention(q, k, v, e, n, t, 0.125),
+            lambda q=q1, k=k1, v=v1: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
             2e-9 * k.numel() * dtype.itemsize,
             "GB/s",
         )
@@ -116,22 +116,22 @@ def small_cases(name: str, dtype: torch.dtype) -> Iterator[Case]:
 
         yield Case(
             f"add_rms_norm {name} M={m}",
-            lambda x=x, r=residual, w=weight: add_rms_norm(x, r, w, 1e-5),  # type: ignore[misc]
+            lambda x=x, r=residual, w=weight: add_rms_norm(x, r, w, 1e-5),
             torch_add_norm,
             4e-9 * x.nbytes,
             "GB/s",
         )
         yield Case(
             f"rope {name} T={m}",
-            lambda x=qkv, c=cos, s=sin: rope_(x[:, :9], x[:, 9:12], c, s),  # type: ignore[misc]
-            lambda x=qkv, f=torch_rope: f(x[:, :12]),  # type: ignore[misc]
+            lambda x=qkv, c=cos, s=sin: rope_(x[:, :9], x[:, 9:12], c, s),
+            lambda x=qkv, f=torch_rope: f(x[:, :12]),
             2e-9 * 0.8 * qkv.nbytes,
             "GB/s",
         )
         yield Case(
             f"swiglu {name} M={m}",
-            lambda g=gate_up: swiglu(g),  # type: ignore[misc]
-            lambda g=gate_up: F.silu(g[:, :1536]) * g[:, 1536:],  # type: ignore[misc]
+            lambda g=gate_up: swiglu(g),
+            lambda g=gate_up: F.silu(g[:, :1536]) * g[:, 1536:],
             1.5e-9 * gate_up.nbytes,
             "GB/s",
         )
@@ -142,8 +142,8 @@ def log_prob_cases() -> Iterator[Case]:
         logits, targets = torch.randn(m, 49152) * 4, torch.randint(49152, (m,))
         yield Case(
             f"token_log_probs M={m} V=49152",
-            lambda x=logits, t=targets: token_log_probs(x, t),  # type: ignore[misc]
-            lambda x=logits, t=targets: torch.log_softmax(x, -1).gather(1, t[:, None]),  # type: ignore[misc]
+            lambda x=logits, t=targets: token_log_probs(x, t),
+            lambda x=logits, t=targets: torch.log_softmax(x, -1).gather(1, t[:, None]),
             1e-9 * logits.nbytes,
             "GB/s",
         )

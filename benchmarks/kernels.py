@@ -150,7 +150,7 @@ def linear_rows(sweep: dict[str, dict[str, float]]) -> Iterator[Row]:
                     sys.exit(f"M={m} N={n} K={k}: {tile} gives other bits than {chosen}")
 
             def ours(tile: triton_linear.Tile, x: Tensor = x, used: list[Tensor] = used) -> Calls:
-                return [lambda w=w: triton_linear.linear(x, w, tile=tile) for w in used]  # type: ignore[misc]
+                return [lambda w=w: triton_linear.linear(x, w, tile=tile) for w in used]
 
             peer = [lambda w=w, x=x: F.linear(x, w) for w in used]
             found = times([*(ours(tile) for tile in tiles), peer], replays=7 if m > 1024 else 11)
@@ -274,8 +274,8 @@ def rowwise_rows() -> Iterator[Row]:
         targets = torch.randint(0, vocab, (rows,), device="cuda")
         yield row(
             "rowwise", f"token_log_probs {rows}x{vocab}", rows * vocab * 4 / 1e9, "GB",
-            [lambda z=logits, t=targets: token_log_probs(z, t)],  # type: ignore[misc]
-            [lambda z=logits, t=targets: torch.log_softmax(z, -1).gather(1, t[:, None])], "torch",  # type: ignore[misc]
+            [lambda z=logits, t=targets: token_log_probs(z, t)],
+            [lambda z=logits, t=targets: torch.log_softmax(z, -1).gather(1, t[:, None])], "torch",
         )  # fmt: skip
 
 

@@ -42,7 +42,7 @@ class Contestant:
 
     def step(self) -> tuple[float, float]:
         loss = self.loss()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -81,7 +81,7 @@ def contestants(lengths: list[int], dtype: torch.dtype) -> tuple[Contestant, Con
         logits = theirs(rows, position_ids=positions, use_cache=False).logits
         return nn.functional.cross_entropy(logits.float().view(-1, VOCAB), targets)
 
-    return tuple(  # type: ignore[return-value]
+    return tuple(
         Contestant(model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), loss)
         for model, loss in ((ours, our_loss), (theirs, their_loss))
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> float:
     return _tensor._clip_grad_norm(list(parameters), max_norm)
 
 
-class Optimizer:
+class Optimizer(ABC):
     """A list of parameters, a learning rate that may be changed between steps, and named lists of state tensors."""
 
     def __init__(self, params: Iterable[Tensor], lr: float) -> None:
@@ -30,8 +31,9 @@ class Optimizer:
         """Forgets the gradients of all parameters."""
         _tensor._zero_grad(self.params)
 
+    @abstractmethod
     def step(self) -> None:
-        raise NotImplementedError
+        """Updates every parameter that has a gradient, in place."""
 
     def state_dict(self) -> dict[str, Any]:
         """`num_steps`, `lr`, and the state tensors under `<name>.<index of the parameter>`."""
