@@ -1,0 +1,1 @@
+"""CUDA C++ kernels for Hopper: compiled at first use by nvcc, cached, called through C interfaces."""

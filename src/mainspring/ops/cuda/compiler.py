@@ -1,0 +1,104 @@
+"""Compiles a CUDA source of csrc/cuda for sm_90a and loads it; the result is cached by the content of its sources.
+
+A library has a C interface: functions that take addresses and a stream and return a cudaError_t. Each
+(source, defines) is a library of its own, so that only the head sizes and dtypes in use are ever compiled.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from mainspring.errors import BackendError
+from mainspring.formats.named_models import cache_directory
+from mainspring.ops.cuda import wgmma_header
+
+FLAGS = (
+    "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "--expt-relaxed-constexpr",
+    "-lineinfo", "-Xptxas=-v", "-cudart=static",
+)  # fmt: skip
+Defines = tuple[tuple[str, str | int], ...]
+
+
+def sources() -> Path:
+    """Where the CUDA sources lie: installed with the package, or in the repository."""
+    installed = Path(__file__).parent / "csrc"
+    return installed if installed.is_dir() else Path(__file__).parents[4] / "csrc" / "cuda"
+
+
+@functools.cache
+def find_nvcc() -> str | None:
+    """The path of nvcc: `$CUDACXX`, on the PATH, or under `$CUDA_HOME` (/usr/local/cuda); None if there is none."""
+    configured = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    if configured:
+        return configured
+    standard = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc"
+    return str(standard) if standard.is_file() else None
+
+
+@functools.cache
+def _nvcc_version(nvcc: str) -> str:
+    return subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def _key(nvcc: str, source: str, defines: Defines) -> str:
+    digest = hashlib.sha256()
+    for part in (_nvcc_version(nvcc), wgmma_header.text(), source, repr(defines), repr(FLAGS)):
+        digest.update(part.encode() + b"\0")
+    folder = sources()
+    for path in sorted([folder / source, *folder.glob("*.cuh"), *folder.glob("*.h")]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:32]
+
+
+def build(source: str, defines: Defines = ()) -> Path:
+    """The shared library of a source, compiled unless the cache has it; beside it lies ptxas's report (`.log`).
+
+    Raises:
+        BackendError: there is no nvcc, or it refuses the source.
+    """
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise BackendError(
+            f"compiling {source} needs nvcc: install the CUDA toolkit (13.0 or later), or set CUDA_HOME or CUDACXX"
+        )
+    cache = cache_directory() / "cuda"
+    library = cache / f"{Path(source).stem}-{_key(nvcc, source, defines)}.so"
+    if library.is_file():
+        return library
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as work:
+        (Path(work) / "wgmma.cuh").write_text(wgmma_header.text())
+        made = Path(work) / library.name
+        command = [
+            nvcc, *FLAGS, "-shared", "-Xcompiler=-fPIC", f"-I{work}", f"-I{sources()}",
+            *(f"-D{name}={value}" for name, value in defines), "-o", str(made), str(sources() / source),
+        ]  # fmt: skip
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise BackendError(f"nvcc cannot compile {source}: {result.stderr.strip()[-4000:]}")
+        report = Path(work) / "report"
+        report.write_text(result.stdout + result.stderr)
+        report.rename(library.with_suffix(".log"))
+        made.rename(library)  # complete or not there: another process may be looking
+    return library
+
+
+@functools.lru_cache(maxsize=256)
+def load(source: str, defines: Defines = ()) -> ctypes.CDLL:
+    """The loaded library of a source; see `build`."""
+    return ctypes.CDLL(str(build(source, defines)))
+
+
+def check(library: ctypes.CDLL, operation: str, code: int) -> None:
+    """Raises BackendError for an error code that a launcher of the library returned."""
+    if code:
+        text = library.mainspring_error_text
+        text.restype, text.argtypes = ctypes.c_char_p, [ctypes.c_int]
+        raise BackendError(f"{operation}: CUDA error {code}: {text(code).decode()}")
