@@ -150,15 +150,15 @@ def dkdv_kernel(
         head = kv_head * group + member
         for first in range(low, full, ROWS):
             grad_k, grad_v = _dkdv_block(
-                keys, values, grad_k, grad_v, q, dout, terms, first, q_start, length, lead, columns, head, dims, q_stride,
-                dout_stride, plane, pitch, factor, inner, window, HEAD_DIM, ROWS, True, CAUSAL, WINDOWED, SOFTCAP,
-                PRECISION,
+                keys, values, grad_k, grad_v, q, dout, terms, first, q_start, length, lead, columns, head, dims,
+                q_stride, dout_stride, plane, pitch, factor, inner, window, HEAD_DIM, ROWS, True, CAUSAL,
+                WINDOWED, SOFTCAP, PRECISION,
             )  # fmt: skip
         for first in range(full, high, ROWS):
             grad_k, grad_v = _dkdv_block(
-                keys, values, grad_k, grad_v, q, dout, terms, first, q_start, length, lead, columns, head, dims, q_stride,
-                dout_stride, plane, pitch, factor, inner, window, HEAD_DIM, ROWS, False, CAUSAL, WINDOWED, SOFTCAP,
-                PRECISION,
+                keys, values, grad_k, grad_v, q, dout, terms, first, q_start, length, lead, columns, head, dims,
+                q_stride, dout_stride, plane, pitch, factor, inner, window, HEAD_DIM, ROWS, False, CAUSAL,
+                WINDOWED, SOFTCAP, PRECISION,
             )  # fmt: skip
     offsets = ((k_start + columns).to(tl.int64) * kv_heads + kv_head)[:, None] * HEAD_DIM + dims[None, :]
     inside = (columns < count)[:, None] & (dims < HEAD_DIM)[None, :]

@@ -6,7 +6,9 @@ A program takes a tile of queries of one head and walks over the keys it sees wi
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -14,6 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from mainspring.ops.triton.support import check_dtype, on_device, require
+
+if TYPE_CHECKING:
+    from mainspring.ops.triton.flash_gluon_forward import HopperTile
 
 MAX_HEAD_DIM = 256
 LOG2_E = 1.4426950408889634
@@ -178,7 +183,7 @@ def flash_attention_forward(
     causal: bool = True,
     window: int | None = None,
     softcap: float | None = None,
-    tile: Tile | None = None,
+    tile: Tile | HopperTile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(s) v for every sequence; s, the mask and the lengths as in `flash_reference.forward`.
 
@@ -211,8 +216,18 @@ def flash_attention_forward(
     if tokens == 0:
         return out, lse
     dim = padded(d)
-    tile = tile or forward_tile(dim, q.dtype)
     scores, window, num_seqs = Scores.of(scale, softcap), window or 0, cu_q.shape[0] - 1
+    if not isinstance(tile, Tile) and hopper_serves(q, k, v):
+        from mainspring.ops.triton.flash_gluon_forward import launch_forward
+
+        with on_device(q):
+            launch_forward(
+                q, k, v, out, lse, cu_q, cu_k, factor=scores.factor, inner=scores.inner, causal=causal, window=window,
+                tile=tile,
+            )  # fmt: skip
+        return out, lse
+    if not isinstance(tile, Tile):
+        tile = forward_tile(dim, q.dtype)
     with on_device(q):
         forward_kernel[(tokens // tile.rows + num_seqs, heads)](
             q, k, v, out, lse, cu_q, cu_k, scores.factor, scores.inner, window, num_seqs, tokens, q.stride(0),
@@ -223,9 +238,18 @@ def flash_attention_forward(
     return out, lse
 
 
+def hopper_serves(q: Tensor, *others: Tensor) -> bool:
+    """Whether the kernels for Hopper take such tensors [T, H, D]. Older Tritons have no Gluon to write them in."""
+    if not q.is_cuda or importlib.util.find_spec("triton.experimental.gluon") is None:
+        return False
+    from mainspring.ops.triton.flash_gluon_forward import serves
+
+    return serves(q.shape[2], q, *others)
+
+
 def padded(head_dim: int) -> int:
     """The size of a head in a tile: a power of two of at least 16."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def precision(dtype: torch.dtype) -> str:
