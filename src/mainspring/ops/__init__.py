@@ -12,6 +12,7 @@ from mainspring.ops.log_probs import linear_log_probs, token_log_probs
 from mainspring.ops.norm import add_rms_norm, rms_norm
 from mainspring.ops.policy import FAST, LOCKSTEP, Numerics, Policy
 from mainspring.ops.rope import rope, rope_angles
+from mainspring.ops.routing import Routing, combine, route
 from mainspring.ops.swiglu import swiglu
 
 __all__ = [
@@ -21,9 +22,11 @@ __all__ = [
     "KVCache",
     "Numerics",
     "Policy",
+    "Routing",
     "TokenBatch",
     "add_rms_norm",
     "attention",
+    "combine",
     "cross_entropy",
     "grouped_linear",
     "linear",
@@ -31,6 +34,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_angles",
+    "route",
     "swiglu",
     "token_log_probs",
 ]
