@@ -59,6 +59,50 @@ def forward(
     return torch.cat(outs), torch.cat(lses, 1)
 
 
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v by hand, from what `forward` returned (FlashAttention-2, arXiv 2307.08691, 3.1.2).
+
+    With P = exp(s - lse): dV = Pᵀ dO, dP = dO Vᵀ, dS = P ∘ (dP - rowsum(dO ∘ O)), through the cap's derivative
+    1 - (s / softcap)², dQ = scale · dS K, dK = scale · dSᵀ Q, summed over the query heads that share a key head.
+    """
+    group = q.shape[1] // k.shape[1]
+    d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    q_ends, k_ends = cu_q.tolist(), cu_k.tolist()
+    for s in range(len(q_ends) - 1):
+        rows, columns = slice(q_ends[s], q_ends[s + 1]), slice(k_ends[s], k_ends[s + 1])
+        queries, d_out, result = (t[rows].transpose(0, 1) for t in (q, grad, out))
+        keys, values = (t[columns].transpose(0, 1).repeat_interleave(group, 0) for t in (k, v))
+        scores = queries @ keys.transpose(1, 2) * scale
+        slope = torch.ones((), dtype=q.dtype, device=q.device)
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+            slope = 1 - (scores / softcap).square()
+        seen = visible(queries.shape[1], keys.shape[1], causal, window, q.device)
+        weights = torch.exp(scores - lse[:, rows, None]).masked_fill(~seen, 0.0)
+        delta = (d_out * result).sum(-1, keepdim=True)
+        d_scores = weights * (d_out @ values.transpose(1, 2) - delta) * slope * scale
+        d_q[rows] = (d_scores @ keys).transpose(0, 1)
+        for target, shared in (
+            (d_k, d_scores.transpose(1, 2) @ queries),
+            (d_v, weights.transpose(1, 2) @ d_out),
+        ):
+            target[columns] = shared.unflatten(0, (-1, group)).sum(1).transpose(0, 1)
+    return d_q, d_k, d_v
+
+
 def visible(queries: int, keys: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
     """Which keys each query sees: [queries, keys] bool."""
     rows = torch.arange(keys - queries, keys, device=device)[:, None]

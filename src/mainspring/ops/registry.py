@@ -22,12 +22,16 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Call:
-    """What a backend may look at to accept or refuse: the kind of a call, not its data."""
+    """What a backend may look at to accept or refuse: the kind of a call, not its data.
+
+    `size` is the extent that kernels are specialised on (attention: the head size), where an operation has one.
+    """
 
     device_type: str
     dtype: torch.dtype
     policy: Policy
     needs_grad: bool
+    size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,11 @@ class Operation(Generic[P, R]):
         self.implementations = implementations
         self._choose = lru_cache(maxsize=256)(self._search)
 
-    def select(self, tensor: torch.Tensor, policy: Policy, needs_grad: bool = False) -> Callable[P, R]:
+    def select(
+        self, tensor: torch.Tensor, policy: Policy, needs_grad: bool = False, size: int | None = None
+    ) -> Callable[P, R]:
         """The implementation that serves calls on tensors like `tensor`. Raises BackendError if none does."""
-        return self._choose(Call(tensor.device.type, tensor.dtype, policy, needs_grad))
+        return self._choose(Call(tensor.device.type, tensor.dtype, policy, needs_grad, size))
 
     def explain(self, call: Call) -> list[tuple[str, str | None]]:
         """(backend, reason of refusal or None) for every implementation, in order of preference."""

@@ -4,12 +4,13 @@ write by hand. The compiler writes it beside what it builds; `python -m mainspri
 
 from __future__ import annotations
 
-WIDTHS = (8, 16, 24, 32, 64, 80, 96, 112, 128, 160, 176, 192, 224, 256)
+WIDTHS = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 176, 192, 224, 256)
 TYPES = {"__nv_bfloat16": "bf16", "__half": "f16"}
 
 HEAD = """// Warpgroup matrix products of sm_90a: D[64, N] (+)= A[64, 16] B[16, N], fp32 sums of 16-bit products.
-// Written by mainspring.ops.cuda.wgmma_header. A comes from shared memory (wgmma_ss) or registers (wgmma_rs), B from shared
-// memory. Thread t of the warpgroup holds D[16 (t / 32) + t % 32 / 4 + 8 j][8 i + 2 (t % 4) + l] in d[4 i + 2 j + l].
+// Written by mainspring.ops.cuda.wgmma_header. A comes from shared memory (wgmma_ss) or registers (wgmma_rs), B from
+// shared memory. Thread t of the warpgroup holds in d[4 i + 2 j + l] the element of row 16 (t / 32) + t % 32 / 4 + 8 j
+// and column 8 i + 2 (t % 4) + l.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -34,10 +35,10 @@ __device__ __forceinline__ void wgmma_touch(float (&d)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// Where an operand lies, with a swizzle of 128 bytes. leading, stride: byte offsets between groups of the layout (PTX ISA,
-// "Matrix descriptor"): for a K-major operand (rows of 64 values) leading is ignored and stride is 1024, the distance of
-// eight rows; 16 values further along K are 32 bytes. For an MN-major operand leading is the distance between panels of 64
-// along M or N, stride that of eight rows along K.
+// Where an operand lies, with a swizzle of 128 bytes. leading, stride: byte offsets between groups of the layout (PTX
+// ISA, "Matrix descriptor"): for a K-major operand (rows of 64 values) leading is ignored and stride is 1024, the
+// distance of eight rows; 16 values further along K are 32 bytes. For an MN-major operand leading is the distance
+// between panels of 64 along M or N, stride that of eight rows along K.
 __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t leading, uint32_t stride) {
   return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | static_cast<uint64_t>((leading & 0x3FFFF) >> 4) << 16 |
          static_cast<uint64_t>((stride & 0x3FFFF) >> 4) << 32 | static_cast<uint64_t>(1) << 62;
@@ -62,8 +63,8 @@ def _overloads(n: int) -> str:
             for trans_b in (0, 1):
                 lines += [
                     "template <>",
-                    f"__device__ __forceinline__ void wgmma_ss<{ctype}, {n}, {trans_a}, {trans_b}>(float (&d)[{count}], "
-                    "uint64_t a, uint64_t b, int accumulate) {",
+                    f"__device__ __forceinline__ void wgmma_ss<{ctype}, {n}, {trans_a}, {trans_b}>("
+                    f"float (&d)[{count}], uint64_t a, uint64_t b, int accumulate) {{",
                     f'  asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{count + 2}, 0;\\n{shape} {{"',
                     f'               "{accumulators}}}, "',
                     f'               "%{count}, %{count + 1}, p, 1, 1, {trans_a}, {trans_b};\\n}}"',
