@@ -28,7 +28,7 @@ Defines = tuple[tuple[str, str | int], ...]
 
 def sources() -> Path:
     """Where the CUDA sources lie: installed with the package, or in the repository."""
-    installed = Path(__file__).parent / "csrc"
+    installed = Path(__file__).parents[2] / "csrc" / "cuda"
     return installed if installed.is_dir() else Path(__file__).parents[4] / "csrc" / "cuda"
 
 
