@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mainspring.errors import BackendError
+from mainspring.ops.flash_reference import forward
 from support.cpu_kernels import assert_as_exact_as_torch
 from support.triton_kernels import (
     DEVICE,
@@ -32,6 +33,7 @@ BLOCK = 16
 head_dims = st.sampled_from([8, 16, 24, 64, 128] if INTERPRETED else [8, 64, 96, 128, 256])
 heads = st.sampled_from([(2, 2), (6, 2), (3, 1)] if INTERPRETED else [(1, 1), (4, 4), (6, 2), (9, 3), (5, 1)])
 windows = st.sampled_from([None, None, 1, 7, 70, 600])
+softcaps = st.sampled_from([None, None, 5.0, 50.0])
 long = st.integers(1, 140) if INTERPRETED else st.integers(1, 1400)
 
 
@@ -62,16 +64,23 @@ class Setting:
 
     scale: float
     window: int | None = None
+    softcap: float | None = None
 
     def packed(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], split: bool | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: list[int],
+        split: bool | None = None,
+        lse: Tensor | None = None,
     ) -> Tensor:
         from mainspring.ops.triton.attention import attention
 
         longest = max(lengths)
         return attention(
-            q, k, v, ends_of(lengths), ints(lengths), None, self.scale, self.window,
-            max_length=longest, max_context=longest, split=split, **small(),
+            q, k, v, ends_of(lengths), ints(lengths), None, self.scale, self.window, self.softcap,
+            max_length=longest, max_context=longest, split=split, lse=lse, **small(),
         )  # fmt: skip
 
     def chunked(self, q: Tensor, k: Tensor, v: Tensor, pieces: list[int], split: bool | None) -> Tensor:
@@ -94,26 +103,16 @@ class Setting:
             done += n
             piece = attention(
                 q[part], k_cache, v_cache, ints([0, n]), ints([done]), tables, self.scale, self.window,
-                max_length=n, max_context=done, split=split, **small(),
+                self.softcap, max_length=n, max_context=done, split=split, **small(),
             )  # fmt: skip
             out.append(piece)
         return torch.cat(out)
 
 
-def formula(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], setting: Setting) -> Tensor:
-    """softmax(scale q kᵀ + mask) v in q's dtype by torch, sequence by sequence."""
-    out = []
-    for a, b, c in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
-        n, group = a.shape[0], a.shape[1] // b.shape[1]
-        rows = torch.arange(n, device=DEVICE)
-        seen = rows[None, :] <= rows[:, None]
-        if setting.window:
-            seen &= rows[None, :] > rows[:, None] - setting.window
-        a, b, c = (x.transpose(0, 1) for x in (a, b, c))
-        b, c = (x.repeat_interleave(group, 0) for x in (b, c))
-        result = F.scaled_dot_product_attention(a[None], b[None], c[None], seen, scale=setting.scale)
-        out.append(result[0].transpose(0, 1))
-    return torch.cat(out)
+def formula(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], setting: Setting) -> tuple[Tensor, Tensor]:
+    """The formula in q's dtype: (out, lse)."""
+    ends = ends_of(lengths)
+    return forward(q, k, v, ends, ends, setting.scale, True, setting.window, setting.softcap)
 
 
 def qkv(seed: int, tokens: int, shape: tuple[int, int], d: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -131,20 +130,31 @@ def qkv(seed: int, tokens: int, shape: tuple[int, int], d: int, dtype: torch.dty
     d=head_dims,
     dtype=st.sampled_from(DTYPES),
     window=windows,
+    softcap=softcaps,
+    split=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_as_exact_as_torch(
-    lengths: list[int], last: int, shape: tuple[int, int], d: int, dtype: torch.dtype, window: int, seed: int
+    lengths: list[int],
+    last: int,
+    shape: tuple[int, int],
+    d: int,
+    dtype: torch.dtype,
+    window: int | None,
+    softcap: float | None,
+    split: bool,
+    seed: int,
 ) -> None:
     lengths = [*lengths, last]
     q, k, v = qkv(seed, sum(lengths), shape, d, dtype)
-    setting = Setting(d**-0.5, window)
-    got = setting.packed(q, k, v, lengths)
-    exact = formula(q.double(), k.double(), v.double(), lengths, setting)
+    setting = Setting(d**-0.5, window, softcap)
+    lse = torch.empty(q.shape[1], q.shape[0], device=DEVICE)
+    got = setting.packed(q, k, v, lengths, split, lse)
+    exact, exact_lse = formula(q.double(), k.double(), v.double(), lengths, setting)
+    theirs, _ = formula(q, k, v, lengths, setting)
     # 4: weights are rounded to the dtype before they meet the values, as in every flash attention
-    assert_as_exact_as_torch(
-        got, formula(q, k, v, lengths, setting), exact, 4 if dtype != torch.float32 else 16
-    )
+    assert_as_exact_as_torch(got, theirs, exact, 4 if dtype != torch.float32 else 16)
+    assert (lse - exact_lse).abs().max() <= 2e-5 * (1 + exact_lse.abs().max())  # fp32 sums of exact products
 
 
 @settings(max_examples=2 if INTERPRETED else EXAMPLES, deadline=None)
@@ -155,6 +165,7 @@ def test_as_exact_as_torch(
     d=head_dims,
     dtype=st.sampled_from(DTYPES),
     window=windows,
+    softcap=softcaps,
     split=st.sampled_from([None, True, False]),
 )
 def test_whole_prefill_chunked_prefill_and_a_batch_give_the_same_bits(
@@ -163,10 +174,11 @@ def test_whole_prefill_chunked_prefill_and_a_batch_give_the_same_bits(
     shape: tuple[int, int],
     d: int,
     dtype: torch.dtype,
-    window: int,
+    window: int | None,
+    softcap: float | None,
     split: bool | None,
 ) -> None:
-    setting = Setting(d**-0.5, window)
+    setting = Setting(d**-0.5, window, softcap)
     q, k, v = qkv(tokens, tokens + 7, shape, d, dtype)
     batch = setting.packed(q, k, v, [7, tokens], False)
     whole = setting.packed(q[7:], k[7:], v[7:], [tokens])
@@ -227,7 +239,7 @@ def test_the_number_of_rows_in_a_tile_changes_no_bit(dtype: torch.dtype, d: int)
 def test_large_scores() -> None:
     q, k, v = qkv(0, 70, (2, 2), 16, torch.float32)
     got = Setting(50.0).packed(q * 30, k * 30, v, [70])
-    exact = formula(q.double() * 30, k.double() * 30, v.double(), [70], Setting(50.0))
+    exact, _ = formula(q.double() * 30, k.double() * 30, v.double(), [70], Setting(50.0))
     assert (got - exact).abs().max() <= 0.05 * exact.abs().max()
 
 

@@ -82,12 +82,14 @@ def test_attention(d: int, split: bool, tmp_path: Path) -> None:
     )  # fmt: skip
     types = {
         "q": "*bf16", "k": keys, "v": keys, "out": "*bf16", "part_out": "*fp32", "part_state": "*fp32",
-        "cu_seqlens": "*i32", "context_lens": "*i32", "scale": "fp32", **dict.fromkeys(integers, "i32"),
+        "lse": "*fp32", "cu_seqlens": "*i32", "context_lens": "*i32",
+        **dict.fromkeys(("scale", "cap_in", "cap_out"), "fp32"), **dict.fromkeys(integers, "i32"),
         **({"block_tables": "*i32"} if split else {}),
     }  # fmt: skip
     constants = {
         "HEAD_DIM": d, "DIM": d, "ROWS": tile.rows, "KEYS": tile.keys, "CHUNK": KEY_CHUNK, "PAGED": split,
-        "BLOCK_SIZE": 16, "WINDOWED": False, "TMA": not split, "SPLIT": split, "PRECISION": "tf32",
+        "BLOCK_SIZE": 16, "WINDOWED": False, "CAPPED": False, "TMA": not split, "SPLIT": split, "LSE": not split,
+        "PRECISION": "tf32",
         **({} if split else {"block_tables": None}),
     }  # fmt: skip
     binary = compiled(attention_kernel, types, constants, tile.warps, tile.stages)

@@ -43,8 +43,27 @@ def _index_of_one_element() -> None:
     interpreter._patch_lang_tensor = patched
 
 
+def _rows_of_products() -> None:
+    """The interpreter multiplies by numpy's BLAS, where a row's bits may depend on its place in the tile (they do
+    on some processors). A tensor core's do not: here, products are added in the order of k."""
+    import numpy as np
+    import triton.runtime.interpreter as interpreter
+
+    def create_dot(
+        self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any
+    ) -> Any:
+        x, y = (handle.data.astype(d.data.dtype) for handle in (a, b))
+        total = np.zeros_like(d.data)
+        for k in range(x.shape[1]):
+            total += x[:, k, None] * y[None, k]
+        return interpreter.TensorHandle(total + d.data, d.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
 if INTERPRETED and AVAILABLE:
     _index_of_one_element()
+    _rows_of_products()
 
 
 def random_tensor(seed: int, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:

@@ -5,7 +5,8 @@ walks over blocks of keys (their size is a function of the head size and dtype);
 right. One loop does it all where queries are many (prefill, training); where they are few (decode) a program
 takes a chunk, and the same `_merge` joins the chunks in the same order. The query heads that share a key
 head are rows of one tile. A fully masked block leaves a row's state as it was, so that it does not matter
-which rows share a tile.
+which rows share a tile. What the weights of a chunk are relative to follows its largest score at a distance
+(at most MAX_GROWTH), so that sums are hardly ever rescaled. csrc/cuda/paged_attention.cu has the same order.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ KEY_CHUNK = 512
 MAX_HEAD_DIM = 256
 PARTIAL_BYTES = 256 << 20  # of a decode's partial outputs; beyond it the chunks are walked in one loop
 LOG2_E = 1.4426950408889634
+MAX_GROWTH = tl.constexpr(8.0)  # log2: how far a block's largest score may exceed the reference
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @dataclass(frozen=True)
@@ -69,23 +72,45 @@ def _sequence_of(cu_seqlens, num_seqs, tile, group, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _lane_sums(weights, ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """[ROWS, KEYS] -> [ROWS, 4]: lane q has the columns 8 i + 2 q + (0, 1), which are those that one thread
+    holds of a tensor core's product, summed by a binary tree of neighbours. Sums of two are the same however
+    Triton lays them out."""
+    pairs = tl.sum(tl.reshape(weights, (ROWS, KEYS // 8, 4, 2)), 3)
+    for i in tl.static_range(4):
+        if 1 << i < KEYS // 8:
+            pairs = tl.sum(tl.reshape(pairs, (ROWS, KEYS // (16 << i), 2, 4)), 2)
+    return tl.reshape(pairs, (ROWS, 4))
+
+
+@triton.jit
+def _whole_sum(lanes, ROWS: tl.constexpr):
+    """[ROWS, 4] -> [ROWS]: (0 + 2) + (1 + 3)."""
+    return tl.sum(tl.sum(tl.reshape(lanes, (ROWS, 2, 2)), 1), 1)
+
+
+@triton.jit
 def _block(
-    q, keys, values, acc, peak, total, positions, columns, scale, window,
-    MASKED: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr,
+    q, keys, values, acc, peak, total, positions, columns, scale, cap_in, cap_out, window,
+    MASKED: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys into a chunk's state (acc, peak, total). Explicit fused multiply-adds: a compiler that
-    was free to fuse might do so in one kernel and not in another."""
+    """One block of keys into a chunk's state (acc, peak, total by lanes). Explicit fused multiply-adds: a
+    compiler that was free to fuse might do so in one kernel and not in another."""
     scores = tl.dot(q, keys.T, input_precision=PRECISION)
+    if CAPPED:  # cap_out · tanh, whose exponential never overflows to a NaN
+        scores = tl.fma(-2.0 * cap_out, 1.0 / (1.0 + tl.exp2(scores * cap_in)), cap_out)
     if MASKED:
         seen = columns[None, :] <= positions[:, None]
         if WINDOWED:
             seen = seen & (columns[None, :] > positions[:, None] - window)
         scores = tl.where(seen, scores, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    block_peak = tl.max(scores, 1)
+    new_peak = tl.where((block_peak - peak) * scale > MAX_GROWTH, block_peak, peak)
     safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     weights = tl.exp2(tl.fma(scores, scale, -(safe * scale)[:, None]))
     shrink = tl.exp2((peak - safe) * scale)
-    total = tl.fma(total, shrink, tl.sum(weights, 1))
+    total = tl.fma(total, shrink[:, None], _lane_sums(weights, ROWS, KEYS))
     acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
     return acc, new_peak, total
 
@@ -96,6 +121,12 @@ def _merge_scalars(peak, chunk_peak, scale):
     new_peak = tl.maximum(peak, chunk_peak)
     safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     return new_peak, tl.exp2((peak - safe) * scale), tl.exp2((chunk_peak - safe) * scale)
+
+
+@triton.jit
+def _log_sum(peak, total, scale):
+    """The natural logarithm of the sum of the exponentials."""
+    return tl.fma(peak, scale, tl.log2(total)) * LN_2
 
 
 @triton.jit
@@ -129,11 +160,11 @@ def _load_keys(
 
 @triton.jit(do_not_specialize=["num_seqs", "tokens", "window", "q_heads", "group", "table_stride"])
 def attention_kernel(
-    q, k, v, out, part_out, part_state, cu_seqlens, context_lens, block_tables, scale, window, num_seqs, tokens,
-    q_stride, k_stride, v_stride, table_stride, q_heads, group,
+    q, k, v, out, lse, part_out, part_state, cu_seqlens, context_lens, block_tables, scale, cap_in, cap_out, window,
+    num_seqs, tokens, q_stride, k_stride, v_stride, table_stride, q_heads, group,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr,
-    PAGED: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOWED: tl.constexpr, TMA: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PAGED: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, TMA: tl.constexpr,
+    SPLIT: tl.constexpr, LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows (query tokens times the heads of a group) of one key head; with SPLIT one chunk of keys.
 
@@ -181,7 +212,7 @@ def attention_kernel(
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, DIM), tl.float32)
     chunk_peak = tl.full((ROWS,), float("-inf"), tl.float32)
-    chunk_total = tl.zeros((ROWS,), tl.float32)
+    chunk_total = tl.zeros((ROWS, 4), tl.float32)
     for first in range(low, full, KEYS):
         columns = first + tl.arange(0, KEYS)
         keys = _load_keys(
@@ -215,15 +246,17 @@ def attention_kernel(
             TMA,
         )
         acc, chunk_peak, chunk_total = _block(
-            queries, keys, values, acc, chunk_peak, chunk_total, positions, columns, scale, window,
-            WINDOWED, WINDOWED, PRECISION,
+            queries, keys, values, acc, chunk_peak, chunk_total, positions, columns, scale,
+            cap_in, cap_out, window, WINDOWED, WINDOWED, CAPPED, PRECISION, ROWS, KEYS,
         )  # fmt: skip
         if not SPLIT:  # noqa: SIM102 - the outer condition is the compiler's
             if (first + KEYS) % CHUNK == 0:
-                result, peak, total = _merge(result, peak, total, acc, chunk_peak, chunk_total, scale)
+                result, peak, total = _merge(
+                    result, peak, total, acc, chunk_peak, _whole_sum(chunk_total, ROWS), scale
+                )
                 acc = tl.zeros((ROWS, DIM), tl.float32)
                 chunk_peak = tl.full((ROWS,), float("-inf"), tl.float32)
-                chunk_total = tl.zeros((ROWS,), tl.float32)
+                chunk_total = tl.zeros((ROWS, 4), tl.float32)
     for first in range(full, high, KEYS):
         columns = first + tl.arange(0, KEYS)
         keys = _load_keys(
@@ -257,34 +290,42 @@ def attention_kernel(
             TMA,
         )
         acc, chunk_peak, chunk_total = _block(
-            queries, keys, values, acc, chunk_peak, chunk_total, positions, columns, scale, window,
-            True, WINDOWED, PRECISION,
+            queries, keys, values, acc, chunk_peak, chunk_total, positions, columns, scale,
+            cap_in, cap_out, window, True, WINDOWED, CAPPED, PRECISION, ROWS, KEYS,
         )  # fmt: skip
         if not SPLIT:  # noqa: SIM102
             if (first + KEYS) % CHUNK == 0:
-                result, peak, total = _merge(result, peak, total, acc, chunk_peak, chunk_total, scale)
+                result, peak, total = _merge(
+                    result, peak, total, acc, chunk_peak, _whole_sum(chunk_total, ROWS), scale
+                )
                 acc = tl.zeros((ROWS, DIM), tl.float32)
                 chunk_peak = tl.full((ROWS,), float("-inf"), tl.float32)
-                chunk_total = tl.zeros((ROWS,), tl.float32)
+                chunk_total = tl.zeros((ROWS, 4), tl.float32)
     if SPLIT:
         index = (tl.program_id(2).to(tl.int64) * tokens + token) * q_heads + head
         state = part_state + index
         tl.store(part_out + index[:, None] * HEAD_DIM + dims[None, :], acc, inside)
         tl.store(state, chunk_peak, row < length * group)
         plane = tl.num_programs(2).to(tl.int64) * tokens * q_heads
-        tl.store(state + plane, chunk_total, row < length * group)
+        tl.store(state + plane, _whole_sum(chunk_total, ROWS), row < length * group)
     else:
         # What is left of an unfinished chunk; nothing, exactly, where the last one was finished.
-        result, peak, total = _merge(result, peak, total, acc, chunk_peak, chunk_total, scale)
+        result, peak, total = _merge(
+            result, peak, total, acc, chunk_peak, _whole_sum(chunk_total, ROWS), scale
+        )
         offsets = (token.to(tl.int64) * q_heads + head)[:, None] * HEAD_DIM + dims[None, :]
         tl.store(out + offsets, (result / total[:, None]).to(out.dtype.element_ty), inside)
+        if LSE:
+            tl.store(
+                lse + head.to(tl.int64) * tokens + token, _log_sum(peak, total, scale), row < length * group
+            )
 
 
 @triton.jit(do_not_specialize=["num_seqs", "tokens", "window", "chunks", "q_heads"])
 def merge_kernel(
-    part_out, part_state, out, cu_seqlens, context_lens, scale, window, num_seqs, tokens, chunks,
+    part_out, part_state, out, lse, cu_seqlens, context_lens, scale, window, num_seqs, tokens, chunks,
     q_heads, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
-    WINDOWED: tl.constexpr, UNROLL: tl.constexpr,
+    WINDOWED: tl.constexpr, LSE: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Joins the chunks that one token and head sees, in order. Grid: (tokens, q_heads)."""
     token = tl.program_id(0)
@@ -320,6 +361,8 @@ def merge_kernel(
             result, peak, total = _merge(result, peak, total, acc, chunk_peak, chunk_total, scale)
     offsets = ((token.to(tl.int64) * q_heads + head) * HEAD_DIM + dims)[None, :]
     tl.store(out + offsets, (result / total[:, None]).to(out.dtype.element_ty), (dims < HEAD_DIM)[None, :])
+    if LSE:
+        tl.store(lse + head.to(tl.int64) * tokens + token + one, _log_sum(peak, total, scale))
 
 
 def attention(
@@ -331,9 +374,11 @@ def attention(
     block_tables: Tensor | None,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
     *,
     max_length: int,
     max_context: int,
+    lse: Tensor | None = None,
     split: bool | None = None,
     tile: Tile | None = None,
     chunk: int = KEY_CHUNK,
@@ -351,8 +396,11 @@ def attention(
         block_tables: [S, B] int32 with a contiguous last dimension (paged), or None (packed). Trusted.
         scale: factor of the scores before softmax, above 0.
         window: sliding window in keys, or None or 0 for all.
+        softcap: scores become softcap · tanh(scores / softcap); None or 0 for none.
         max_length: the largest number of queries of a sequence.
         max_context: the largest of context_lens.
+        lse: [Hq, T] float32, contiguous: gets the natural logarithms of the sums of exp(scores), which a
+            backward pass needs; None for none.
         split: a program per chunk (True) or a loop over chunks (False); None chooses. It changes no bit.
         tile: another tile than the table's (tests and benchmarks); its `keys` are part of the order of sums.
         chunk: another size of chunks, likewise.
@@ -378,26 +426,33 @@ def attention(
         split = few or max_length == 1
     split = split and chunks > 1 and chunks * tokens * q_heads * d * 4 <= PARTIAL_BYTES
     tma = not paged and not split and _described(k) and _described(v) and q.dtype != torch.float32
-    window = window or 0
-    factor = scale * LOG2_E
+    window, cap = window or 0, softcap or 0.0
+    factor = 1.0 if cap else scale * LOG2_E
+    caps = (2 * LOG2_E * scale / cap, cap * LOG2_E) if cap else (0.0, 0.0)
+    require(
+        "attention",
+        lse is None
+        or (lse.dtype is torch.float32 and lse.shape == (q_heads, tokens) and lse.is_contiguous()),
+        f"lse must be a contiguous [{q_heads}, {tokens}] of float32",
+    )
     part_out, part_state = out, out
     if split:
         part_out = torch.empty((chunks, tokens, q_heads, d), dtype=torch.float32, device=q.device)
         part_state = torch.empty((2, chunks, tokens, q_heads), dtype=torch.float32, device=q.device)
     with on_device(q):
         attention_kernel[(tiles, kv_heads, chunks if split else 1)](
-            q, _tiles_of(k, tile, dim) if tma else k, _tiles_of(v, tile, dim) if tma else v, out, part_out,
-            part_state, cu_seqlens, context_lens, block_tables, factor, window, num_seqs, tokens, q.stride(0),
-            k.stride(-3), v.stride(-3), block_tables.stride(0) if block_tables is not None else 0,
+            q, _tiles_of(k, tile, dim) if tma else k, _tiles_of(v, tile, dim) if tma else v, out, lse,
+            part_out, part_state, cu_seqlens, context_lens, block_tables, factor, *caps, window, num_seqs, tokens,
+            q.stride(0), k.stride(-3), v.stride(-3), block_tables.stride(0) if block_tables is not None else 0,
             q_heads, group, HEAD_DIM=d, DIM=dim, ROWS=tile.rows, KEYS=tile.keys, CHUNK=chunk,
-            PAGED=paged, BLOCK_SIZE=k.shape[1] if paged else 1, WINDOWED=window > 0, TMA=tma, SPLIT=split,
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            PAGED=paged, BLOCK_SIZE=k.shape[1] if paged else 1, WINDOWED=window > 0, CAPPED=cap > 0, TMA=tma,
+            SPLIT=split, LSE=lse is not None, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         if split:
             merge_kernel[(tokens, q_heads)](
-                part_out, part_state, out, cu_seqlens, context_lens, factor, window, num_seqs, tokens, chunks,
-                q_heads, HEAD_DIM=d, DIM=dim, CHUNK=chunk, WINDOWED=window > 0, UNROLL=8,
+                part_out, part_state, out, lse, cu_seqlens, context_lens, factor, window, num_seqs, tokens, chunks,
+                q_heads, HEAD_DIM=d, DIM=dim, CHUNK=chunk, WINDOWED=window > 0, LSE=lse is not None, UNROLL=8,
                 num_warps=1,
             )  # fmt: skip
     return out
