@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mainspring.ops import library
 from mainspring.ops.cpu.linear import linear as cpu_linear
 from mainspring.ops.cpu.support import refuses
 from mainspring.ops.policy import LOCKSTEP, Policy
@@ -32,6 +33,8 @@ def linear(
 
     Accumulates in fp32. In lockstep each row of the result is bitwise the same for every M.
     """
+    if library.is_traced():
+        return library.linear(x, weight, bias, out_dtype, policy)
     run = LINEAR.select(x, policy, any_requires_grad(x, weight, bias))
     return run(x, weight, bias, out_dtype, policy)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mainspring.ops import library
 from mainspring.ops.cpu import norm as cpu
 from mainspring.ops.cpu.support import refuses
 from mainspring.ops.policy import LOCKSTEP, Policy
@@ -25,6 +26,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, policy: Policy = LOCKSTEP
 
     Normalised in fp32, rounded to x's dtype, then scaled: the order of operations of Hugging Face's Llama.
     """
+    if library.is_traced():
+        return library.rms_norm(x, weight, eps, policy)
     return RMS_NORM.select(x, policy, any_requires_grad(x, weight))(x, weight, eps, policy)
 
 
@@ -32,6 +35,8 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, policy: Policy = LOCKSTEP
 ) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual), x + residual); x, residual: [M, H], weight: [H]."""
+    if library.is_traced():
+        return library.add_rms_norm(x, residual, weight, eps, policy)
     run = ADD_RMS_NORM.select(x, policy, any_requires_grad(x, residual, weight))
     return run(x, residual, weight, eps, policy)
 
@@ -166,7 +171,7 @@ def _cpu_add(
 def _triton(x: Tensor, weight: Tensor, eps: float, policy: Policy) -> Tensor:
     from mainspring.ops.triton import norm as triton
 
-    return _with_gradient(triton.rms_norm, triton.rms_norm_backward, x, weight, eps)
+    return _with_gradient(triton.rms_norm, _triton_gradient, x, weight, eps)
 
 
 def _triton_add(
@@ -174,7 +179,15 @@ def _triton_add(
 ) -> tuple[Tensor, Tensor]:
     from mainspring.ops.triton import norm as triton
 
-    return _add_with_gradient(triton.add_rms_norm, triton.rms_norm_backward, x, residual, weight, eps)
+    return _add_with_gradient(triton.add_rms_norm, _triton_gradient, x, residual, weight, eps)
+
+
+def _triton_gradient(
+    x: Tensor, weight: Tensor, eps: float, grad: Tensor, grad_x: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    from mainspring.ops.triton import norm as triton
+
+    return triton.rms_norm_backward(x, weight, eps, grad, grad_x)
 
 
 RMS_NORM = Operation(
@@ -188,4 +201,10 @@ ADD_RMS_NORM = Operation(
     Implementation("cpu", _cpu_add, refuses),
     Implementation("triton", _triton_add, triton_refuses),
     Implementation("reference", add_reference, accepts_all),
+)
+RMS_NORM_BACKWARD = Operation(
+    "rms_norm_backward",
+    Implementation("cpu", gradient_reference, refuses),
+    Implementation("triton", _triton_gradient, triton_refuses),
+    Implementation("reference", gradient_reference, accepts_all),
 )

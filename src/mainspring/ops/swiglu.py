@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mainspring.ops import library
 from mainspring.ops.cpu.support import refuses
 from mainspring.ops.cpu.swiglu import swiglu as cpu_swiglu
 from mainspring.ops.policy import LOCKSTEP, Policy
@@ -19,6 +20,8 @@ from mainspring.ops.triton.support import refuses as triton_refuses
 
 def swiglu(gate_up: Tensor, *, policy: Policy = LOCKSTEP) -> Tensor:
     """gate_up: [M, 2 · I], the gate first -> [M, I]."""
+    if library.is_traced():
+        return library.swiglu(gate_up, policy)
     return SWIGLU.select(gate_up, policy, any_requires_grad(gate_up))(gate_up, policy)
 
 
@@ -77,7 +80,13 @@ def _cpu(gate_up: Tensor, policy: Policy) -> Tensor:
 def _triton(gate_up: Tensor, policy: Policy) -> Tensor:
     from mainspring.ops.triton import swiglu as triton
 
-    return _with_gradient(triton.swiglu, triton.swiglu_backward, gate_up)
+    return _with_gradient(triton.swiglu, _triton_gradient, gate_up)
+
+
+def _triton_gradient(gate_up: Tensor, grad: Tensor) -> Tensor:
+    from mainspring.ops.triton import swiglu as triton
+
+    return triton.swiglu_backward(gate_up, grad)
 
 
 SWIGLU = Operation(
@@ -85,4 +94,10 @@ SWIGLU = Operation(
     Implementation("cpu", _cpu, refuses),
     Implementation("triton", _triton, triton_refuses),
     Implementation("reference", reference, accepts_all),
+)
+SWIGLU_BACKWARD = Operation(
+    "swiglu_backward",
+    Implementation("cpu", gradient_reference, refuses),
+    Implementation("triton", _triton_gradient, triton_refuses),
+    Implementation("reference", gradient_reference, accepts_all),
 )

@@ -1,0 +1,226 @@
+"""The operations as PyTorch operators (`mainspring::...`): what torch.compile and torch.export see of them.
+
+Each is opaque to the compiler, has shapes for fake tensors and a gradient for autograd, and calls the operation
+of the same name, whose table then chooses the backend by the real tensors. A public function takes this way only
+while it is traced: an operator's dispatch costs more than a small kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mainspring.ops.policy import Numerics, Policy
+
+
+def is_traced() -> bool:
+    """Whether a compiler is looking at the calls instead of running them."""
+    return torch.compiler.is_compiling()
+
+
+def _policy(numerics: str, backend: str | None) -> Policy:
+    choice: Numerics = "lockstep" if numerics == "lockstep" else "fast"
+    return Policy(choice, backend)
+
+
+# ---- RMS norm ------------------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, policy: Policy) -> Tensor:
+    """ops.norm.rms_norm as an operator."""
+    result: Tensor = rms_norm_op(x, weight, eps, policy.numerics, policy.backend)
+    return result
+
+
+@torch.library.custom_op("mainspring::rms_norm", mutates_args=())
+def rms_norm_op(x: Tensor, weight: Tensor, eps: float, numerics: str, backend: str | None) -> Tensor:
+    """x: [..., H], weight: [H] -> [..., H]."""
+    from mainspring.ops import norm
+
+    with torch.no_grad():
+        return norm.rms_norm(x, weight, eps, policy=_policy(numerics, backend))
+
+
+@rms_norm_op.register_fake
+def _(x: Tensor, weight: Tensor, eps: float, numerics: str, backend: str | None) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, policy: Policy
+) -> tuple[Tensor, Tensor]:
+    """ops.norm.add_rms_norm as an operator."""
+    result: tuple[Tensor, Tensor] = add_rms_norm_op(x, residual, weight, eps, policy.numerics, policy.backend)
+    return result
+
+
+@torch.library.custom_op("mainspring::add_rms_norm", mutates_args=())
+def add_rms_norm_op(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, numerics: str, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """x, residual: [M, H], weight: [H] -> (the norm, the sum), [M, H] each."""
+    from mainspring.ops import norm
+
+    with torch.no_grad():
+        return norm.add_rms_norm(x, residual, weight, eps, policy=_policy(numerics, backend))
+
+
+@add_rms_norm_op.register_fake
+def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    like = torch.contiguous_format
+    return torch.empty_like(x, memory_format=like), torch.empty_like(x, memory_format=like)
+
+
+@torch.library.custom_op("mainspring::rms_norm_backward", mutates_args=())
+def rms_norm_backward_op(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    grad: Tensor,
+    grad_x: Tensor | None,
+    numerics: str,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """(gradient of x, gradient of weight); grad_x is what comes to x by another way."""
+    from mainspring.ops import norm
+
+    run = norm.RMS_NORM_BACKWARD.select(x, _policy(numerics, backend))
+    return run(x, weight, eps, grad.contiguous(), None if grad_x is None else grad_x.contiguous())
+
+
+@rms_norm_backward_op.register_fake
+def _(x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight)
+
+
+def _norm_keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, ctx.eps, ctx.numerics, ctx.backend = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _norm_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    grads = rms_norm_backward_op(x, weight, ctx.eps, grad, None, ctx.numerics, ctx.backend)
+    return (*grads, None, None, None)
+
+
+def _add_norm_keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _x, _residual, weight, ctx.eps, ctx.numerics, ctx.backend = inputs
+    ctx.save_for_backward(output[1], weight)
+
+
+def _add_norm_gradient(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+    total, weight = ctx.saved_tensors
+    d_total, d_weight = rms_norm_backward_op(
+        total, weight, ctx.eps, grad, grad_total, ctx.numerics, ctx.backend
+    )
+    return d_total, d_total.clone(), d_weight, None, None, None
+
+
+rms_norm_op.register_autograd(_norm_gradient, setup_context=_norm_keep)
+add_rms_norm_op.register_autograd(_add_norm_gradient, setup_context=_add_norm_keep)
+
+
+# ---- SwiGLU --------------------------------------------------------------------------------------------------------
+
+
+def swiglu(gate_up: Tensor, policy: Policy) -> Tensor:
+    """ops.swiglu.swiglu as an operator."""
+    result: Tensor = swiglu_op(gate_up, policy.numerics, policy.backend)
+    return result
+
+
+@torch.library.custom_op("mainspring::swiglu", mutates_args=())
+def swiglu_op(gate_up: Tensor, numerics: str, backend: str | None) -> Tensor:
+    """[M, 2 · I] -> [M, I]."""
+    from mainspring.ops.swiglu import swiglu
+
+    with torch.no_grad():
+        return swiglu(gate_up, policy=_policy(numerics, backend))
+
+
+@swiglu_op.register_fake
+def _(gate_up: Tensor, *_: Any) -> Tensor:
+    return gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
+
+
+@torch.library.custom_op("mainspring::swiglu_backward", mutates_args=())
+def swiglu_backward_op(gate_up: Tensor, grad: Tensor, numerics: str, backend: str | None) -> Tensor:
+    """The gradient of gate_up, [M, 2 · I]."""
+    from mainspring.ops.swiglu import SWIGLU_BACKWARD
+
+    return SWIGLU_BACKWARD.select(gate_up, _policy(numerics, backend))(gate_up, grad.contiguous())
+
+
+@swiglu_backward_op.register_fake
+def _(gate_up: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+
+
+def _swiglu_keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    gate_up, ctx.numerics, ctx.backend = inputs
+    ctx.save_for_backward(gate_up)
+
+
+def _swiglu_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return swiglu_backward_op(ctx.saved_tensors[0], grad, ctx.numerics, ctx.backend), None, None
+
+
+swiglu_op.register_autograd(_swiglu_gradient, setup_context=_swiglu_keep)
+
+
+# ---- linear --------------------------------------------------------------------------------------------------------
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None, policy: Policy
+) -> Tensor:
+    """ops.linear.linear as an operator."""
+    result: Tensor = linear_op(x, weight, bias, out_dtype, policy.numerics, policy.backend)
+    return result
+
+
+@torch.library.custom_op("mainspring::linear", mutates_args=())
+def linear_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype | None,
+    numerics: str,
+    backend: str | None,
+) -> Tensor:
+    """x: [M, K], weight: [N, K], bias: [N] -> [M, N]."""
+    from mainspring.ops.linear import linear
+
+    with torch.no_grad():
+        return linear(x, weight, bias, out_dtype=out_dtype, policy=_policy(numerics, backend))
+
+
+@linear_op.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None, *_: Any) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype or x.dtype)
+
+
+def _linear_keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias = inputs[:3]
+    ctx.save_for_backward(x, weight)
+    ctx.has_bias = bias is not None
+
+
+def _linear_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Plain products, which the compiler is free to arrange."""
+    x, weight = ctx.saved_tensors
+    grad = grad.to(x.dtype)
+    return (
+        grad @ weight if ctx.needs_input_grad[0] else None,
+        grad.t() @ x if ctx.needs_input_grad[1] else None,
+        grad.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None,
+        None,
+        None,
+        None,
+    )
+
+
+linear_op.register_autograd(_linear_gradient, setup_context=_linear_keep)

@@ -1,0 +1,67 @@
+"""The operations as PyTorch operators: what a compiler is told of them is true, and traced code computes the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mainspring import ops
+from mainspring.ops import library
+from mainspring.ops.policy import Policy
+
+POLICIES = [Policy("fast", "reference"), Policy("lockstep", "reference"), Policy("lockstep")]
+
+
+def normal(*shape: int, grad: bool = True) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))).requires_grad_(grad)
+
+
+CALLS: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]] = {
+    "rms_norm": (library.rms_norm_op, ops.rms_norm, (normal(5, 16), normal(16), 1e-5)),
+    "add_rms_norm": (
+        library.add_rms_norm_op,
+        ops.add_rms_norm,
+        (normal(5, 16), normal(5, 16) * 2.0, normal(16), 1e-5),
+    ),
+    "swiglu": (library.swiglu_op, ops.swiglu, (normal(5, 16),)),
+    "linear": (library.linear_op, ops.linear, (normal(5, 16), normal(8, 16), normal(8), None)),
+    "linear without bias": (
+        library.linear_op, ops.linear, (normal(5, 16), normal(8, 16), None, torch.float32),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_compiler_is_told_the_truth(name: str) -> None:
+    operator, _, arguments = CALLS[name]
+    leaves = [a.detach().requires_grad_() if isinstance(a, Tensor) else a for a in arguments]
+    torch.library.opcheck(operator, (*leaves, "fast", "reference"))
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"{p.numerics}-{p.backend}")
+@pytest.mark.parametrize("name", [n for n in CALLS if "bias" not in n])
+def test_traced_code_computes_the_same(name: str, policy: Policy) -> None:
+    _, function, arguments = CALLS[name]
+    if name == "linear":
+        arguments = arguments[:3]
+
+    def loss(*inputs: Any) -> Tensor:
+        out = function(*inputs, policy=policy)
+        parts = out if isinstance(out, tuple) else (out,)
+        return torch.stack([(p * p).sum() for p in parts]).sum()
+
+    torch.compiler.reset()
+    results = []
+    for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaves = [a.detach().clone().requires_grad_() if isinstance(a, Tensor) else a for a in arguments]
+        value = run(*leaves)
+        value.backward()
+        results.append((value.detach(), [x.grad for x in leaves if isinstance(x, Tensor)]))
+    (eager, eager_grads), (traced, traced_grads) = results
+    assert torch.equal(eager, traced)
+    for a, b in zip(eager_grads, traced_grads, strict=True):
+        torch.testing.assert_close(a, b)
