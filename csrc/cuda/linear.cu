@@ -1,0 +1,359 @@
+// y = x Wᵀ + b in canonical order, one tile a block: every output element is one chain of wgmma instructions of 16 k
+// each, from the first k of its chunk to the last, so a row's bits are the same in every tile and whatever M is. The
+// chunks of K (where the table has more than one) are a cluster's blocks, whose sums are added in order.
+//
+// A producer warp keeps a ring of stages of shared memory full by bulk tensor copies; one or two warpgroups of 64 rows
+// each multiply. Tiles are so narrow (8 to 256 columns) that a product of few rows still fills the chip in one wave:
+// then the time is that of reading W once. Defines: MAINSPRING_TYPE, MAINSPRING_GROUPS, MAINSPRING_COLUMNS,
+// MAINSPRING_PANELS.
+#include "hopper.cuh"
+#include "tensor_map.h"
+#include "wgmma.cuh"
+
+#include <type_traits>
+
+namespace mainspring {
+
+constexpr int kPanel = 64;         // values of k in a panel: a row of 128 bytes, which is what the swizzle spans
+constexpr int kRowBytes = 128;
+constexpr int kGroupRows = 64;     // rows of a warpgroup's product
+constexpr int kMaxStages = 32;
+constexpr int kMaxChunks = 8;  // a portable cluster
+constexpr int kSharedLimit = 227 * 1024;
+
+struct LinearArguments {
+  const void* bias;  // [n], or null
+  void* out;         // [m, n]
+  int m, n;
+  int steps;       // steps of a chunk of K
+  int all_steps;   // steps of K
+  int stages;
+  int x_rows;      // rows of x in a stage: fewer than a warpgroup has when m is small
+  int chunks;      // of K: the blocks of a cluster
+  int prefetch;    // steps of W to bring into the L2 cache before the kernels ahead of this one have ended
+  bool tree;       // the chunks are added by a binary tree instead of one after the other
+  bool wide;       // out is fp32
+  bool late;       // successors start when this block's last copies are on their way, not at once
+};
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// The address, in the cluster's shared memory, of a block's counterpart of an address of this block.
+__device__ __forceinline__ uint32_t address_in(uint32_t address, uint32_t block) {
+  uint32_t out;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(out) : "r"(address), "r"(block));
+  return out;
+}
+__device__ __forceinline__ float load_in(uint32_t address) {
+  float value;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+__device__ __forceinline__ void tma_prefetch(const CUtensorMap* map, int c0, int c1) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(c0), "r"(c1)
+               : "memory");
+}
+// With programmatic launch: the kernels before this one have finished / the next one may be set up.
+__device__ __forceinline__ void wait_for_predecessors() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void let_successors_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+template <typename T>
+__device__ __forceinline__ float bias_at(const void* bias, int column, int n) {
+  return bias != nullptr && column < n ? static_cast<float>(static_cast<const T*>(bias)[column]) : 0.0f;
+}
+
+// Swaps words of the four lanes of a quad: lane t's words become word t of lanes 0 to 3.
+__device__ __forceinline__ void transpose_quad(uint32_t (&w)[4], int t) {
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t got = __shfl_xor_sync(~0u, t & 1 ? w[i] : w[i + 1], 1);
+    (t & 1 ? w[i] : w[i + 1]) = got;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t got = __shfl_xor_sync(~0u, t & 2 ? w[i] : w[i + 2], 2);
+    (t & 2 ? w[i] : w[i + 2]) = got;
+  }
+}
+
+// A warpgroup's sums to out, as wgmma leaves them. row: of this thread's first element.
+template <typename T, int Columns>
+__device__ __forceinline__ void store_tile(const LinearArguments& p, float (&acc)[Columns / 2], int row, int column) {
+  const int t = threadIdx.x % 4;
+  if (p.bias != nullptr) {
+#pragma unroll
+    for (int i = 0; i < Columns / 8; ++i) {
+#pragma unroll
+      for (int l = 0; l < 2; ++l) {
+        const float b = bias_at<T>(p.bias, column + 8 * i + 2 * t + l, p.n);
+        acc[4 * i + l] += b;
+        acc[4 * i + 2 + l] += b;
+      }
+    }
+  }
+  const bool vectors = p.n % 8 == 0;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int r = row + 8 * half;
+    if (p.wide) {
+      float* to = static_cast<float*>(p.out) + static_cast<int64_t>(r) * p.n;
+#pragma unroll
+      for (int i = 0; i < Columns / 8; ++i) {
+        const int c = column + 8 * i + 2 * t;
+        const float first = acc[4 * i + 2 * half], second = acc[4 * i + 2 * half + 1];
+        if (r < p.m && vectors && c < p.n) {
+          *reinterpret_cast<float2*>(to + c) = make_float2(first, second);
+        } else if (r < p.m) {
+          if (c < p.n) to[c] = first;
+          if (c + 1 < p.n) to[c + 1] = second;
+        }
+      }
+      continue;
+    }
+    T* to = static_cast<T*>(p.out) + static_cast<int64_t>(r) * p.n;
+    constexpr int kQuads = Columns / 32;
+    if (vectors) {
+#pragma unroll
+      for (int b = 0; b < kQuads; ++b) {
+        uint32_t words[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int i = 4 * (4 * b + j) + 2 * half;
+          words[j] = pack(acc[i], acc[i + 1], T{});
+        }
+        transpose_quad(words, t);
+        const int c = column + 32 * b + 8 * t;
+        if (r < p.m && c < p.n) *reinterpret_cast<uint4*>(to + c) = make_uint4(words[0], words[1], words[2], words[3]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < Columns / 8; ++i) {
+      if (vectors && i < 4 * kQuads) continue;
+      const int c = column + 8 * i + 2 * t;
+      const uint32_t word = pack(acc[4 * i + 2 * half], acc[4 * i + 2 * half + 1], T{});
+      if (r < p.m && vectors && c < p.n) {
+        *reinterpret_cast<uint32_t*>(to + c) = word;
+      } else if (r < p.m) {
+        if (c < p.n) reinterpret_cast<uint16_t*>(to)[c] = static_cast<uint16_t>(word);
+        if (c + 1 < p.n) reinterpret_cast<uint16_t*>(to)[c + 1] = static_cast<uint16_t>(word >> 16);
+      }
+    }
+  }
+}
+
+// The blocks of a cluster add their sums, in the order of their chunks or by a tree; each writes every chunks-th row.
+template <typename T, int Groups, int Columns>
+__device__ __forceinline__ void combine_chunks(const LinearArguments& p, float (&acc)[Columns / 2], float* sums,
+                                               int row, int column) {
+  constexpr int kStride = Columns + 4;
+  const int thread = threadIdx.x, group = thread / 128, t = thread % 4;
+  const int mine = 64 * group + thread % 128 / 32 * 16 + thread % 32 / 4;
+  if (group < Groups) {
+#pragma unroll
+    for (int i = 0; i < Columns / 2; ++i) {
+      sums[(mine + 8 * (i / 2 % 2)) * kStride + i / 4 * 8 + 2 * t + i % 2] = acc[i];
+    }
+  }
+  cluster_sync();
+  const int rows = min(64 * Groups, p.m - row), rank = cluster_rank();
+  for (int r = rank; r < rows; r += p.chunks) {
+    for (int c = thread; c < Columns && column + c < p.n; c += Groups * 128 + 32) {
+      const uint32_t place = shared_address(sums + r * kStride + c);
+      float part[kMaxChunks];
+#pragma unroll
+      for (int i = 0; i < kMaxChunks; ++i) part[i] = i < p.chunks ? load_in(address_in(place, i)) : 0.0f;
+      float total;
+      if (p.tree) {
+#pragma unroll
+        for (int width = 1; width < kMaxChunks; width *= 2) {
+#pragma unroll
+          for (int i = 0; i < kMaxChunks; i += 2 * width) part[i] += part[i + width];
+        }
+        total = part[0];
+      } else {
+        total = part[0];
+#pragma unroll
+        for (int i = 1; i < kMaxChunks; ++i) total = i < p.chunks ? total + part[i] : total;
+      }
+      if (p.bias != nullptr) total += bias_at<T>(p.bias, column + c, p.n);
+      const int64_t to = static_cast<int64_t>(row + r) * p.n + column + c;
+      if (p.wide) {
+        static_cast<float*>(p.out)[to] = total;
+      } else {
+        static_cast<T*>(p.out)[to] = static_cast<T>(total);
+      }
+    }
+  }
+  cluster_sync();
+}
+
+template <typename T, int Groups, int Columns, int Panels>
+__global__ void __launch_bounds__(Groups * 128 + 32, 1)
+    linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
+                  const __grid_constant__ LinearArguments p) {
+  extern __shared__ uint8_t unaligned[];
+  __shared__ uint64_t full[kMaxStages], empty[kMaxStages];
+  uint8_t* const ring = unaligned + (1024 - shared_address(unaligned) % 1024) % 1024;
+  const int x_panel = p.x_rows * kRowBytes, stage_bytes = Panels * (x_panel + Columns * kRowBytes);
+  const int warp = threadIdx.x / 32, group = threadIdx.x / 128;
+  const int row = blockIdx.x * (kGroupRows * Groups), column = blockIdx.y * Columns;
+  const int first_step = blockIdx.z * p.steps;
+  const int steps = min(p.steps, p.all_steps - first_step);
+
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < p.stages; ++s) {
+      barrier_init(&full[s], 1);
+      barrier_init(&empty[s], Groups);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+
+  float acc[Columns / 2] = {};
+  if (warp == Groups * 4) {
+    if (threadIdx.x % 32 == 0) {
+      prefetch_tensor_map(&x_map);
+      prefetch_tensor_map(&w_map);
+      // Weights may come into the L2 cache before the kernels ahead of this one end; values are read after that.
+      for (int i = 0; i < min(p.prefetch, steps) * Panels; ++i) {
+        tma_prefetch(&w_map, (first_step * Panels + i) * kPanel, column);
+      }
+      wait_for_predecessors();
+      if (!p.late) let_successors_start();
+      int stage = 0, parity = 1;
+      for (int step = first_step; step < first_step + steps; ++step) {
+        barrier_wait(&empty[stage], parity);
+        barrier_expect(&full[stage], stage_bytes);
+        uint8_t* const x_to = ring + stage * stage_bytes;
+        uint8_t* const w_to = x_to + Panels * x_panel;
+#pragma unroll
+        for (int panel = 0; panel < Panels; ++panel) {
+          const int k = (step * Panels + panel) * kPanel;
+          tma_load(w_to + panel * Columns * kRowBytes, &w_map, &full[stage], k, column);
+        }
+#pragma unroll
+        for (int panel = 0; panel < Panels; ++panel) {
+          const int k = (step * Panels + panel) * kPanel;
+          tma_load(x_to + panel * x_panel, &x_map, &full[stage], k, row);
+        }
+        if (++stage == p.stages) stage = 0, parity ^= 1;
+      }
+      if (p.late) let_successors_start();
+    }
+    __syncwarp();
+  } else {
+    wait_for_predecessors();
+    const uint64_t x_start = matrix_descriptor(shared_address(ring) + group * kGroupRows * kRowBytes, 0, 1024);
+    const uint64_t w_start = matrix_descriptor(shared_address(ring) + Panels * x_panel, 0, 1024);
+    int stage = 0, parity = 0, previous = 0;
+    for (int step = 0; step < steps; ++step) {
+      barrier_wait(&full[stage], parity);
+      wgmma_fence();
+      const uint64_t x_stage = x_start + (stage * stage_bytes >> 4), w_stage = w_start + (stage * stage_bytes >> 4);
+#pragma unroll
+      for (int panel = 0; panel < Panels; ++panel) {
+#pragma unroll
+        for (int k = 0; k < kPanel / 16; ++k) {
+          wgmma_ss<T, Columns>(acc, x_stage + (panel * x_panel >> 4) + 2 * k,
+                               w_stage + (panel * Columns * kRowBytes >> 4) + 2 * k, 1);
+        }
+      }
+      wgmma_commit();
+      wgmma_wait<1>();
+      if (step > 0 && threadIdx.x % 128 == 0) barrier_arrive(&empty[previous]);
+      previous = stage;
+      if (++stage == p.stages) stage = 0, parity ^= 1;
+    }
+    wgmma_wait<0>();
+    wgmma_touch(acc);
+  }
+
+  if (p.chunks > 1) {
+    __syncthreads();  // nobody reads the ring any more: it takes the sums
+    combine_chunks<T, Groups, Columns>(p, acc, reinterpret_cast<float*>(ring), row, column);
+  } else if (group < Groups) {
+    store_tile<T, Columns>(p, acc, row + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column);
+  }
+}
+
+template <typename T>
+bool map_rows(CUtensorMap* map, const void* address, int64_t rows, int64_t k, int64_t stride, int box_rows) {
+  const uint64_t sizes[2] = {static_cast<uint64_t>(k), static_cast<uint64_t>(rows)};
+  const uint64_t strides[1] = {static_cast<uint64_t>(stride) * sizeof(T)};
+  const uint32_t box[2] = {kPanel, static_cast<uint32_t>(box_rows)};
+  const auto type =
+      std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  return make_tensor_map(map, type, 2, address, sizes, strides, box);
+}
+
+}  // namespace mainspring
+
+// x: [m, k], weight: [n, k], rows `stride` elements apart; bias: [n] or null; out: [m, n], contiguous. chunk: k's of a
+// chunk, a multiple of 64 · panels; tree: eight chunks are added by a binary tree. stages: at most; blocks: of a
+// multiprocessor. programmatic: 0, or 1 + steps of W to prefetch.
+extern "C" int mainspring_linear(const void* x, int64_t x_stride, const void* weight, int64_t weight_stride,
+                                 const void* bias, void* out, int m, int n, int k, int chunk, int tree, int wide,
+                                 int stages, int blocks, int programmatic, int late, cudaStream_t stream) {
+  using namespace mainspring;
+  using T = MAINSPRING_TYPE;
+  constexpr int Groups = MAINSPRING_GROUPS, Columns = MAINSPRING_COLUMNS, Panels = MAINSPRING_PANELS;
+  constexpr int kDepth = Panels * kPanel;
+  auto* kernel = linear_kernel<T, Groups, Columns, Panels>;
+  const int chunks = (k + chunk - 1) / chunk;
+  if (chunks > 1 && (chunk % kDepth || chunks > kMaxChunks)) return cudaErrorInvalidValue;
+  if (tree && chunks != kMaxChunks) return cudaErrorInvalidValue;
+  const int x_rows = m < kGroupRows && Groups == 1 ? (m + 7) / 8 * 8 : kGroupRows * Groups;
+  CUtensorMap x_map, w_map;
+  if (!map_rows<T>(&x_map, x, m, k, x_stride, x_rows) || !map_rows<T>(&w_map, weight, n, k, weight_stride, Columns)) {
+    return cudaErrorInvalidValue;
+  }
+  LinearArguments p{};
+  p.bias = bias, p.out = out, p.m = m, p.n = n, p.wide = wide, p.tree = tree, p.late = late;
+  p.all_steps = (k + kDepth - 1) / kDepth;
+  p.steps = chunks > 1 ? chunk / kDepth : p.all_steps;
+  p.x_rows = x_rows, p.chunks = chunks;
+  p.prefetch = programmatic > 1 ? programmatic - 1 : 0;
+  // A warpgroup multiplies 64 rows even where the ring has fewer: what it reads past them must be shared memory too.
+  const int spare = 1024 + (kGroupRows * Groups - x_rows) * kRowBytes;
+  const int stage_bytes = Panels * (x_rows + Columns) * kRowBytes;
+  const int available = kSharedLimit / blocks - 2048;  // the runtime takes 1 KB of a block, the barriers a part of one
+  p.stages = (available - spare) / stage_bytes;
+  for (const int limit : {kMaxStages, stages, p.steps}) {
+    if (p.stages > limit) p.stages = limit;
+  }
+  if (p.stages < 1) return cudaErrorInvalidValue;
+  int bytes = p.stages * stage_bytes + spare;
+  const int sums = 64 * Groups * (Columns + 4) * 4 + 1024;
+  if (chunks > 1 && bytes < sums) bytes = sums;
+  // Not more blocks on a multiprocessor than asked for: they would leave another one idle.
+  const int share = kSharedLimit / (blocks + 1);
+  if (bytes < share) bytes = share;
+  static const cudaError_t prepared =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedLimit - 1024);
+  if (prepared != cudaSuccess) return prepared;
+
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3((m + kGroupRows * Groups - 1) / (kGroupRows * Groups), (n + Columns - 1) / Columns, chunks);
+  config.blockDim = dim3(Groups * 128 + 32);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  cudaLaunchAttribute attributes[2];
+  config.attrs = attributes;
+  if (chunks > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs].val.clusterDim.x = 1;
+    attributes[config.numAttrs].val.clusterDim.y = 1;
+    attributes[config.numAttrs++].val.clusterDim.z = chunks;
+  }
+  if (programmatic) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  return cudaLaunchKernelEx(&config, kernel, x_map, w_map, p);
+}
