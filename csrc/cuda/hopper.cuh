@@ -8,6 +8,9 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#ifdef MAINSPRING_BOUNDED_WAIT
+#include <cstdio>
+#endif
 
 namespace mainspring {
 
@@ -51,9 +54,23 @@ __device__ __forceinline__ bool barrier_test(uint64_t* barrier, uint32_t parity)
 }
 
 // Waits until the phase of this parity is over. A fresh barrier's "previous" phase (parity 1) counts as over.
+// With MAINSPRING_BOUNDED_WAIT (for finding faults) a wait of two seconds names its barrier and ends the kernel.
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+#ifdef MAINSPRING_BOUNDED_WAIT
+  uint64_t start, now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(start));
+  while (!barrier_test(barrier, parity)) {
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+    if (now - start > 2000000000) {
+      printf("block %d thread %d waits for parity %u of the barrier at %u\n", blockIdx.x, threadIdx.x, parity,
+             shared_address(barrier));
+      __trap();
+    }
+  }
+#else
   while (!barrier_test(barrier, parity)) {
   }
+#endif
 }
 
 // ---- proxies and named barriers ------------------------------------------------------------------------------------
@@ -149,6 +166,13 @@ __device__ __forceinline__ void bulk_wait_read() {
 template <int N>
 __device__ __forceinline__ void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// One thread of a converged warp, always the same.
+__device__ __forceinline__ bool elect_one() {
+  uint32_t elected;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
+  return elected != 0;
 }
 
 // ---- small things ------------------------------------------------------------------------------------------------

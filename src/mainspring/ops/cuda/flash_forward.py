@@ -1,0 +1,211 @@
+"""FlashAttention forward for Hopper in CUDA C++ (csrc/cuda/flash_forward.cu): packed sequences, free order of sums."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mainspring.errors import BackendError
+from mainspring.ops.cuda import compiler
+from mainspring.ops.cuda.support import HEAD_SIZES
+
+NAME = "flash_attention_forward"
+SOURCE = "flash_forward.cu"
+TYPES = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
+ALIGNMENT = 16  # bytes: what the copy engine asks of addresses and strides
+MAX_TOKENS = 1 << 30  # tokens and tiles are counted in 32 bits
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a block works. groups: warpgroups of 64 queries; keys: of a block; stages: blocks of keys, and of values, in
+    shared memory; registers: of a consumer's thread; overlap: scores of the next block start before the output of the
+    last; turns: warpgroups take turns in starting products; pin: exponentials stay above the wait for the output;
+    order: 0 a tile a block, 1 tiles strided over blocks, 2 handed out as blocks come free; emulated: of eight
+    exponentials, how many by polynomial; slack: powers of two by which a score may exceed the peak it is taken
+    against; cache_bytes: what the keys and values of heads in flight may take of the L2 cache.
+    """
+
+    groups: int
+    keys: int
+    stages: int = 2
+    registers: int = 232
+    overlap: bool = True
+    turns: bool = True
+    pin: bool = True
+    order: int = 2
+    emulated: int = 0
+    slack: float = 8.0
+    cache_bytes: int = 32 << 20
+
+
+@lru_cache(maxsize=64)
+def variant_of(head_dim: int, causal: bool, windowed: bool, softcap: bool = False) -> Variant:
+    """The tiles that were measured fastest (head sizes 64 and 128), or that fit (the others)."""
+    masked = causal or windowed
+    order = 2 if masked else 1
+    if head_dim == 64:
+        if windowed or softcap:  # three warpgroups have no registers left for them
+            return Variant(2, 128, order=order)
+        return Variant(3, 128, registers=160, order=order)
+    if head_dim == 96:
+        return Variant(2, 128, order=order)
+    if head_dim == 128:
+        return Variant(2, 128 if masked else 176, order=order)
+    if head_dim == 192:
+        return Variant(2, 96, order=order)
+    return Variant(2, 64, order=order, turns=False)
+
+
+@lru_cache(maxsize=256)
+def defines_of(
+    dtype: torch.dtype, head_dim: int, causal: bool, windowed: bool, softcap: bool, variant: Variant
+) -> compiler.Defines:
+    """What the source is compiled with for such calls."""
+    values: dict[str, str | int] = {
+        "TYPE": TYPES[dtype], "HEAD_DIM": head_dim, "GROUPS": variant.groups, "KEYS": variant.keys,
+        "STAGES": variant.stages, "REGISTERS": variant.registers, "CAUSAL": int(causal), "WINDOWED": int(windowed),
+        "SOFTCAP": int(softcap), "OVERLAP": int(variant.overlap), "TURNS": int(variant.turns), "PIN": int(variant.pin),
+        "ORDER": variant.order, "EMULATED": variant.emulated,
+    }  # fmt: skip
+    return tuple((f"MAINSPRING_{name}", value) for name, value in values.items())
+
+
+@lru_cache(maxsize=256)
+def _launcher(
+    dtype: torch.dtype, head_dim: int, causal: bool, windowed: bool, softcap: bool, variant: Variant
+) -> tuple[ctypes.CDLL, Any]:
+    compiled = replace(variant, slack=0.0, cache_bytes=0)  # which are arguments
+    library = compiler.load(SOURCE, defines_of(dtype, head_dim, causal, windowed, softcap, compiled))
+    function = library.mainspring_flash_forward
+    pointer, word, wide, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+    function.argtypes = [
+        *[pointer] * 8, *[word] * 5, *[wide] * 6, real, real, word, real, word, pointer
+    ]  # fmt: skip
+    function.restype = word
+    return library, function
+
+
+def flash_attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    *,
+    max_q: int,
+    max_k: int,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    variant: Variant | None = None,
+) -> tuple[Tensor, Tensor]:
+    """softmax(s) v for every sequence, with s = scale · q kᵀ, or softcap · tanh(scale · q kᵀ / softcap); see
+    `mainspring.ops.flash_reference.forward`, which is the formula. Dao et al. 2022; Shah et al. 2024.
+
+    Query i of the n queries of a sequence of m keys stands at position p = m - n + i. It sees key j if j <= p
+    (causal) and j > p - window (with a window). Query head h reads key head h // (Hq / Hkv).
+
+    Args:
+        q: [T, Hq, D] bfloat16 or float16; D is 64, 96, 128, 192 or 256. Tokens and heads may be strided.
+        k: [Tk, Hkv, D]; Hkv divides Hq.
+        v: likewise.
+        cu_q: [S + 1] int32 on the device, from 0 to T: where sequences of queries begin and end. Trusted.
+        cu_k: [S + 1] int32 on the device, from 0 to Tk, of keys. Trusted.
+        max_q: the largest number of queries of a sequence.
+        max_k: likewise of keys.
+        scale: factor of the scores, above 0.
+        causal: whether a query sees no key after its position.
+        window: sliding window in keys, or None or 0 for all.
+        softcap: bound of the scores, or None or 0 for none.
+        variant: another one than the table's (tests and benchmarks).
+
+    Returns:
+        out: [T, Hq, D] in q's dtype; zeros where a query sees no key.
+        lse: [Hq, T] float32, the natural logarithm of the sum of exp(s) over the keys seen; -inf where there is none.
+
+    Raises:
+        BackendError: a dtype, shape, layout, device or scale that the kernel does not take.
+    """
+    window, softcap = window or 0, softcap or 0.0
+    check(q, k, v, cu_q, cu_k, max_q, max_k, scale, window, softcap)
+    q, k, v = (_described(x) for x in (q, k, v))
+    tokens, heads, head_dim = q.shape
+    out = torch.empty((tokens, heads, head_dim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
+    if tokens == 0 or k.shape[0] == 0 or heads == 0:
+        return out.zero_(), lse.fill_(-torch.inf)
+    variant = variant or variant_of(head_dim, causal, window > 0, softcap > 0)
+    counter = torch.empty(1, dtype=torch.int32, device=q.device) if variant.order == 2 else cu_q
+    library, function = _launcher(q.dtype, head_dim, causal, window > 0, softcap > 0, variant)
+    with torch.cuda.device(q.device):
+        code = function(
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), cu_q.data_ptr(), cu_k.data_ptr(),
+            counter.data_ptr(), tokens, k.shape[0], heads, k.shape[1], cu_q.shape[0] - 1, q.stride(0), q.stride(1),
+            k.stride(0), k.stride(1), v.stride(0), v.stride(1), scale, softcap, window, variant.slack,
+            variant.cache_bytes, torch.cuda.current_stream().cuda_stream,
+        )  # fmt: skip
+    compiler.check(library, NAME, code)
+    return out, lse
+
+
+def check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> None:
+    """Raises BackendError for a call that the kernel does not take. Reads nothing from the device."""
+    if q.dtype not in TYPES or k.dtype is not q.dtype or v.dtype is not q.dtype:
+        raise _error(f"takes q, k and v in bfloat16 or in float16, not {q.dtype}, {k.dtype} and {v.dtype}")
+    if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or k.shape[2] != q.shape[2]:
+        raise _error(
+            f"k {tuple(k.shape)} and v {tuple(v.shape)} must be [Tk, Hkv, D] with the D of q {tuple(q.shape)}"
+        )
+    if q.shape[2] not in HEAD_SIZES:
+        raise _error(f"has head sizes {', '.join(map(str, HEAD_SIZES))}, not {q.shape[2]}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise _error(f"{k.shape[1]} key heads do not divide the {q.shape[1]} heads")
+    if max(q.shape[0] * max(1, q.shape[1] // 64), k.shape[0]) > MAX_TOKENS:
+        raise _error(f"{q.shape[0]} tokens of {q.shape[1]} heads and {k.shape[0]} keys exceed {MAX_TOKENS}")
+    for name, lengths in (("cu_q", cu_q), ("cu_k", cu_k)):
+        if lengths.dtype is not torch.int32 or lengths.dim() != 1 or not lengths.is_contiguous():
+            raise _error(
+                f"{name} must be contiguous [S + 1] int32, not {tuple(lengths.shape)} {lengths.dtype}"
+            )
+    if cu_q.shape != cu_k.shape or cu_q.shape[0] == 0:
+        raise _error(f"cu_q has {cu_q.shape[0]} entries and cu_k {cu_k.shape[0]}: both must have S + 1")
+    if not all(x.is_cuda and x.device == q.device for x in (q, k, v, cu_q, cu_k)):
+        raise _error(
+            f"runs on one CUDA device, not on {', '.join(str(x.device) for x in (q, k, v, cu_q, cu_k))}"
+        )
+    if not scale > 0.0:
+        raise _error(f"scale must be above 0, not {scale}")
+    if window < 0 or softcap < 0.0:
+        raise _error(f"window {window} and softcap {softcap} must not be negative")
+    if not (0 <= max_q <= q.shape[0] and 0 <= max_k <= k.shape[0]):
+        raise _error(
+            f"max_q {max_q} and max_k {max_k} must be from 0 to {q.shape[0]} and {k.shape[0]} tokens"
+        )
+
+
+def _error(problem: str) -> BackendError:
+    return BackendError(f"{NAME}: {problem}")
+
+
+def _described(x: Tensor) -> Tensor:
+    """x, copied unless the copy engine can read it: address and strides in multiples of 16 bytes, heads end to end."""
+    fits = x.stride(2) == 1 and x.data_ptr() % ALIGNMENT == 0
+    return x if fits and all(s > 0 and s * 2 % ALIGNMENT == 0 for s in x.stride()[:2]) else x.contiguous()

@@ -1,0 +1,73 @@
+"""The CUDA C++ kernels compile for Hopper without a GPU: no spills, no serialised products, and as many of them as the
+source unrolls. A kernel is one line of the table."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from mainspring.ops.cuda import compiler, flash_forward
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """source, defines: what is compiled. products: HGMMA instructions (of 64 rows and 16 k) in the machine code, or
+    None; registers: at the launch, or None."""
+
+    name: str
+    source: str
+    defines: compiler.Defines
+    products: int | None = None
+    registers: int | None = None
+
+
+def _flash_forward(head_dim: int, causal: bool) -> Kernel:
+    variant = flash_forward.variant_of(head_dim, causal, windowed=False)
+    defines = flash_forward.defines_of(torch.bfloat16, head_dim, causal, False, False, variant)
+    # first scores, a step with and (causal) one without masks, last output
+    steps = 1 + (2 if causal else 1)
+    products = steps * (head_dim // 16 + variant.keys // 16)
+    return Kernel(
+        f"forward-{head_dim}", flash_forward.SOURCE, defines, products, {2: 168, 3: 128}[variant.groups]
+    )
+
+
+KERNELS = (_flash_forward(128, causal=True), _flash_forward(64, causal=False))
+
+
+def _cuobjdump() -> str | None:
+    """Beside nvcc, on the PATH, or in Triton's wheel."""
+    nvcc = compiler.find_nvcc()
+    if nvcc and (beside := Path(nvcc).with_name("cuobjdump")).is_file():
+        return str(beside)
+    if found := shutil.which("cuobjdump"):
+        return found
+    spec = importlib.util.find_spec("triton")
+    folder = Path(spec.origin).parent if spec and spec.origin else Path()
+    carried = folder / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return str(carried) if carried.is_file() else None
+
+
+@pytest.mark.skipif(compiler.find_nvcc() is None, reason="there is no nvcc")
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_compiles_without_spills(kernel: Kernel) -> None:
+    library = compiler.build(kernel.source, kernel.defines)
+    report = library.with_suffix(".log").read_text()
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert spills, report
+    assert set(spills) == {("0", "0")}
+    assert "C75" not in report  # wgmma serialised (C7510 and its like), setmaxnreg ignored (C7508)
+    if kernel.registers is not None:
+        assert re.findall(r"Used (\d+) registers", report) == [str(kernel.registers)]
+    tool = _cuobjdump()
+    if tool is None or kernel.products is None:
+        return
+    code = subprocess.run([tool, "-sass", library], capture_output=True, text=True, check=True).stdout
+    assert len(re.findall(r"\bHGMMA\.", code)) == kernel.products
