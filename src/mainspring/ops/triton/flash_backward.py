@@ -9,6 +9,7 @@ spread over programs: no atomics, no float32 copy of dQ, and the same bits every
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -19,6 +20,7 @@ from mainspring.ops.triton.flash_forward import (
     Scores,
     Tile,
     checked,
+    hopper_serves,
     load_rows,
     padded,
     precision,
@@ -26,6 +28,9 @@ from mainspring.ops.triton.flash_forward import (
     tanh,
 )
 from mainspring.ops.triton.support import on_device, require
+
+if TYPE_CHECKING:
+    from mainspring.ops.triton.flash_gluon_backward import HopperBackwardTiles
 
 
 @dataclass(frozen=True)
@@ -47,24 +52,36 @@ def backward_tiles(dim: int, dtype: torch.dtype) -> BackwardTiles:
     return BackwardTiles(Tile(32, 64, 8, 1), Tile(64, 32, 8, 1))
 
 
-@triton.jit(do_not_specialize=["tokens", "pitch"])
-def row_terms_kernel(out, dout, lse, terms, tokens, pitch, out_stride, dout_stride, HEAD_DIM: tl.constexpr,
-                     DIM: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    """terms[0, h, t] = lse in powers of two, +inf where the row sees no key; terms[1, h, t] = rowsum(dO ∘ O).
+@triton.jit
+def terms_of(start, s):
+    """Where a sequence's row terms begin: at a multiple of 4, which is what a tensor descriptor can start at."""
+    return ((start + 3) // 4 + s) * 4
 
-    Grid: (tiles of tokens, heads). terms: [2, heads, pitch] float32.
-    """
-    head = tl.program_id(1)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+
+@triton.jit(do_not_specialize=["num_seqs", "tokens", "pitch"])
+def row_terms_kernel(
+    out, dout, lse, terms, cu_q, num_seqs, tokens, pitch, out_stride, dout_stride, HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """What `row_terms` describes. Grid: (tiles of queries, heads)."""
+    tile = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    s = sequence_of(cu_q, num_seqs, tile, ROWS)
+    start = tl.load(cu_q + s)
+    length = tl.load(cu_q + s + 1) - start
+    row0 = (tile - (start // ROWS + s)) * ROWS
+    if row0 >= length:
+        return
+    rows = row0 + tl.arange(0, ROWS)
     dims = tl.arange(0, DIM)
-    o = load_rows(out, 0, rows, tokens, head, dims, out_stride, HEAD_DIM)
-    do = load_rows(dout, 0, rows, tokens, head, dims, dout_stride, HEAD_DIM)
+    o = load_rows(out, start, rows, length, head, dims, out_stride, HEAD_DIM)
+    do = load_rows(dout, start, rows, length, head, dims, dout_stride, HEAD_DIM)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    logarithm = tl.load(lse + head.to(tl.int64) * tokens + rows, rows < tokens, 0.0)
+    logarithm = tl.load(lse + head * tokens + start + rows, rows < length, 0.0)
     logarithm = tl.where(logarithm == float("-inf"), float("inf"), logarithm * 1.4426950408889634)
-    place = terms + head.to(tl.int64) * pitch + rows
-    tl.store(place, logarithm, rows < tokens)
-    tl.store(place + tl.num_programs(1).to(tl.int64) * pitch, delta, rows < tokens)
+    place = terms + head * pitch + terms_of(start, s) + rows
+    tl.store(place, logarithm, rows < length)
+    tl.store(place + tl.num_programs(1).to(tl.int64) * pitch, delta, rows < length)
 
 
 @triton.jit
@@ -85,15 +102,16 @@ def _gradient_of_scores(
 
 @triton.jit
 def _dkdv_block(
-    keys, values, dk, dv, q, dout, terms, first, q_start, length, lead, columns, head, dims, q_stride, dout_stride,
-    plane, pitch, factor, inner, window, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    keys, values, dk, dv, q, dout, terms, first, q_start, terms_start, length, lead, columns, head, dims, q_stride,
+    dout_stride, plane, pitch, factor, inner, window, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of queries into dK and dV. Everything is transposed: [keys, queries]."""
     rows = first + tl.arange(0, ROWS)
     queries = load_rows(q, q_start, rows, length, head, dims, q_stride, HEAD_DIM)
     do = load_rows(dout, q_start, rows, length, head, dims, dout_stride, HEAD_DIM)
-    place = terms + head.to(tl.int64) * pitch + q_start + rows
+    place = terms + head.to(tl.int64) * pitch + terms_start + rows
     logarithm = tl.load(place, rows < length, float("inf"))  # so that rows that are not there have P = 0
     delta = tl.load(place + plane, rows < length, 0.0)
     seen = (columns >= 0)[:, None]
@@ -143,6 +161,7 @@ def dkdv_kernel(
     if WINDOWED:
         high = max(min(length, min(column0 + KEYS, count) - 1 + window - lead), low)
         full = high
+    terms_start = terms_of(q_start, s)
     plane = pitch.to(tl.int64) * kv_heads * group
     grad_k = tl.zeros((KEYS, DIM), tl.float32)
     grad_v = tl.zeros((KEYS, DIM), tl.float32)
@@ -150,14 +169,14 @@ def dkdv_kernel(
         head = kv_head * group + member
         for first in range(low, full, ROWS):
             grad_k, grad_v = _dkdv_block(
-                keys, values, grad_k, grad_v, q, dout, terms, first, q_start, length, lead, columns, head, dims,
-                q_stride, dout_stride, plane, pitch, factor, inner, window, HEAD_DIM, ROWS, True, CAUSAL,
+                keys, values, grad_k, grad_v, q, dout, terms, first, q_start, terms_start, length, lead, columns,
+                head, dims, q_stride, dout_stride, plane, pitch, factor, inner, window, HEAD_DIM, ROWS, True, CAUSAL,
                 WINDOWED, SOFTCAP, PRECISION,
             )  # fmt: skip
         for first in range(full, high, ROWS):
             grad_k, grad_v = _dkdv_block(
-                keys, values, grad_k, grad_v, q, dout, terms, first, q_start, length, lead, columns, head, dims,
-                q_stride, dout_stride, plane, pitch, factor, inner, window, HEAD_DIM, ROWS, False, CAUSAL,
+                keys, values, grad_k, grad_v, q, dout, terms, first, q_start, terms_start, length, lead, columns,
+                head, dims, q_stride, dout_stride, plane, pitch, factor, inner, window, HEAD_DIM, ROWS, False, CAUSAL,
                 WINDOWED, SOFTCAP, PRECISION,
             )  # fmt: skip
     offsets = ((k_start + columns).to(tl.int64) * kv_heads + kv_head)[:, None] * HEAD_DIM + dims[None, :]
@@ -213,7 +232,7 @@ def dq_kernel(
     dims = tl.arange(0, DIM)
     queries = load_rows(q, start, rows, length, head, dims, q_stride, HEAD_DIM)
     do = load_rows(dout, start, rows, length, head, dims, dout_stride, HEAD_DIM)
-    place = terms + head.to(tl.int64) * pitch + start + rows
+    place = terms + head.to(tl.int64) * pitch + terms_of(start, s) + rows
     logarithm = tl.load(place, rows < length, float("inf"))
     delta = tl.load(place + pitch.to(tl.int64) * heads, rows < length, 0.0)
     low = 0
@@ -258,7 +277,7 @@ def flash_attention_backward(
     window: int | None = None,
     softcap: float | None = None,
     deterministic: bool = False,
-    tiles: BackwardTiles | None = None,
+    tiles: BackwardTiles | HopperBackwardTiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v. The other arguments are those of `flash_attention_forward`, or its results.
 
@@ -282,7 +301,6 @@ def flash_attention_backward(
     d, heads, kv_heads = q.shape[2], q.shape[1], k.shape[1]
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     dim = padded(d)
-    tiles = tiles or backward_tiles(dim, q.dtype)
     scores, window, num_seqs = Scores.of(scale, softcap), window or 0, cu_q.shape[0] - 1
     constants = {
         "HEAD_DIM": d, "DIM": dim, "CAUSAL": causal, "WINDOWED": window > 0, "SOFTCAP": bool(softcap),
@@ -290,7 +308,17 @@ def flash_attention_backward(
     }  # fmt: skip
     strides = (dout.stride(0), q.stride(0), k.stride(0), v.stride(0))
     with on_device(q):
-        terms = row_terms(out, dout, lse)
+        terms = row_terms(out, dout, lse, cu_q)
+        if not isinstance(tiles, BackwardTiles) and d <= 128 and hopper_serves(q, k, v, dout):
+            from mainspring.ops.triton.flash_gluon_backward import launch_backward
+
+            launch_backward(
+                dout, q, k, v, terms, dq, dk, dv, cu_q, cu_k, max_q=max_q, max_k=max_k, scale=scale,
+                factor=scores.factor, inner=scores.inner, causal=causal, window=window, tiles=tiles,
+            )  # fmt: skip
+            return dq, dk, dv
+        if not isinstance(tiles, BackwardTiles):
+            tiles = backward_tiles(dim, q.dtype)
         numbers = (
             scale,
             scores.factor,
@@ -316,18 +344,18 @@ def flash_attention_backward(
     return dq, dk, dv
 
 
-def row_terms(out: Tensor, dout: Tensor, lse: Tensor) -> Tensor:
+def row_terms(out: Tensor, dout: Tensor, lse: Tensor, cu_q: Tensor) -> Tensor:
     """What a row's gradient needs, [2, Hq, pitch] float32: lse · log2(e), +inf where it is -inf, and rowsum(dO ∘ O).
 
-    The pitch is the number of tokens rounded up to a multiple of 4, so that a tensor descriptor can read it.
+    A sequence's terms begin at `terms_of` its first token and itself; what lies between sequences is not written.
     """
     tokens, heads, d = out.shape
-    pitch = (tokens + 3) // 4 * 4
+    num_seqs, rows = cu_q.shape[0] - 1, 64
+    pitch = (tokens + 3) // 4 * 4 + 4 * num_seqs
     terms = torch.empty((2, heads, pitch), dtype=torch.float32, device=out.device)
     if tokens:
-        rows = 64
-        row_terms_kernel[(triton.cdiv(tokens, rows), heads)](
-            out, dout, lse, terms, tokens, pitch, out.stride(0), dout.stride(0),
+        row_terms_kernel[(tokens // rows + num_seqs, heads)](
+            out, dout, lse, terms, cu_q, num_seqs, tokens, pitch, out.stride(0), dout.stride(0),
             HEAD_DIM=d, DIM=padded(d), ROWS=rows, num_warps=4,
         )  # fmt: skip
     return terms

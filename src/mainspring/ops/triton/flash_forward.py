@@ -222,8 +222,8 @@ def flash_attention_forward(
 
         with on_device(q):
             launch_forward(
-                q, k, v, out, lse, cu_q, cu_k, factor=scores.factor, inner=scores.inner, causal=causal, window=window,
-                tile=tile,
+                q, k, v, out, lse, cu_q, cu_k, max_q=max_q, max_k=max_k, factor=scores.factor, inner=scores.inner,
+                causal=causal, window=window, tile=tile,
             )  # fmt: skip
         return out, lse
     if not isinstance(tile, Tile):
@@ -244,7 +244,7 @@ def hopper_serves(q: Tensor, *others: Tensor) -> bool:
         return False
     from mainspring.ops.triton.flash_gluon_forward import serves
 
-    return serves(q.shape[2], q, *others)
+    return serves(q, *others)
 
 
 def padded(head_dim: int) -> int:

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mainspring.ops.triton.support import aligned
+from mainspring.ops.triton.support import aligned, multiprocessors
 
 # Renamed after Triton 3.6.
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -30,11 +30,11 @@ tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_glob
 
 @dataclass(frozen=True)
 class HopperTile:
-    """Rows of a computing warpgroup, keys of a block, computing warpgroups, blocks in flight, and the registers of a
-    computing thread."""
+    """Rows of a computing warpgroup, rows of a block that it walks over, computing warpgroups, blocks in flight, and
+    the registers of a computing thread."""
 
     rows: int
-    keys: int
+    walk: int
     groups: int
     stages: int
     registers: int = 240
@@ -45,52 +45,80 @@ FORWARD_TILES = {
     128: HopperTile(64, 128, 2, 2),
     256: HopperTile(64, 64, 2, 2),
 }
+PERSISTENT_BLOCKS = (
+    40  # of keys a tile, from which on the hardware balances programs better than a fixed plan
+)
+SHARED_BYTES = 226 << 10
 
 
-def serves(head_dim: int, *tensors: Tensor) -> bool:
+def serves(*tensors: Tensor) -> bool:
     """Whether the Hopper kernels take such tensors [T, H, D]: they need warpgroup products and tensor descriptors."""
     x = tensors[0]
     return (
         x.is_cuda
         and x.dtype in (torch.bfloat16, torch.float16)
-        and head_dim in FORWARD_TILES
         and torch.cuda.get_device_capability(x.device)[0] == 9
         and all(aligned(t) and t.numel() > 0 for t in tensors)
     )
 
 
-def rows_of(x: Tensor, rows: int) -> TensorDescriptor:
-    """Blocks of `rows` tokens of one head of a packed [T, H, D], whose rows are H · D wide here."""
-    tokens, heads, d = x.shape
-    layout = gl.NVMMASharedLayout(128, 16, 2)
-    return TensorDescriptor(x, [tokens, heads * d], [x.stride(0), 1], [rows, d], layout)
+def hopper_padded(head_dim: int) -> int:
+    """The size of a head in a tile. Descriptors fill the rest with zeros."""
+    return max(64, 1 << (head_dim - 1).bit_length())
+
+
+def head_rows(x: Tensor, rows: int) -> TensorDescriptor:
+    """Blocks of `rows` tokens of one head of a packed [T, H, D]."""
+    block = [rows, 1, hopper_padded(x.shape[2])]
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, gl.NVMMASharedLayout(128, 16, 3))
+
+
+def tiles_of(tokens: int, longest: int, num_seqs: int, size: int) -> tuple[int, int]:
+    """(tiles in all, tiles of a sequence where all are equally long, or else 0).
+
+    Otherwise sequence s has the tiles from floor(cu[s] / size) + s on, of which the last may be empty.
+    """
+    if longest * num_seqs == tokens:
+        each = -(-longest // size)
+        return each * num_seqs, each
+    return tokens // size + num_seqs, 0
 
 
 def launch_forward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor, *, factor: float,
-    inner: float, causal: bool, window: int, tile: HopperTile | None = None,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor, *, max_q: int, max_k: int,
+    factor: float, inner: float, causal: bool, window: int, tile: HopperTile | None = None,
+    persistent: bool | None = None,
 ) -> None:  # fmt: skip
     """Fills out and lse. Arguments as those of `flash_attention_forward`, checked, with `serves` true; scores are
     factor · q·k in powers of two, or with inner > 0 factor · tanh(inner · q·k)."""
     tokens, heads, d = q.shape
-    tile = tile or FORWARD_TILES[d]
-    num_seqs = cu_q.shape[0] - 1
-    forward_kernel[(tokens // (tile.rows * tile.groups) + num_seqs, heads)](
-        rows_of(q, tile.rows), rows_of(k, tile.keys), rows_of(v, tile.keys), out, lse, cu_q, cu_k, factor, inner,
-        window, num_seqs, tokens, heads // k.shape[1], HEAD_DIM=d, DIM=d, ROWS=tile.rows, KEYS=tile.keys,
-        GROUPS=tile.groups, STAGES=tile.stages, CAUSAL=causal, WINDOWED=window > 0, SOFTCAP=inner > 0,
-        REGISTERS=tile.registers, num_warps=4,
+    dim = hopper_padded(d)
+    tile = tile or FORWARD_TILES[dim]
+    num_seqs, size = cu_q.shape[0] - 1, tile.rows * tile.groups
+    tiles, each = tiles_of(tokens, max_q, num_seqs, size)
+    # The result goes through shared memory: memory of its own, where there is some left, so that the next tile's
+    # queries need not wait for it.
+    staged = 2 * dim * (2 * size + 2 * tile.stages * tile.walk) <= SHARED_BYTES
+    if persistent is None:
+        persistent = max_k <= PERSISTENT_BLOCKS * tile.walk
+    items = tiles * heads
+    programs = min(items, multiprocessors(q.device)) if staged and persistent else items
+    forward_kernel[(programs,)](
+        head_rows(q, tile.rows), head_rows(k, tile.walk), head_rows(v, tile.walk), out, lse, cu_q, cu_k, factor, inner,
+        window, num_seqs, tokens, heads, heads // k.shape[1], tiles, each, HEAD_DIM=d, DIM=dim, ROWS=tile.rows,
+        WALK=tile.walk, GROUPS=tile.groups, STAGES=tile.stages, CAUSAL=causal, WINDOWED=window > 0, SOFTCAP=inner > 0,
+        STAGED=staged, REGISTERS=tile.registers, num_warps=4,
     )  # fmt: skip
 
 
 @gluon.jit
-def sequence_of(cu, num_seqs, tile, ROWS: gl.constexpr):
-    """The sequence that owns a tile: sequence s owns tiles from floor(cu[s] / ROWS) + s on."""
+def sequence_of(cu, num_seqs, tile, SIZE: gl.constexpr):
+    """The sequence that owns a tile: sequence s owns tiles from floor(cu[s] / SIZE) + s on."""
     low = 0
     high = num_seqs - 1
     while low < high:
         middle = (low + high + 1) // 2
-        if gl.load(cu + middle) // ROWS + middle <= tile:
+        if gl.load(cu + middle) // SIZE + middle <= tile:
             low = middle
         else:
             high = middle - 1
@@ -98,9 +126,71 @@ def sequence_of(cu, num_seqs, tile, ROWS: gl.constexpr):
 
 
 @gluon.jit
+def locate(tile, cu, num_seqs, each, SIZE: gl.constexpr):
+    """(sequence, its first token, its length, first row of the tile in it). each: see `tiles_of`."""
+    if each > 0:
+        s = tile // each
+        start = gl.load(cu + s)
+        row0 = (tile - s * each) * SIZE
+    else:
+        s = sequence_of(cu, num_seqs, tile, SIZE)
+        start = gl.load(cu + s)
+        row0 = (tile - (start // SIZE + s)) * SIZE
+    return s, start, gl.load(cu + s + 1) - start, row0
+
+
+@gluon.jit
+def share_of(items):
+    """How many of the items this program takes."""
+    program = gl.program_id(0)
+    programs = gl.num_programs(0)
+    rounds = (items + programs - 1) // programs
+    complete = (program + rounds - 1) % programs < items - (rounds - 1) * programs
+    return rounds - 1 + complete.to(gl.int32)
+
+
+@gluon.jit
+def item_of(turn):
+    """The item of a turn. The programs move on by one each turn, so that none has always a sequence's longest tile."""
+    programs = gl.num_programs(0)
+    return turn * programs + (gl.program_id(0) + turn) % programs
+
+
+@gluon.jit
 def tanh(x):
     """By one exponential and one division: exact to the last bits of 1 for any finite x."""
     return 1.0 - 2.0 / (1.0 + gl.exp2(x * 2.885390081777927))
+
+
+@gluon.jit
+def key_blocks(
+    row0,
+    length,
+    keys,
+    window,
+    TILE: gl.constexpr,
+    WALK: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    WINDOWED: gl.constexpr,
+):
+    """(last block of keys that queries row0 .. row0 + TILE see, those from it down that need a mask, those to walk)"""
+    lead = keys - length  # position of the first query
+    low = 0
+    high = keys
+    full = keys // WALK  # blocks before it are seen whole
+    if CAUSAL:
+        high = gl.minimum(keys, lead + gl.minimum(row0 + TILE, length))
+        full = gl.minimum(full, gl.maximum(lead + row0 + 1, 0) // WALK)
+    if WINDOWED:
+        low = gl.maximum(lead + row0 + 1 - window, 0) // WALK
+    last = gl.maximum((high + WALK - 1) // WALK, low + 1) - 1
+    if row0 >= length:
+        last = low
+    blocks = last + 1 - low  # at least one, though it be masked whole
+    masked = gl.minimum(gl.maximum(last + 1 - full, 1), blocks)
+    if WINDOWED:
+        masked = blocks
+    return last, masked, blocks
 
 
 @gluon.jit
@@ -119,26 +209,38 @@ def rounded(x, dtype: gl.constexpr):
 
 @gluon.jit
 def _produce(
-    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_ready, k_ready, k_empty, v_ready, v_empty, q_row, k_row, head,
-    kv_head, last, blocks, HEAD_DIM: gl.constexpr,
+    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, cu_q, cu_k,
+    window, num_seqs, group, tiles, each, turns, CAUSAL: gl.constexpr, WINDOWED: gl.constexpr,
 ):  # fmt: skip
-    """Loads the tile's queries, then blocks of keys and values from block `last` down."""
+    """Loads each tile's queries, then its blocks of keys and values, the last block first."""
     GROUPS: gl.constexpr = q_smem.shape[0]
+    ROWS: gl.constexpr = q_smem.shape[1]
     STAGES: gl.constexpr = k_smem.shape[0]
-    KEYS: gl.constexpr = k_smem.shape[1]
-    for g in gl.static_range(GROUPS):
-        mbarrier.expect(q_ready.index(g), q_desc.block_type.nbytes)
-        tma_load(q_desc, [q_row + g * q_smem.shape[1], head * HEAD_DIM], q_ready.index(g), q_smem.index(g))
-    for i in range(blocks):
-        stage = i % STAGES
-        phase = (i // STAGES) & 1
-        row = k_row + (last - i) * KEYS
-        mbarrier.wait(k_empty.index(stage), phase ^ 1)
-        mbarrier.expect(k_ready.index(stage), k_desc.block_type.nbytes)
-        tma_load(k_desc, [row, kv_head * HEAD_DIM], k_ready.index(stage), k_smem.index(stage))
-        mbarrier.wait(v_empty.index(stage), phase ^ 1)
-        mbarrier.expect(v_ready.index(stage), v_desc.block_type.nbytes)
-        tma_load(v_desc, [row, kv_head * HEAD_DIM], v_ready.index(stage), v_smem.index(stage))
+    WALK: gl.constexpr = k_smem.shape[1]
+    n = 0
+    for turn in range(turns):
+        item = item_of(turn)
+        head = item // tiles
+        tile = tiles - 1 - (item - head * tiles)  # under a causal mask the longest first
+        s, start, length, row0 = locate(tile, cu_q, num_seqs, each, GROUPS * ROWS)
+        k_start = gl.load(cu_k + s)
+        keys = gl.load(cu_k + s + 1) - k_start
+        last, _, blocks = key_blocks(row0, length, keys, window, GROUPS * ROWS, WALK, CAUSAL, WINDOWED)
+        for g in gl.static_range(GROUPS):
+            mbarrier.wait(q_empty.index(g), turn & 1 ^ 1)
+            mbarrier.expect(q_ready.index(g), q_desc.block_type.nbytes)
+            tma_load(q_desc, [start + row0 + g * ROWS, head, 0], q_ready.index(g), q_smem.index(g))
+        for i in range(blocks):
+            stage = (n + i) % STAGES
+            phase = (n + i) // STAGES & 1
+            row = k_start + (last - i) * WALK
+            mbarrier.wait(k_empty.index(stage), phase ^ 1)
+            mbarrier.expect(k_ready.index(stage), k_desc.block_type.nbytes)
+            tma_load(k_desc, [row, head // group, 0], k_ready.index(stage), k_smem.index(stage))
+            mbarrier.wait(v_empty.index(stage), phase ^ 1)
+            mbarrier.expect(v_ready.index(stage), v_desc.block_type.nbytes)
+            tma_load(v_desc, [row, head // group, 0], v_ready.index(stage), v_smem.index(stage))
+        n += blocks
 
 
 @gluon.jit
@@ -170,38 +272,27 @@ def _softmax(
 
 @gluon.jit
 def _step(
-    q, k_smem, v_smem, k_ready, k_empty, v_ready, v_empty, acc, weights, donor, peak, total, i, last, keys, positions,
+    q, k_smem, v_smem, k_ready, k_empty, v_ready, v_empty, acc, weights, donor, peak, total, n, first, keys, positions,
     factor, inner, window, MASKED: gl.constexpr, CAUSAL: gl.constexpr, WINDOWED: gl.constexpr, SOFTCAP: gl.constexpr,
     P_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Scores and softmax of block i beside the product of block i - 1's weights and values.
+    """Scores and softmax of the n-th block, keys first .., beside the product of the block before.
 
     donor: registers for the scores that hold nothing of worth any more.
     """
     STAGES: gl.constexpr = k_smem.shape[0]
-    KEYS: gl.constexpr = k_smem.shape[1]
-    stage = i % STAGES
-    before = (i - 1) % STAGES
-    mbarrier.wait(k_ready.index(stage), (i // STAGES) & 1)
-    scores = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), donor, use_acc=False, is_async=True)
-    mbarrier.wait(v_ready.index(before), ((i - 1) // STAGES) & 1)
-    product = warpgroup_mma(weights, v_smem.index(before), acc, is_async=True)
+    SHAPE: gl.constexpr = (k_smem.shape[1], k_smem.shape[3])
+    stage = n % STAGES
+    before = (n - 1) % STAGES
+    mbarrier.wait(k_ready.index(stage), n // STAGES & 1)
+    k = k_smem.index(stage).reshape(SHAPE)
+    scores = warpgroup_mma(q, k.permute((1, 0)), donor, use_acc=False, is_async=True)
+    mbarrier.wait(v_ready.index(before), (n - 1) // STAGES & 1)
+    product = warpgroup_mma(weights, v_smem.index(before).reshape(SHAPE), acc, is_async=True)
     scores = warpgroup_mma_wait(1, deps=[scores])
     mbarrier.arrive(k_empty.index(stage), count=1)
     donor, peak, total, shrink = _softmax(
-        scores,
-        peak,
-        total,
-        (last - i) * KEYS,
-        keys,
-        positions,
-        factor,
-        inner,
-        window,
-        MASKED,
-        CAUSAL,
-        WINDOWED,
-        SOFTCAP,
+        scores, peak, total, first, keys, positions, factor, inner, window, MASKED, CAUSAL, WINDOWED, SOFTCAP
     )
     acc, weights = warpgroup_mma_wait(0, deps=[product, weights])
     mbarrier.arrive(v_empty.index(before), count=1)
@@ -213,129 +304,131 @@ def _step(
 
 @gluon.jit
 def _consume(
-    q_smem, k_smem, v_smem, q_ready, k_ready, k_empty, v_ready, v_empty, out, lse, start, row0, length, keys, head,
-    heads, tokens, last, masked, blocks, factor, inner, window, HEAD_DIM: gl.constexpr, CAUSAL: gl.constexpr,
+    q_smem, k_smem, v_smem, o_smem, q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, out, lse, cu_q, cu_k, factor,
+    inner, window, num_seqs, tokens, heads, tiles, each, turns, HEAD_DIM: gl.constexpr, CAUSAL: gl.constexpr,
     WINDOWED: gl.constexpr, SOFTCAP: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: its rows against every block."""
+    """One warpgroup: its rows of each tile against every block."""
+    GROUPS: gl.constexpr = q_smem.shape[0]
     ROWS: gl.constexpr = q_smem.shape[1]
-    DIM: gl.constexpr = q_smem.shape[2]
-    KEYS: gl.constexpr = k_smem.shape[1]
+    DIM: gl.constexpr = q_smem.shape[3]
+    STAGES: gl.constexpr = k_smem.shape[0]
+    WALK: gl.constexpr = k_smem.shape[1]
     WARPS: gl.constexpr = gl.num_warps()
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, KEYS, 16])
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WALK, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, DIM, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    first_row = row0 + GROUP * ROWS
-    positions = keys - length + first_row + gl.arange(0, ROWS, ROW_LAYOUT)
-    peak = gl.full([ROWS], float("-inf"), gl.float32, ROW_LAYOUT)
-    total = gl.zeros([ROWS], gl.float32, ROW_LAYOUT)
-    acc = gl.zeros([ROWS, DIM], gl.float32, O_LAYOUT)
-    donor = gl.zeros([ROWS, KEYS], gl.float32, S_LAYOUT)
-    q = q_smem.index(GROUP)
-    mbarrier.wait(q_ready.index(GROUP), 0)
-    mbarrier.wait(k_ready.index(0), 0)
-    scores = warpgroup_mma(q, k_smem.index(0).permute((1, 0)), donor, use_acc=False, is_async=True)
-    scores = warpgroup_mma_wait(0, deps=[scores])
-    mbarrier.arrive(k_empty.index(0), count=1)
-    donor, peak, total, _ = _softmax(
-        scores,
-        peak,
-        total,
-        last * KEYS,
-        keys,
-        positions,
-        factor,
-        inner,
-        window,
-        True,
-        CAUSAL,
-        WINDOWED,
-        SOFTCAP,
-    )
-    weights = gl.convert_layout(rounded(donor, v_smem.dtype), P_LAYOUT, assert_trivial=True)
-    for i in range(1, masked):
-        acc, weights, donor, peak, total = _step(
-            q, k_smem, v_smem, k_ready, k_empty, v_ready, v_empty, acc, weights, donor, peak, total, i, last, keys,
-            positions, factor, inner, window, True, CAUSAL, WINDOWED, SOFTCAP, P_LAYOUT,
-        )  # fmt: skip
-    if not WINDOWED:
-        for i in range(masked, blocks):
+    q = q_smem.index(GROUP).reshape((ROWS, DIM))
+    n = 0
+    for turn in range(turns):
+        item = item_of(turn)
+        head = item // tiles
+        tile = tiles - 1 - (item - head * tiles)
+        s, start, length, row0 = locate(tile, cu_q, num_seqs, each, GROUPS * ROWS)
+        keys = gl.load(cu_k + s + 1) - gl.load(cu_k + s)
+        last, masked, blocks = key_blocks(row0, length, keys, window, GROUPS * ROWS, WALK, CAUSAL, WINDOWED)
+        first_row = row0 + GROUP * ROWS
+        rows = first_row + gl.arange(0, ROWS, ROW_LAYOUT)
+        positions = keys - length + rows
+        peak = gl.full([ROWS], float("-inf"), gl.float32, ROW_LAYOUT)
+        total = gl.zeros([ROWS], gl.float32, ROW_LAYOUT)
+        acc = gl.zeros([ROWS, DIM], gl.float32, O_LAYOUT)
+        donor = gl.zeros([ROWS, WALK], gl.float32, S_LAYOUT)
+        mbarrier.wait(q_ready.index(GROUP), turn & 1)
+        mbarrier.wait(k_ready.index(n % STAGES), n // STAGES & 1)
+        k = k_smem.index(n % STAGES).reshape((WALK, DIM))
+        scores = warpgroup_mma(q, k.permute((1, 0)), donor, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(0, deps=[scores])
+        mbarrier.arrive(k_empty.index(n % STAGES), count=1)
+        donor, peak, total, _ = _softmax(
+            scores,
+            peak,
+            total,
+            last * WALK,
+            keys,
+            positions,
+            factor,
+            inner,
+            window,
+            True,
+            CAUSAL,
+            WINDOWED,
+            SOFTCAP,
+        )
+        weights = gl.convert_layout(rounded(donor, v_smem.dtype), P_LAYOUT, assert_trivial=True)
+        for i in range(1, masked):
             acc, weights, donor, peak, total = _step(
-                q, k_smem, v_smem, k_ready, k_empty, v_ready, v_empty, acc, weights, donor, peak, total, i, last, keys,
-                positions, factor, inner, window, False, CAUSAL, WINDOWED, SOFTCAP, P_LAYOUT,
+                q, k_smem, v_smem, k_ready, k_empty, v_ready, v_empty, acc, weights, donor, peak, total, n + i,
+                (last - i) * WALK, keys, positions, factor, inner, window, True, CAUSAL, WINDOWED, SOFTCAP, P_LAYOUT,
             )  # fmt: skip
-    STAGES: gl.constexpr = k_smem.shape[0]
-    final = blocks - 1
-    mbarrier.wait(v_ready.index(final % STAGES), (final // STAGES) & 1)
-    acc = warpgroup_mma(weights, v_smem.index(final % STAGES), acc, is_async=True)
-    acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
+        if not WINDOWED:
+            for i in range(masked, blocks):
+                acc, weights, donor, peak, total = _step(
+                    q, k_smem, v_smem, k_ready, k_empty, v_ready, v_empty, acc, weights, donor, peak, total, n + i,
+                    (last - i) * WALK, keys, positions, factor, inner, window, False, CAUSAL, WINDOWED, SOFTCAP,
+                    P_LAYOUT,
+                )  # fmt: skip
+        n += blocks
+        mbarrier.arrive(q_empty.index(GROUP), count=1)
+        final = (n - 1) % STAGES
+        mbarrier.wait(v_ready.index(final), (n - 1) // STAGES & 1)
+        acc = warpgroup_mma(weights, v_smem.index(final).reshape((WALK, DIM)), acc, is_async=True)
+        acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
+        mbarrier.arrive(v_empty.index(final), count=1)
 
-    empty = total == 0.0
-    total = gl.where(empty, 1.0, total)
-    rows = first_row + gl.arange(0, ROWS, ROW_LAYOUT)
-    logarithm = gl.where(empty, float("-inf"), (peak * factor + gl.log2(total)) * 0.6931471805599453)
-    gl.store(lse + head.to(gl.int64) * tokens + start + rows, logarithm, rows < length)
-    total = gl.convert_layout(total, gl.SliceLayout(1, O_LAYOUT), assert_trivial=True)
-    result = rounded(acc * gl.expand_dims(1.0 / total, 1), out.dtype.element_ty)
+        empty = total == 0.0
+        total = gl.where(empty, 1.0, total)
+        logarithm = gl.where(empty, float("-inf"), (peak * factor + gl.log2(total)) * 0.6931471805599453)
+        gl.store(lse + head.to(gl.int64) * tokens + start + rows, logarithm, rows < length)
+        total = gl.convert_layout(total, gl.SliceLayout(1, O_LAYOUT), assert_trivial=True)
+        store_rows(
+            acc * gl.expand_dims(1.0 / total, 1), o_smem.index(GROUP).reshape((ROWS, DIM)), out, start, first_row,
+            length, head, heads, HEAD_DIM,
+        )  # fmt: skip
+
+
+@gluon.jit
+def store_rows(values, staging, target, start, first, length, head, heads, HEAD_DIM: gl.constexpr):
+    """A warpgroup's rows to a packed [T, H, HEAD_DIM], through shared memory that it alone uses: 16 bytes a store."""
+    ROWS: gl.constexpr = staging.shape[0]
+    DIM: gl.constexpr = staging.shape[1]
+    WARPS: gl.constexpr = gl.num_warps()
     STORE: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // DIM, DIM // 8], [WARPS, 1], [1, 0])
-    # Through the shared memory of the queries, which are no longer needed: 16 bytes a store.
-    q.store(result)
-    result = q.load(STORE)
-    rows = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, STORE))
-    dims = gl.arange(0, DIM, gl.SliceLayout(0, STORE))
-    offsets = gl.expand_dims(((start + rows).to(gl.int64) * heads + head) * HEAD_DIM, 1) + gl.expand_dims(
-        dims, 0
-    )
-    inside = gl.expand_dims(rows < length, 1) & gl.expand_dims(dims < HEAD_DIM, 0)
-    gl.store(out + offsets, result, inside)
+    staging.store(rounded(values, staging.dtype))
+    result = staging.load(STORE)
+    rows = first + gl.arange(0, ROWS, gl.SliceLayout(1, STORE))
+    dims = gl.expand_dims(gl.arange(0, DIM, gl.SliceLayout(0, STORE)), 0)
+    offsets = gl.expand_dims(((start + rows).to(gl.int64) * heads + head) * HEAD_DIM, 1) + dims
+    gl.store(target + offsets, result, gl.expand_dims(rows < length, 1) & (dims < HEAD_DIM))
 
 
-@gluon.jit(do_not_specialize=["num_seqs", "tokens", "window", "group"])
+@gluon.jit(do_not_specialize=["window", "num_seqs", "tokens", "heads", "group", "tiles", "each"])
 def forward_kernel(
-    q_desc, k_desc, v_desc, out, lse, cu_q, cu_k, factor, inner, window, num_seqs, tokens, group,
-    HEAD_DIM: gl.constexpr, DIM: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, GROUPS: gl.constexpr,
-    STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOWED: gl.constexpr, SOFTCAP: gl.constexpr,
+    q_desc, k_desc, v_desc, out, lse, cu_q, cu_k, factor, inner, window, num_seqs, tokens, heads, group, tiles, each,
+    HEAD_DIM: gl.constexpr, DIM: gl.constexpr, ROWS: gl.constexpr, WALK: gl.constexpr, GROUPS: gl.constexpr,
+    STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOWED: gl.constexpr, SOFTCAP: gl.constexpr, STAGED: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles of GROUPS · ROWS queries, query heads)."""
-    TILE: gl.constexpr = GROUPS * ROWS
-    tile = gl.num_programs(0) - 1 - gl.program_id(0)  # under a causal mask the longest first
-    head = gl.program_id(1)
-    heads = gl.num_programs(1)
-    s = sequence_of(cu_q, num_seqs, tile, TILE)
-    start = gl.load(cu_q + s)
-    length = gl.load(cu_q + s + 1) - start
-    row0 = (tile - (start // TILE + s)) * TILE
-    k_start = gl.load(cu_k + s)
-    keys = gl.load(cu_k + s + 1) - k_start
-    lead = keys - length  # position of the first query
-    low = 0
-    high = keys
-    full = keys // KEYS  # blocks before it are seen whole
-    if CAUSAL:
-        high = gl.minimum(keys, lead + gl.minimum(row0 + TILE, length))
-        full = gl.minimum(full, gl.maximum(lead + row0 + 1, 0) // KEYS)
-    if WINDOWED:
-        low = gl.maximum(lead + row0 + 1 - window, 0) // KEYS
-    last = gl.maximum((high + KEYS - 1) // KEYS, low + 1) - 1
-    if row0 >= length:
-        last = low
-    blocks = last + 1 - low  # at least one, though it be masked whole
-    masked = gl.minimum(gl.maximum(last + 1 - full, 1), blocks)
-    if WINDOWED:
-        masked = blocks
-
-    q_smem = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, ROWS, DIM], q_desc.layout)
-    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, KEYS, DIM], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, KEYS, DIM], v_desc.layout)
+    """Items are tiles of GROUPS · ROWS queries of a head. Grid: (programs), as many as items or fewer; as many, unless
+    STAGED."""
+    turns = share_of(tiles * heads)
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, ROWS, 1, DIM], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, WALK, 1, DIM], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, WALK, 1, DIM], v_desc.layout)
+    if STAGED:  # noqa: SIM108 - the condition is the compiler's
+        o_smem = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, ROWS, 1, DIM], q_desc.layout)
+    else:
+        o_smem = q_smem
     q_ready = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for g in gl.static_range(GROUPS):
         mbarrier.init(q_ready.index(g), count=1)
+        mbarrier.init(q_empty.index(g), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_ready.index(i), count=1)
         mbarrier.init(v_ready.index(i), count=1)
@@ -344,39 +437,39 @@ def forward_kernel(
     if GROUPS == 2:
         gl.warp_specialize([
             (_consume, (
-                q_smem, k_smem, v_smem, q_ready, k_ready, k_empty, v_ready, v_empty, out, lse, start, row0, length,
-                keys, head, heads, tokens, last, masked, blocks, factor, inner, window, HEAD_DIM, CAUSAL, WINDOWED,
+                q_smem, k_smem, v_smem, o_smem, q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, out, lse, cu_q,
+                cu_k, factor, inner, window, num_seqs, tokens, heads, tiles, each, turns, HEAD_DIM, CAUSAL, WINDOWED,
                 SOFTCAP, 0,
             )),
             (_consume, (
-                q_smem, k_smem, v_smem, q_ready, k_ready, k_empty, v_ready, v_empty, out, lse, start, row0, length,
-                keys, head, heads, tokens, last, masked, blocks, factor, inner, window, HEAD_DIM, CAUSAL, WINDOWED,
+                q_smem, k_smem, v_smem, o_smem, q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, out, lse, cu_q,
+                cu_k, factor, inner, window, num_seqs, tokens, heads, tiles, each, turns, HEAD_DIM, CAUSAL, WINDOWED,
                 SOFTCAP, 1,
             )),
             (_produce, (
-                q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_ready, k_ready, k_empty, v_ready, v_empty,
-                start + row0, k_start, head, head // group, last, blocks, HEAD_DIM,
+                q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_ready, q_empty, k_ready, k_empty, v_ready, v_empty,
+                cu_q, cu_k, window, num_seqs, group, tiles, each, turns, CAUSAL, WINDOWED,
             )),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume, (
-                q_smem, k_smem, v_smem, q_ready, k_ready, k_empty, v_ready, v_empty, out, lse, start, row0, length,
-                keys, head, heads, tokens, last, masked, blocks, factor, inner, window, HEAD_DIM, CAUSAL, WINDOWED,
+                q_smem, k_smem, v_smem, o_smem, q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, out, lse, cu_q,
+                cu_k, factor, inner, window, num_seqs, tokens, heads, tiles, each, turns, HEAD_DIM, CAUSAL, WINDOWED,
                 SOFTCAP, 0,
             )),
             (_consume, (
-                q_smem, k_smem, v_smem, q_ready, k_ready, k_empty, v_ready, v_empty, out, lse, start, row0, length,
-                keys, head, heads, tokens, last, masked, blocks, factor, inner, window, HEAD_DIM, CAUSAL, WINDOWED,
+                q_smem, k_smem, v_smem, o_smem, q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, out, lse, cu_q,
+                cu_k, factor, inner, window, num_seqs, tokens, heads, tiles, each, turns, HEAD_DIM, CAUSAL, WINDOWED,
                 SOFTCAP, 1,
             )),
             (_consume, (
-                q_smem, k_smem, v_smem, q_ready, k_ready, k_empty, v_ready, v_empty, out, lse, start, row0, length,
-                keys, head, heads, tokens, last, masked, blocks, factor, inner, window, HEAD_DIM, CAUSAL, WINDOWED,
+                q_smem, k_smem, v_smem, o_smem, q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, out, lse, cu_q,
+                cu_k, factor, inner, window, num_seqs, tokens, heads, tiles, each, turns, HEAD_DIM, CAUSAL, WINDOWED,
                 SOFTCAP, 2,
             )),
             (_produce, (
-                q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_ready, k_ready, k_empty, v_ready, v_empty,
-                start + row0, k_start, head, head // group, last, blocks, HEAD_DIM,
+                q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_ready, q_empty, k_ready, k_empty, v_ready, v_empty,
+                cu_q, cu_k, window, num_seqs, group, tiles, each, turns, CAUSAL, WINDOWED,
             )),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
