@@ -11,7 +11,10 @@ import pytest
 
 from support.triton_kernels import AVAILABLE, INTERPRETED
 
-FILES = [f"test_triton_{name}.py" for name in ("adamw", "attention", "grouped_linear", "linear", "routing", "rowwise")]
+FILES = [
+    f"test_triton_{name}.py"
+    for name in ("adamw", "attention", "grouped_linear", "linear", "losses", "routing", "rowwise")
+]
 
 
 @pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed")

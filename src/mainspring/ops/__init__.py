@@ -8,7 +8,12 @@ from mainspring.ops.batch import KVCache, TokenBatch
 from mainspring.ops.cross_entropy import IGNORE_INDEX, cross_entropy
 from mainspring.ops.grouped_linear import grouped_linear
 from mainspring.ops.linear import linear
-from mainspring.ops.log_probs import linear_log_probs, token_log_probs
+from mainspring.ops.log_probs import (
+    linear_log_probs,
+    linear_log_probs_and_entropy,
+    token_log_probs,
+    token_log_probs_and_entropy,
+)
 from mainspring.ops.norm import add_rms_norm, rms_norm
 from mainspring.ops.policy import FAST, LOCKSTEP, Numerics, Policy
 from mainspring.ops.rope import rope, rope_angles
@@ -31,10 +36,12 @@ __all__ = [
     "grouped_linear",
     "linear",
     "linear_log_probs",
+    "linear_log_probs_and_entropy",
     "rms_norm",
     "rope",
     "rope_angles",
     "route",
     "swiglu",
     "token_log_probs",
+    "token_log_probs_and_entropy",
 ]

@@ -2,76 +2,175 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from mainspring.ops.linear import LINEAR
-from mainspring.ops.log_probs import rows_per_chunk
+from mainspring.errors import BackendError
+from mainspring.ops.log_probs import recomputed_gradients, rows_per_chunk
+from mainspring.ops.logit_loss import IGNORE_INDEX, LossOptions, WeightGradient, logit_loss, product_for
 from mainspring.ops.policy import LOCKSTEP, Policy
 from mainspring.ops.precision import accumulator
 
-IGNORE_INDEX = -100
+Reduction = Literal["mean", "sum", "none"]
 
 
-def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, policy: Policy = LOCKSTEP) -> Tensor:
-    """Mean over the targets that are not -100 of -log softmax(hidden weightᵀ)[target].
+def cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    policy: Policy = LOCKSTEP,
+) -> Tensor:
+    """-log softmax(hidden weightᵀ)[target], over the targets that are not ignore_index.
 
-    hidden: [T, H], weight: [V, H], targets: [T] int64 -> scalar float32, differentiable once. Only a
-    chunk of logits exists at a time; the gradients are computed with them, so the backward pass is free.
-    Source of the idea: Liger-Kernel, "fused linear cross entropy" (arXiv 2410.10989), section 3.2.
+    hidden: [T, H], weight: [V, H], targets: [T] int64 -> scalar float32 (mean, of no target 0; or sum), or [T] with
+    0 where a target is left out; differentiable once. `LossOptions` has the formula of the options.
+
+    Only a chunk of logits exists at a time. For "mean" and "sum" the gradients are computed with them, so the
+    backward pass is only a scaling; for "none" it computes the logits again. Source of the idea: Liger-Kernel,
+    "fused linear cross entropy" (arXiv 2410.10989), section 3.2. Raises BackendError for a value out of range.
     """
+    options = LossOptions(
+        softcap=softcap, label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index
+    )
+    _check(hidden, weight, targets, reduction)
     wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    result: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, policy, wants_grad)
+    result: Tensor
+    if reduction == "none":
+        result = _RowLosses.apply(hidden, weight, targets, options, policy, wants_grad)
+    else:
+        result = _LinearCrossEntropy.apply(
+            hidden, weight, targets, options, reduction == "mean", policy, wants_grad
+        )
     return result
 
 
-def reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The formula with all logits at once."""
-    return torch.nn.functional.cross_entropy(hidden @ weight.t(), targets, ignore_index=IGNORE_INDEX)
+def reference(hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOptions | None = None) -> Tensor:
+    """Each row's loss [T], the formula with all logits at once."""
+    options = options or LossOptions()
+    logits = hidden @ weight.t()
+    if options.softcap is not None:
+        logits = options.softcap * torch.tanh(logits / options.softcap)
+    losses = torch.nn.functional.cross_entropy(
+        logits,
+        targets,
+        ignore_index=options.ignore_index,
+        label_smoothing=options.label_smoothing,
+        reduction="none",
+    )
+    penalty = options.z_loss * torch.logsumexp(logits, -1).square()
+    return losses + torch.where(targets != options.ignore_index, penalty, 0)
+
+
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise BackendError(f"cross_entropy: reduction must be 'mean', 'sum' or 'none', not {reduction!r}")
+    if (
+        hidden.dim() != 2
+        or weight.dim() != 2
+        or weight.shape[1] != hidden.shape[1]
+        or weight.dtype is not hidden.dtype
+    ):
+        raise BackendError(
+            f"cross_entropy: weight {weight.dtype} {tuple(weight.shape)} does not fit "
+            f"hidden {hidden.dtype} {tuple(hidden.shape)}"
+        )
+    if targets.dtype is not torch.int64 or targets.shape != hidden.shape[:1]:
+        raise BackendError(
+            f"cross_entropy: targets must be [{hidden.shape[0]}] int64, not {tuple(targets.shape)} of {targets.dtype}"
+        )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
+    """The sum or mean. Gradients of the sum are kept; how they count is known in the backward pass, in float32."""
+
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, policy: Policy, wants_grad: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        options: LossOptions,
+        mean: bool,
+        policy: Policy,
+        wants_grad: bool,
     ) -> Tensor:
-        # Chosen as for a recorded call: inside this function autograd is off.
-        product = LINEAR.select(hidden, policy, needs_grad=wants_grad)
-        rows = rows_per_chunk(weight.shape[0])
-        count = (targets != IGNORE_INDEX).sum().clamp_min(1)
-        losses = []
+        wide = accumulator(hidden.dtype)
+        rows = rows_per_chunk(weight.shape[0], hidden.device)
+        count = (targets != options.ignore_index).sum().clamp_min(1).to(wide) if mean else None
+        losses = torch.empty(targets.shape, dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wants_grad else None
-        grad_weight: Tensor | None = None
+        grad_weight = WeightGradient(weight.dtype, -(-hidden.shape[0] // rows))
         for first in range(0, hidden.shape[0], rows):
             chunk = slice(first, first + rows)
-            logits = product(hidden[chunk], weight, None, accumulator(hidden.dtype), policy)
-            kept = targets[chunk] != IGNORE_INDEX
-            target = torch.where(kept, targets[chunk], 0)[:, None]
-            log_probs = torch.log_softmax(logits, dim=-1)
+            logits = product_for(hidden[chunk], weight, policy, wants_grad)
+            losses[chunk], d_logits = logit_loss(
+                logits, targets[chunk], options, None, None, hidden.dtype if wants_grad else None, policy
+            )
             del logits
-            losses.append((log_probs.gather(1, target)[:, 0] * kept).sum())
-            if grad_hidden is None:
-                continue
-            # The log-probabilities become the gradient in place: d loss / d z = (softmax(z) - onehot) / count.
-            d_logits = log_probs.exp_()
-            d_logits.scatter_add_(1, target, d_logits.new_full((target.shape[0], 1), -1.0))
-            d_logits = d_logits.mul_(kept[:, None]).div_(count).to(hidden.dtype)
-            torch.mm(d_logits, weight, out=grad_hidden[chunk])
-            piece = d_logits.t() @ hidden[chunk]
-            grad_weight = piece if grad_weight is None else grad_weight.add_(piece)
-        if grad_hidden is not None and grad_weight is not None:
-            ctx.save_for_backward(grad_hidden, grad_weight)
-        return -torch.stack(losses).sum() / count
+            if grad_hidden is not None and d_logits is not None:
+                torch.mm(d_logits, weight, out=grad_hidden[chunk])
+                grad_weight.add(d_logits, hidden[chunk])
+                del d_logits
+        if grad_hidden is not None:
+            total = grad_weight.total
+            ctx.save_for_backward(grad_hidden, torch.zeros_like(weight) if total is None else total, count)
+            ctx.dtype = weight.dtype
+        return losses.sum() if count is None else losses.sum() / count
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden, grad_weight, count = ctx.saved_tensors
+        scale = grad if count is None else grad / count
         return (
-            grad_hidden * grad.to(grad_hidden.dtype),
-            grad_weight * grad.to(grad_weight.dtype),
+            _scaled(grad_hidden, scale, grad_hidden.dtype),
+            _scaled(grad_weight, scale, ctx.dtype),
+            None,
+            None,
             None,
             None,
             None,
         )
+
+
+class _RowLosses(torch.autograd.Function):
+    """Each row's own loss: what its gradient counts is known only in the backward pass, which recomputes logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        options: LossOptions,
+        policy: Policy,
+        wants_grad: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.options, ctx.policy = options, policy
+        rows = rows_per_chunk(weight.shape[0], hidden.device)
+        losses = torch.empty(targets.shape, dtype=accumulator(hidden.dtype), device=hidden.device)
+        for first in range(0, hidden.shape[0], rows):
+            chunk = slice(first, first + rows)
+            logits = product_for(hidden[chunk], weight, policy, wants_grad)
+            losses[chunk] = logit_loss(logits, targets[chunk], options, None, None, None, policy)[0]
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets = ctx.saved_tensors
+        grads = recomputed_gradients(hidden, weight, targets, ctx.options, grad, None, ctx.policy)
+        return *grads, None, None, None, None
+
+
+def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x · scale in dtype: a scale of fp32 rounded to bf16 first would bend every gradient the same way."""
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    return torch.mul(x, scale.view(1), out=out)
