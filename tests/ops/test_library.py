@@ -65,3 +65,21 @@ def test_traced_code_computes_the_same(name: str, policy: Policy) -> None:
     assert torch.equal(eager, traced)
     for a, b in zip(eager_grads, traced_grads, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_attention_of_whole_sequences_can_be_compiled() -> None:
+    batch = ops.TokenBatch.packed([3, 5])
+    policy = Policy("fast", "reference")
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ops.attention(q, k, v, batch, layer=0, scale=0.5, policy=policy).square().sum()
+
+    torch.compiler.reset()
+    inputs = [normal(8, 4, 6), normal(8, 2, 6), normal(8, 2, 6)]
+    results = []
+    for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        run(*leaves).backward()
+        results.append([x.grad for x in leaves])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)

@@ -8,20 +8,24 @@ of its own, KEY_CHUNK here ("Canonical reduction order" in docs/design.md).
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mainspring.errors import BackendError
+from mainspring.ops import library
 from mainspring.ops.batch import KVCache, TokenBatch
 from mainspring.ops.cpu import attention as cpu
 from mainspring.ops.cpu.support import refuses
+from mainspring.ops.flash_attention import flash_attention, flash_attention_backward_op
 from mainspring.ops.gradient import kernel_with_formula_gradient
 from mainspring.ops.packed_attention import MAX_LENGTH, packed_attention
 from mainspring.ops.policy import LOCKSTEP, Policy
 from mainspring.ops.precision import accumulator
-from mainspring.ops.registry import Implementation, Operation, accepts_all, any_requires_grad
+from mainspring.ops.registry import Call, Implementation, Operation, accepts_all, any_requires_grad
+from mainspring.ops.triton.support import refuses as triton_serves_not
 from mainspring.ops.triton.support import refuses_fast_training as triton_refuses
 
 KEY_CHUNK = 256
@@ -51,6 +55,8 @@ def attention(
         raise BackendError(
             "attention through a KV cache has no gradient; run the model under torch.no_grad()"
         )
+    if library.is_traced() and batch.cache is None and policy.numerics == "fast":
+        return _flash(q, k, v, batch, layer, scale, window, policy)
     run = ATTENTION.select(q, policy, needs_grad)
     return run(q, k, v, batch, layer, scale, window, policy)
 
@@ -229,6 +235,35 @@ def _cpu(
     return result
 
 
+def _flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    batch: TokenBatch,
+    layer: int,
+    scale: float,
+    window: int | None,
+    policy: Policy,
+) -> Tensor:
+    """Whole sequences by the operator with a backward pass of its own; with a cache as in lockstep."""
+    if batch.cache is not None:
+        return _triton(q, k, v, batch, layer, scale, window, policy)
+    longest = max(batch.lengths)
+    backend = None if policy.backend == "flash" else policy.backend
+    return flash_attention(
+        q, k, v, batch.cu_seqlens, batch.cu_seqlens, max_q=longest, max_k=longest, scale=scale, window=window,
+        policy=Policy("fast", backend),
+    )  # fmt: skip
+
+
+def _refuses_flash(call: Call) -> str | None:
+    if call.policy.numerics == "lockstep":
+        return "its sums are in free order"
+    if call.device_type != "cuda" or call.dtype not in (torch.bfloat16, torch.float16):
+        return f"serves bfloat16 and float16 on CUDA devices, not {call.dtype} on {call.device_type}"
+    return triton_serves_not(call)
+
+
 def _triton(
     q: Tensor,
     k: Tensor,
@@ -242,28 +277,61 @@ def _triton(
     from mainspring.ops.triton import attention as triton
 
     longest = max(batch.lengths), max(batch.contexts)
-
-    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return triton.attention(
-            q, k, v, batch.cu_seqlens, batch.context_lens, batch.block_tables, scale, window,
-            max_length=longest[0], max_context=longest[1],
-        )  # fmt: skip
-
     if batch.cache is not None and batch.slots is not None:
         keys, values = batch.cache.k[layer], batch.cache.v[layer]
         triton.write_cache(k, v, batch.slots, keys, values)
-        return kernel(q, keys, values)
-    if not any_requires_grad(q, k, v):
-        return kernel(q, k, v)
-    result: Tensor = kernel_with_formula_gradient(
-        kernel, lambda q, k, v: _fast(q, k, v, batch, layer, scale, window), q, k, v
-    )
-    return result
+        return triton.attention(
+            q, keys, values, batch.cu_seqlens, batch.context_lens, batch.block_tables, scale, window,
+            max_length=longest[0], max_context=longest[1],
+        )  # fmt: skip
+    if any_requires_grad(q, k, v):
+        result: Tensor = _CanonicalAttention.apply(
+            q, k, v, batch.cu_seqlens, batch.context_lens, longest[0], scale, window
+        )
+        return result
+    return triton.attention(
+        q, k, v, batch.cu_seqlens, batch.context_lens, None, scale, window,
+        max_length=longest[0], max_context=longest[1],
+    )  # fmt: skip
+
+
+class _CanonicalAttention(torch.autograd.Function):
+    """The canonical forward pass, whose bits lockstep needs; a backward pass in an order of its own, the same in
+    every run."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor,
+        context_lens: Tensor,
+        longest: int,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        from mainspring.ops.triton import attention as triton
+
+        lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
+        out = triton.attention(
+            q, k, v, cu_seqlens, context_lens, None, scale, window, max_length=longest, max_context=longest, lse=lse
+        )  # fmt: skip
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
+        ctx.options = (longest, longest, scale, True, window or 0, 0.0, True, None)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, cu = ctx.saved_tensors
+        grads = flash_attention_backward_op(grad, q, k, v, out, lse, cu, cu, *ctx.options)
+        return (*grads, None, None, None, None, None)
 
 
 ATTENTION = Operation(
     "attention",
     Implementation("cpu", _cpu, refuses),
+    Implementation("flash", _flash, _refuses_flash),
     Implementation("triton", _triton, triton_refuses),
     Implementation("reference", reference, accepts_all),
 )
