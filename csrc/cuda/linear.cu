@@ -295,7 +295,7 @@ bool map_rows(CUtensorMap* map, const void* address, int64_t rows, int64_t k, in
 }  // namespace mainspring
 
 // x: [m, k], weight: [n, k], rows `stride` elements apart; bias: [n] or null; out: [m, n], contiguous. chunk: k's of a
-// chunk, a multiple of 64 · panels; tree: eight chunks are added by a binary tree. stages: at most; blocks: of a
+// chunk, a multiple of 64 · panels; tree: 2, 4 or 8 chunks are added by a binary tree. stages: at most; blocks: of a
 // multiprocessor. programmatic: 0, or 1 + steps of W to prefetch.
 extern "C" int mainspring_linear(const void* x, int64_t x_stride, const void* weight, int64_t weight_stride,
                                  const void* bias, void* out, int m, int n, int k, int chunk, int tree, int wide,
@@ -307,7 +307,7 @@ extern "C" int mainspring_linear(const void* x, int64_t x_stride, const void* we
   auto* kernel = linear_kernel<T, Groups, Columns, Panels>;
   const int chunks = (k + chunk - 1) / chunk;
   if (chunks > 1 && (chunk % kDepth || chunks > kMaxChunks)) return cudaErrorInvalidValue;
-  if (tree && chunks != kMaxChunks) return cudaErrorInvalidValue;
+  if (tree && (chunks & (chunks - 1) || k % chunk)) return cudaErrorInvalidValue;
   const int x_rows = m < kGroupRows && Groups == 1 ? (m + 7) / 8 * 8 : kGroupRows * Groups;
   CUtensorMap x_map, w_map;
   if (!map_rows<T>(&x_map, x, m, k, x_stride, x_rows) || !map_rows<T>(&w_map, weight, n, k, weight_stride, Columns)) {
@@ -327,7 +327,8 @@ extern "C" int mainspring_linear(const void* x, int64_t x_stride, const void* we
   for (const int limit : {kMaxStages, stages, p.steps}) {
     if (p.stages > limit) p.stages = limit;
   }
-  if (p.stages < 1) return cudaErrorInvalidValue;
+  // A step's stage is free only when the next step's has come.
+  if (p.stages < (p.steps > 1 ? 2 : 1)) return cudaErrorInvalidValue;
   int bytes = p.stages * stage_bytes + spare;
   const int sums = 64 * Groups * (Columns + 4) * 4 + 1024;
   if (chunks > 1 && bytes < sums) bytes = sums;

@@ -8,6 +8,7 @@ from mainspring.ops.batch import KVCache, TokenBatch
 from mainspring.ops.cross_entropy import IGNORE_INDEX, cross_entropy
 from mainspring.ops.grouped_linear import grouped_linear
 from mainspring.ops.linear import linear
+from mainspring.ops.linear_tp_invariant import join_tp_partials, linear_tp_invariant, linear_tp_partial
 from mainspring.ops.log_probs import (
     linear_log_probs,
     linear_log_probs_and_entropy,
@@ -34,9 +35,12 @@ __all__ = [
     "combine",
     "cross_entropy",
     "grouped_linear",
+    "join_tp_partials",
     "linear",
     "linear_log_probs",
     "linear_log_probs_and_entropy",
+    "linear_tp_invariant",
+    "linear_tp_partial",
     "rms_norm",
     "rope",
     "rope_angles",

@@ -43,11 +43,12 @@ def reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None, policy: Policy
 ) -> Tensor:
     """The formula by torch's GEMM; in lockstep over row tiles whose shape does not depend on M."""
-    y = F.linear(x, weight, bias) if policy.numerics == "fast" else _tiled(x, weight, bias)
+    y = F.linear(x, weight, bias) if policy.numerics == "fast" else reference_rows(x, weight, bias)
     return y if out_dtype is None else y.to(out_dtype)
 
 
-def _tiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def reference_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """torch's GEMM in row tiles whose shape does not depend on M, so that each row's bits are its own."""
     rows = x.shape[0]
     if rows == 0:
         return F.linear(x, weight, bias)
