@@ -45,10 +45,8 @@ def backward_tiles(dim: int, dtype: torch.dtype) -> BackwardTiles:
     """The tiles for a head size, already padded to a power of two."""
     if dtype == torch.float32:
         return BackwardTiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
-    if dim <= 64:
-        return BackwardTiles(Tile(64, 128, 8, 2), Tile(128, 64, 8, 2))
     if dim <= 128:
-        return BackwardTiles(Tile(64, 128, 8, 2), Tile(128, 64, 8, 2))
+        return BackwardTiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
     return BackwardTiles(Tile(32, 64, 8, 1), Tile(64, 32, 8, 1))
 
 
