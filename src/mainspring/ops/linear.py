@@ -13,8 +13,9 @@ from torch import Tensor
 from mainspring.ops import library
 from mainspring.ops.cpu.linear import linear as cpu_linear
 from mainspring.ops.cpu.support import refuses
+from mainspring.ops.cuda import support as cuda_support
 from mainspring.ops.policy import LOCKSTEP, Policy
-from mainspring.ops.registry import Implementation, Operation, accepts_all, any_requires_grad
+from mainspring.ops.registry import Call, Implementation, Operation, accepts_all, any_requires_grad
 from mainspring.ops.triton.support import refuses_fast_numerics as triton_refuses
 
 ROW_TILE = 16  # rows of the reference's lockstep GEMM: every call it makes has a multiple of this many
@@ -115,6 +116,24 @@ def _cpu(
     return cpu_linear(x, weight, bias, out_dtype)
 
 
+def cuda_refuses(call: Call) -> str | None:
+    """As `triton.support.refuses_fast_numerics`."""
+    if call.policy.numerics == "fast" and call.policy.backend != "cuda":
+        return "cuBLAS, which is free to choose its order, is faster"
+    return cuda_support.refuses(call)
+
+
+def _cuda(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None, policy: Policy
+) -> Tensor:
+    from mainspring.ops.cuda.linear import linear as cuda_linear
+
+    if any_requires_grad(x, weight, bias):
+        result: Tensor = _KernelLinear.apply(cuda_linear, x, weight, bias, out_dtype)
+        return result
+    return cuda_linear(x, weight, bias, out_dtype)
+
+
 def _triton(
     x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None, policy: Policy
 ) -> Tensor:
@@ -129,6 +148,9 @@ def _triton(
 LINEAR = Operation(
     "linear",
     Implementation("cpu", _cpu, refuses),
+    Implementation(
+        "cuda", _cuda, cuda_refuses
+    ),  # few rows; many it hands to Triton's, whose bits are the same
     Implementation("triton", _triton, triton_refuses),
     Implementation("reference", reference, accepts_all),
 )

@@ -7,12 +7,14 @@ which are a subtree: it computes that subtree's sum, and joining the ranks' sums
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mainspring.errors import BackendError
+from mainspring.ops.cuda.support import refuses as cuda_refuses
 from mainspring.ops.linear import _KernelLinear, reference_rows
 from mainspring.ops.policy import LOCKSTEP, Policy
 from mainspring.ops.registry import Implementation, Operation, accepts_all, any_requires_grad
@@ -98,20 +100,37 @@ def reference(
     return join_tp_partials(partials, bias, out_dtype)
 
 
+def _by(
+    kernel: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    segments: int,
+) -> Tensor:
+    if any_requires_grad(x, weight, bias):
+        result: Tensor = _KernelLinear.apply(partial(kernel, segments=segments), x, weight, bias, out_dtype)
+        return result
+    return kernel(x, weight, bias, out_dtype, segments)
+
+
+def _cuda(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype, segments: int) -> Tensor:
+    from mainspring.ops.cuda.linear import segmented_linear
+
+    return _by(segmented_linear, x, weight, bias, out_dtype, segments)
+
+
 def _triton(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype, segments: int) -> Tensor:
     from mainspring.ops.triton.linear_tp_invariant import segmented_linear
 
-    def kernel(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-        return segmented_linear(x, weight, bias, out_dtype, segments)
-
-    if any_requires_grad(x, weight, bias):
-        result: Tensor = _KernelLinear.apply(kernel, x, weight, bias, out_dtype)
-        return result
-    return kernel(x, weight, bias, out_dtype)
+    return _by(segmented_linear, x, weight, bias, out_dtype, segments)
 
 
 LINEAR_TP_INVARIANT = Operation(
     "linear_tp_invariant",
+    Implementation(
+        "cuda", _cuda, cuda_refuses
+    ),  # few rows; many it hands to Triton's, whose bits are the same
     Implementation("triton", _triton, triton_refuses),
     Implementation("reference", reference, accepts_all),
 )

@@ -1,12 +1,15 @@
 """y = x Wᵀ + b for Hopper (csrc/cuda/linear.cu), with the bits of `triton.linear`: the same chains of products.
 
 Its tiles fill the chip in one wave where rows are few; products of many rows are left to the Triton kernel, whose
-blocks walk over several tiles each.
+blocks walk over several tiles each. It also serves `linear_tp_invariant` where rows are few: a cluster's blocks sum the
+segments of K and add their sums by the tree.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,9 +18,11 @@ import torch
 from torch import Tensor
 
 from mainspring.ops.cuda import compiler
+from mainspring.ops.triton.support import aligned, multiprocessors, on_device
 
 SOURCE = "linear.cu"
 GROUP_ROWS = 64  # rows of a warpgroup's product
+MAX_CHUNKS = 8  # blocks of a portable cluster
 TYPES = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
 
 
@@ -38,13 +43,58 @@ class Tile:
     late: bool = False
 
 
-@lru_cache(maxsize=256)
-def _launcher(dtype: torch.dtype, groups: int, columns: int, panels: int) -> tuple[ctypes.CDLL, Any]:
-    defines = (
+TILES = (
+    Tile(1, 8, 4), Tile(1, 16, 4), Tile(1, 24, 4), Tile(1, 32, 2), Tile(1, 48, 2), Tile(1, 64, 2), Tile(1, 96, 1),
+    Tile(1, 128, 1), Tile(1, 192, 1), Tile(2, 32, 2), Tile(2, 48, 2), Tile(2, 64, 1), Tile(2, 96, 1), Tile(2, 128, 1),
+    Tile(2, 192, 1), Tile(2, 256, 1),
+)  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def choose_tile(m: int, n: int, k: int, chunk: int, processors: int) -> Tile | None:
+    """The tile with the least time by a simple model, or None where Triton's kernel is faster.
+
+    A tile takes the longer of what its operands take to arrive (a multiprocessor takes in so many bytes a cycle) and
+    what its products take, times the waves of blocks; figures of an H200, a unit is a row of operands.
+    """
+    chunks = -(-k // chunk)
+    if chunks > MAX_CHUNKS:
+        return None
+
+    def cost(tile: Tile) -> float:
+        rows = GROUP_ROWS * tile.groups
+        blocks = -(-m // rows) * -(-n // tile.columns) * chunks
+        arriving = (min(rows, -(-m // 8) * 8) if tile.groups == 1 else rows) + tile.columns
+        waves = -(-blocks // processors)
+        return waves * max(arriving, rows * tile.columns / 77)
+
+    fitting = [t for t in TILES if chunks == 1 or chunk % (GROUP_ROWS * t.panels) == 0]
+    if not fitting:
+        return None
+    tile = min(fitting, key=cost)
+    blocks = -(-m // (GROUP_ROWS * tile.groups)) * -(-n // tile.columns) * chunks
+    return tile if m <= GROUP_ROWS or blocks <= 2 * processors else None
+
+
+def _defines(dtype: torch.dtype, groups: int, columns: int, panels: int) -> compiler.Defines:
+    return (
         ("MAINSPRING_TYPE", TYPES[dtype]), ("MAINSPRING_GROUPS", groups), ("MAINSPRING_COLUMNS", columns),
         ("MAINSPRING_PANELS", panels),
     )  # fmt: skip
-    library = compiler.load(SOURCE, defines)
+
+
+@lru_cache(maxsize=2)
+def _build_all(dtype: torch.dtype) -> None:
+    """Compiles the table's tiles side by side, so that no later call waits for one of them."""
+    tiles = {_defines(dtype, t.groups, t.columns, t.panels) for t in TILES}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda defines: compiler.build(SOURCE, defines), tiles))
+
+
+@lru_cache(maxsize=256)
+def _launcher(dtype: torch.dtype, groups: int, columns: int, panels: int) -> tuple[ctypes.CDLL, Any]:
+    _build_all(dtype)
+    library = compiler.load(SOURCE, _defines(dtype, groups, columns, panels))
     function = library.mainspring_linear
     pointer, wide, word = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     function.argtypes = [pointer, wide, pointer, wide, pointer, pointer, *[word] * 10, pointer]
@@ -64,3 +114,47 @@ def launch(
         0 if tile.prefetch is None else 1 + tile.prefetch, tile.late, torch.cuda.current_stream().cuda_stream,
     )  # fmt: skip
     compiler.check(library, "linear", code)
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """`x @ weight.T + bias`: arguments, result, errors and bits of `mainspring.ops.triton.linear.linear`."""
+    from mainspring.ops.triton.linear import check, k_chunk
+    from mainspring.ops.triton.linear import linear as triton_linear
+
+    out_dtype = check("linear", x, weight, bias, out_dtype)
+    (m, k), n = x.shape, weight.shape[0]
+    served = m > 0 and n > 0 and x.dtype in TYPES and aligned(x) and aligned(weight)
+    chunk = k_chunk(n, k)
+    tile = choose_tile(m, n, k, chunk, multiprocessors(x.device)) if served else None
+    if tile is None:
+        return triton_linear(x, weight, bias, out_dtype)
+    out = torch.empty((m, n), dtype=out_dtype, device=x.device)
+    with on_device(x):
+        launch(x, weight, None if bias is None else bias.contiguous(), out, chunk, tile)
+    return out
+
+
+def segmented_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype, segments: int
+) -> Tensor:
+    """As `mainspring.ops.triton.linear_tp_invariant.segmented_linear`."""
+    from mainspring.ops.triton.linear import check
+    from mainspring.ops.triton.linear_tp_invariant import segmented_linear as triton_segmented_linear
+
+    out_dtype = check("linear_tp_invariant", x, weight, bias, out_dtype)
+    (m, k), n = x.shape, weight.shape[0]
+    served = m > 0 and n > 0 and segments in (2, 4, 8) and k % (segments * GROUP_ROWS) == 0
+    served = served and x.dtype in TYPES and aligned(x) and aligned(weight)
+    processors = multiprocessors(x.device)
+    tile = choose_tile(m, n, k, k // segments, processors) if served else None
+    if (
+        tile is None
+        or -(-m // (GROUP_ROWS * tile.groups)) * -(-n // tile.columns) * segments > 4 * processors
+    ):
+        return triton_segmented_linear(x, weight, bias, out_dtype, segments)
+    out = torch.empty((m, n), dtype=out_dtype, device=x.device)
+    with on_device(x):
+        launch(x, weight, None if bias is None else bias.contiguous(), out, k // segments, tile, tree=True)
+    return out

@@ -212,6 +212,24 @@ def combine_kernel(
     tl.store(out + index, total.to(out.dtype.element_ty), inside)
 
 
+def check(
+    operation: str, x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None
+) -> torch.dtype:
+    """The dtype of the result. Raises BackendError for arguments that do not fit each other or the kernels."""
+    check_dtype(operation, x)
+    (n, weight_k), k = weight.shape, x.shape[1]
+    require(
+        operation,
+        weight.dtype is x.dtype and weight_k == k and k > 0 and weight.device == x.device,
+        f"weight {weight.dtype} {tuple(weight.shape)} on {weight.device} does not fit x {x.dtype} {tuple(x.shape)}",
+    )
+    fits = bias is None or (bias.shape == (n,) and bias.dtype is x.dtype)
+    require(operation, fits, f"bias must be [{n}] of {x.dtype}")
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    require(operation, out_dtype in (x.dtype, torch.float32), f"out_dtype must be {x.dtype} or float32")
+    return out_dtype
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -235,23 +253,13 @@ def linear(
     Raises:
         BackendError: a dtype or shape that the kernel does not take.
     """
-    check_dtype("linear", x)
-    m, k = x.shape
-    n, weight_k = weight.shape
-    require(
-        "linear",
-        weight.dtype is x.dtype and weight_k == k and k > 0 and weight.device == x.device,
-        f"weight {weight.dtype} {tuple(weight.shape)} on {weight.device} does not fit x {x.dtype} {tuple(x.shape)}",
-    )
-    if bias is not None:
-        require("linear", bias.shape == (n,) and bias.dtype is x.dtype, f"bias must be [{n}] of {x.dtype}")
-        bias = bias.contiguous()
-    out_dtype = x.dtype if out_dtype is None else out_dtype
-    require("linear", out_dtype in (x.dtype, torch.float32), f"out_dtype must be {x.dtype} or float32")
+    out_dtype = check("linear", x, weight, bias, out_dtype)
+    (m, k), n = x.shape, weight.shape[0]
     out = torch.empty((m, n), dtype=out_dtype, device=x.device)
     if m and n:
         x = x if x.stride(1) == 1 else x.contiguous()
         weight = weight if weight.stride(1) == 1 else weight.contiguous()
+        bias = None if bias is None else bias.contiguous()
         tile = tile or choose_tile(m, n, k, x.dtype, multiprocessors(x.device))
         with on_device(x):
             _launch(x, weight, bias, out, tile)

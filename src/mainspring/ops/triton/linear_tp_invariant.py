@@ -14,10 +14,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mainspring.ops.triton.linear import Tile, _chain, _tile_origin, chunk_kernel
+from mainspring.ops.triton.linear import Tile, _chain, _tile_origin, check, chunk_kernel
 from mainspring.ops.triton.support import (
     aligned,
-    check_dtype,
     has_tma,
     multiprocessors,
     on_device,
@@ -100,23 +99,15 @@ def segmented_linear(
         BackendError: a dtype, shape or number of segments that the kernel does not take.
     """
     name = "linear_tp_invariant"
-    check_dtype(name, x)
-    (m, k), (n, weight_k) = x.shape, weight.shape
-    require(
-        name,
-        weight.dtype is x.dtype and weight_k == k and weight.device == x.device,
-        f"weight {weight.dtype} {tuple(weight.shape)} on {weight.device} does not fit x {x.dtype} {tuple(x.shape)}",
-    )
+    out_dtype = check(name, x, weight, bias, out_dtype)
+    (m, k), n = x.shape, weight.shape[0]
     require(name, segments in (1, 2, 4, MAX_SEGMENTS), f"segments must be 1, 2, 4 or 8, not {segments}")
     require(name, k > 0 and k % segments == 0, f"K = {k} cannot be cut into {segments} equal segments")
-    if bias is not None:
-        require(name, bias.shape == (n,) and bias.dtype is x.dtype, f"bias must be [{n}] of {x.dtype}")
-        bias = bias.contiguous()
-    require(name, out_dtype in (x.dtype, torch.float32), f"out_dtype must be {x.dtype} or float32")
     out = torch.empty((m, n), dtype=out_dtype, device=x.device)
     if m and n:
         x = x if x.stride(1) == 1 else x.contiguous()
         weight = weight if weight.stride(1) == 1 else weight.contiguous()
+        bias = None if bias is None else bias.contiguous()
         with on_device(x):
             _launch(x, weight, bias, out, segments)
     return out
