@@ -130,3 +130,81 @@ def test_adamw_moves_vectors_of_16_bytes(narrow: bool, tmp_path: Path) -> None:
     assert stack_bytes(binary, tmp_path) == 0
     # three states read and three written, each in vectors: the fewest that BLOCK elements on 128 threads need
     assert len(re.findall(r"\.v4\.b32", binary.asm["ptx"])) >= 6 * BLOCK // 128 // 4
+
+
+@pytest.mark.parametrize("gathered", [False, True], ids=["sorted", "gathered"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "gradient"])
+def test_grouped_linear(gathered: bool, transposed: bool, tmp_path: Path) -> None:
+    from mainspring.ops.triton.grouped_linear import SMALL, SQUARE, WIDE, grouped_kernel
+
+    for tile in (SMALL, SQUARE, WIDE):
+        box = f"{tile.k},{tile.columns}" if transposed else f"{tile.columns},{tile.k}"
+        types = {
+            "x": "*bf16" if gathered else f"tensordesc<bf16[{tile.rows},{tile.k}]>",
+            "w": f"tensordesc<bf16[1,{box}]>", "target": f"tensordesc<bf16[{tile.rows},{tile.columns // 2}]>",
+            "offsets": "*i32", "out": "*bf16", **({"index": "*i32"} if gathered else {}),
+            **dict.fromkeys(("total", "experts", "n", "depth", "chunk", "stride"), "i32"),
+        }  # fmt: skip
+        constants = {
+            "CHUNKED": False, "EXPERTS": 64, "ROWS": tile.rows, "COLUMNS": tile.columns, "STEP": tile.k, "GROUP": 8,
+            "GATHER": gathered, "TRANSPOSED": transposed, "TMA": True, "TMA_OUT": True, "PRECISION": "tf32",
+            **({} if gathered else {"index": None}),
+        }  # fmt: skip
+        binary = compiled(grouped_kernel, types, constants, tile.warps, tile.stages)
+        assert stack_bytes(binary, tmp_path) == 0
+        assert binary.asm["ptx"].count(WARPGROUP_PRODUCT) == tile.k // 16
+        assert binary.metadata.shared <= 227 << 10
+
+
+def test_grouped_weight_gradient(tmp_path: Path) -> None:
+    from mainspring.ops.triton.grouped_linear import GRADIENT, grouped_weight_kernel
+
+    tile = GRADIENT
+    types = {
+        **dict.fromkeys(("x", "grad", "out"), "*bf16"), "offsets": "*i32",
+        "x_tiles": f"tensordesc<bf16[{tile.k},{tile.columns}]>",
+        "grad_tiles": f"tensordesc<bf16[{tile.k},{tile.rows}]>",
+        **dict.fromkeys(("total", "n", "depth", "x_stride", "grad_stride"), "i32"),
+    }  # fmt: skip
+    constants = {
+        "index": None, "ROWS": tile.rows, "COLUMNS": tile.columns, "STEP": tile.k, "GROUP": 8, "GATHER": False,
+        "TMA": True, "PRECISION": "tf32",
+    }  # fmt: skip
+    binary = compiled(grouped_weight_kernel, types, constants, tile.warps, tile.stages)
+    assert stack_bytes(binary, tmp_path) == 0
+    assert (
+        binary.asm["ptx"].count(WARPGROUP_PRODUCT) == 2 * tile.k // 16
+    )  # whole steps, and the last one masked
+
+
+@pytest.mark.parametrize("experts", [8, 64, 256])
+def test_routing(experts: int, tmp_path: Path) -> None:
+    from mainspring.ops.triton.routing import _blocks, place_kernel, select_backward_kernel, select_kernel
+
+    rows, width = _blocks(experts)
+    integers = dict.fromkeys(("tokens", "num_experts", "stride"), "i32")
+    shape = {"TOP_K": 8, "ROWS": rows, "EXPERTS": width}
+    types = {"logits": "*bf16", "weights": "*bf16", "experts": "*i32", "counts": "*i32", **integers}
+    binary = compiled(select_kernel, types, {**shape, "SLOTS": 8, "NORMALISE": True}, 4, 3)
+    assert stack_bytes(binary, tmp_path) == 0
+    types = {"logits": "*bf16", "experts": "*i32", "grad": "*bf16", "grad_logits": "*bf16", **integers}
+    binary = compiled(select_backward_kernel, types, {**shape, "NORMALISE": True}, 4, 3)
+    assert stack_bytes(binary, tmp_path) == 0
+    names = ("experts", "counts", "totals", "offsets", "order", "places")
+    types = {**dict.fromkeys(names, "*i32"), "tokens": "i32", "num_experts": "i32"}
+    assert stack_bytes(compiled(place_kernel, types, shape, 4, 3), tmp_path) == 0
+
+
+def test_segmented_linear(tmp_path: Path) -> None:
+    from mainspring.ops.triton.linear_tp_invariant import _LARGE, tree_kernel
+
+    tile = _LARGE
+    types = {
+        "x": f"tensordesc<bf16[{tile.rows},{tile.k}]>", "w": f"tensordesc<bf16[{tile.columns},{tile.k}]>",
+        "out": "*bf16", **dict.fromkeys(("m", "n", "segment", "x_stride", "w_stride"), "i32"),
+    }  # fmt: skip
+    constants = {
+        "bias": None, "FOURS": 2, "PAIRS": 2, "HALVES": 2, "ROWS": tile.rows, "COLUMNS": tile.columns, "STEP": tile.k,
+        "GROUP": 8, "TMA": True, "BIAS": False, "PRECISION": "tf32",
+    }  # fmt: skip
+    assert stack_bytes(compiled(tree_kernel, types, constants, tile.warps, tile.stages), tmp_path) == 0
