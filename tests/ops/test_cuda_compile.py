@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mainspring.ops.cuda import compiler, flash_forward
+from mainspring.ops.cuda import compiler, flash_forward, linear
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,17 @@ def _flash_forward(head_dim: int, causal: bool) -> Kernel:
     )
 
 
-KERNELS = (_flash_forward(128, causal=True), _flash_forward(64, causal=False))
+def _linear(tile: linear.Tile) -> Kernel:
+    defines = linear.defines_of(torch.bfloat16, tile.groups, tile.columns, tile.panels)
+    return Kernel(f"linear-{tile.groups}x{tile.columns}", linear.SOURCE, defines, products=4 * tile.panels)
+
+
+KERNELS = (
+    _flash_forward(128, causal=True),
+    _flash_forward(64, causal=False),
+    _linear(linear.TILES[0]),
+    _linear(linear.TILES[-1]),
+)
 
 
 def _cuobjdump() -> str | None:

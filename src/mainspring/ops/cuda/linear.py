@@ -76,7 +76,7 @@ def choose_tile(m: int, n: int, k: int, chunk: int, processors: int) -> Tile | N
     return tile if m <= GROUP_ROWS or blocks <= 2 * processors else None
 
 
-def _defines(dtype: torch.dtype, groups: int, columns: int, panels: int) -> compiler.Defines:
+def defines_of(dtype: torch.dtype, groups: int, columns: int, panels: int) -> compiler.Defines:
     return (
         ("MAINSPRING_TYPE", TYPES[dtype]), ("MAINSPRING_GROUPS", groups), ("MAINSPRING_COLUMNS", columns),
         ("MAINSPRING_PANELS", panels),
@@ -86,7 +86,7 @@ def _defines(dtype: torch.dtype, groups: int, columns: int, panels: int) -> comp
 @lru_cache(maxsize=2)
 def _build_all(dtype: torch.dtype) -> None:
     """Compiles the table's tiles side by side, so that no later call waits for one of them."""
-    tiles = {_defines(dtype, t.groups, t.columns, t.panels) for t in TILES}
+    tiles = {defines_of(dtype, t.groups, t.columns, t.panels) for t in TILES}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda defines: compiler.build(SOURCE, defines), tiles))
 
@@ -94,7 +94,7 @@ def _build_all(dtype: torch.dtype) -> None:
 @lru_cache(maxsize=256)
 def _launcher(dtype: torch.dtype, groups: int, columns: int, panels: int) -> tuple[ctypes.CDLL, Any]:
     _build_all(dtype)
-    library = compiler.load(SOURCE, _defines(dtype, groups, columns, panels))
+    library = compiler.load(SOURCE, defines_of(dtype, groups, columns, panels))
     function = library.mainspring_linear
     pointer, wide, word = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     function.argtypes = [pointer, wide, pointer, wide, pointer, pointer, *[word] * 10, pointer]
