@@ -110,10 +110,10 @@ def _terms_of(start, s):
 def _dkdv_produce(
     q_desc, k_desc, v_desc, do_desc, terms_desc, q_smem, k_smem, v_smem, do_smem, log_smem, delta_smem, kv_ready,
     kv_empty, q_ready, q_empty, do_ready, do_empty, cu_q, cu_k, window, num_seqs, group, plane, pitch, tiles, each,
-    turns, CAUSAL: gl.constexpr, WINDOWED: gl.constexpr,
+    turns, CAUSAL: gl.constexpr, WINDOWED: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
     """Loads each tile's keys and values, then for every head of the group blocks of queries."""
-    GROUPS: gl.constexpr = k_smem.shape[0]
+    TILES: gl.constexpr = k_smem.shape[0] // GROUPS
     ROWS: gl.constexpr = k_smem.shape[1]
     STAGES: gl.constexpr = q_smem.shape[0]
     WALK: gl.constexpr = q_smem.shape[1]
@@ -127,10 +127,11 @@ def _dkdv_produce(
         low, _, blocks = _query_blocks(column0, count, length, window, GROUPS * ROWS, WALK, CAUSAL, WINDOWED)
         for g in gl.static_range(GROUPS):
             row = k_start + column0 + g * ROWS
-            mbarrier.wait(kv_empty.index(g), turn & 1 ^ 1)
-            mbarrier.expect(kv_ready.index(g), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-            tma_load(k_desc, [row, kv_head, 0], kv_ready.index(g), k_smem.index(g))
-            tma_load(v_desc, [row, kv_head, 0], kv_ready.index(g), v_smem.index(g))
+            slot = turn % TILES * GROUPS + g
+            mbarrier.wait(kv_empty.index(slot), turn // TILES & 1 ^ 1)
+            mbarrier.expect(kv_ready.index(slot), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+            tma_load(k_desc, [row, kv_head, 0], kv_ready.index(slot), k_smem.index(slot))
+            tma_load(v_desc, [row, kv_head, 0], kv_ready.index(slot), v_smem.index(slot))
         terms = _terms_of(q_start, s)
         for m in range(blocks * group):
             member = m // blocks
@@ -208,7 +209,8 @@ def _dkdv_consume(
     HEAD_DIM: gl.constexpr, CAUSAL: gl.constexpr, WINDOWED: gl.constexpr, SOFTCAP: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: its keys of each tile against every block of queries."""
-    GROUPS: gl.constexpr = k_smem.shape[0]
+    GROUPS: gl.constexpr = out_smem.shape[0]
+    TILES: gl.constexpr = k_smem.shape[0] // GROUPS
     ROWS: gl.constexpr = k_smem.shape[1]
     DIM: gl.constexpr = k_smem.shape[3]
     WALK: gl.constexpr = q_smem.shape[1]
@@ -216,8 +218,6 @@ def _dkdv_consume(
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WALK, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, DIM, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
-    k = k_smem.index(GROUP).reshape((ROWS, DIM))
-    v = v_smem.index(GROUP).reshape((ROWS, DIM))
     n = 0
     for turn in range(turns):
         item = item_of(turn)
@@ -232,7 +232,10 @@ def _dkdv_consume(
         keys = first_key + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
         dk = gl.zeros([ROWS, DIM], gl.float32, O_LAYOUT)
         dv = gl.zeros([ROWS, DIM], gl.float32, O_LAYOUT)
-        mbarrier.wait(kv_ready.index(GROUP), turn & 1)
+        slot = turn % TILES * GROUPS + GROUP
+        k = k_smem.index(slot).reshape((ROWS, DIM))
+        v = v_smem.index(slot).reshape((ROWS, DIM))
+        mbarrier.wait(kv_ready.index(slot), turn // TILES & 1)
         for _ in range(group):
             for i in range(masked):
                 dk, dv = _dkdv_step(
@@ -248,7 +251,7 @@ def _dkdv_consume(
                         CAUSAL, WINDOWED, SOFTCAP, S_LAYOUT, P_LAYOUT,
                     )  # fmt: skip
             n += blocks
-        mbarrier.arrive(kv_empty.index(GROUP), count=1)
+        mbarrier.arrive(kv_empty.index(slot), count=1)
         staging = out_smem.index(GROUP).reshape((ROWS, DIM))
         store_rows(dk * scale, staging, dk_out, k_start, first_key, count, kv_head, kv_heads, HEAD_DIM)
         store_rows(dv, staging, dv_out, k_start, first_key, count, kv_head, kv_heads, HEAD_DIM)
@@ -264,20 +267,21 @@ def dkdv_kernel(
     """Items are tiles of GROUPS · ROWS keys of a key head. Grid: (programs), as many as items or fewer."""
     turns = share_of(tiles * kv_heads)
     dtype: gl.constexpr = q_desc.dtype
+    TILES: gl.constexpr = 2  # whose keys and values are here at a time
     q_smem = gl.allocate_shared_memory(dtype, [STAGES, WALK, 1, DIM], q_desc.layout)
     do_smem = gl.allocate_shared_memory(dtype, [STAGES, WALK, 1, DIM], do_desc.layout)
-    k_smem = gl.allocate_shared_memory(dtype, [GROUPS, ROWS, 1, DIM], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(dtype, [GROUPS, ROWS, 1, DIM], v_desc.layout)
+    k_smem = gl.allocate_shared_memory(dtype, [TILES * GROUPS, ROWS, 1, DIM], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [TILES * GROUPS, ROWS, 1, DIM], v_desc.layout)
     out_smem = gl.allocate_shared_memory(dtype, [GROUPS, ROWS, 1, DIM], k_desc.layout)
     log_smem = gl.allocate_shared_memory(gl.float32, [STAGES, WALK], terms_desc.layout)
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, WALK], terms_desc.layout)
-    kv_ready = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
-    kv_empty = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
+    kv_ready = gl.allocate_shared_memory(gl.int64, [TILES * GROUPS, 1], mbarrier.MBarrierLayout())
+    kv_empty = gl.allocate_shared_memory(gl.int64, [TILES * GROUPS, 1], mbarrier.MBarrierLayout())
     q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     do_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     do_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for g in gl.static_range(GROUPS):
+    for g in gl.static_range(TILES * GROUPS):
         mbarrier.init(kv_ready.index(g), count=1)
         mbarrier.init(kv_empty.index(g), count=1)
     for i in gl.static_range(STAGES):
@@ -300,7 +304,7 @@ def dkdv_kernel(
             (_dkdv_produce, (
                 q_desc, k_desc, v_desc, do_desc, terms_desc, q_smem, k_smem, v_smem, do_smem, log_smem, delta_smem,
                 kv_ready, kv_empty, q_ready, q_empty, do_ready, do_empty, cu_q, cu_k, window, num_seqs, group, plane,
-                pitch, tiles, each, turns, CAUSAL, WINDOWED,
+                pitch, tiles, each, turns, CAUSAL, WINDOWED, GROUPS,
             )),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
@@ -323,7 +327,7 @@ def dkdv_kernel(
             (_dkdv_produce, (
                 q_desc, k_desc, v_desc, do_desc, terms_desc, q_smem, k_smem, v_smem, do_smem, log_smem, delta_smem,
                 kv_ready, kv_empty, q_ready, q_empty, do_ready, do_empty, cu_q, cu_k, window, num_seqs, group, plane,
-                pitch, tiles, each, turns, CAUSAL, WINDOWED,
+                pitch, tiles, each, turns, CAUSAL, WINDOWED, GROUPS,
             )),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
 
@@ -332,9 +336,10 @@ def dkdv_kernel(
 def _dq_produce(
     q_desc, k_desc, v_desc, do_desc, q_smem, k_smem, v_smem, do_smem, q_ready, q_empty, k_ready, k_empty, v_ready,
     v_empty, cu_q, cu_k, window, num_seqs, group, tiles, each, turns, CAUSAL: gl.constexpr, WINDOWED: gl.constexpr,
+    GROUPS: gl.constexpr,
 ):  # fmt: skip
     """Loads each tile's queries and dO, then its blocks of keys and values, the last block first."""
-    GROUPS: gl.constexpr = q_smem.shape[0]
+    TILES: gl.constexpr = q_smem.shape[0] // GROUPS
     ROWS: gl.constexpr = q_smem.shape[1]
     STAGES: gl.constexpr = k_smem.shape[0]
     WALK: gl.constexpr = k_smem.shape[1]
@@ -349,10 +354,11 @@ def _dq_produce(
         last, _, blocks = key_blocks(row0, length, keys, window, GROUPS * ROWS, WALK, CAUSAL, WINDOWED)
         for g in gl.static_range(GROUPS):
             row = start + row0 + g * ROWS
-            mbarrier.wait(q_empty.index(g), turn & 1 ^ 1)
-            mbarrier.expect(q_ready.index(g), q_desc.block_type.nbytes + do_desc.block_type.nbytes)
-            tma_load(q_desc, [row, head, 0], q_ready.index(g), q_smem.index(g))
-            tma_load(do_desc, [row, head, 0], q_ready.index(g), do_smem.index(g))
+            slot = turn % TILES * GROUPS + g
+            mbarrier.wait(q_empty.index(slot), turn // TILES & 1 ^ 1)
+            mbarrier.expect(q_ready.index(slot), q_desc.block_type.nbytes + do_desc.block_type.nbytes)
+            tma_load(q_desc, [row, head, 0], q_ready.index(slot), q_smem.index(slot))
+            tma_load(do_desc, [row, head, 0], q_ready.index(slot), do_smem.index(slot))
         for i in range(blocks):
             stage = (n + i) % STAGES
             phase = (n + i) // STAGES & 1 ^ 1
@@ -416,7 +422,8 @@ def _dq_consume(
     HEAD_DIM: gl.constexpr, CAUSAL: gl.constexpr, WINDOWED: gl.constexpr, SOFTCAP: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: its queries of each tile against every block of keys."""
-    GROUPS: gl.constexpr = q_smem.shape[0]
+    GROUPS: gl.constexpr = out_smem.shape[0]
+    TILES: gl.constexpr = q_smem.shape[0] // GROUPS
     ROWS: gl.constexpr = q_smem.shape[1]
     DIM: gl.constexpr = q_smem.shape[3]
     WALK: gl.constexpr = k_smem.shape[1]
@@ -424,8 +431,6 @@ def _dq_consume(
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WALK, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, DIM, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
-    q = q_smem.index(GROUP).reshape((ROWS, DIM))
-    do = do_smem.index(GROUP).reshape((ROWS, DIM))
     n = 0
     for turn in range(turns):
         item = item_of(turn)
@@ -441,7 +446,10 @@ def _dq_consume(
         logarithm = gl.load(place, rows < length, float("inf"))
         delta = gl.load(place + plane, rows < length, 0.0)
         dq = gl.zeros([ROWS, DIM], gl.float32, O_LAYOUT)
-        mbarrier.wait(q_ready.index(GROUP), turn & 1)
+        slot = turn % TILES * GROUPS + GROUP
+        q = q_smem.index(slot).reshape((ROWS, DIM))
+        do = do_smem.index(slot).reshape((ROWS, DIM))
+        mbarrier.wait(q_ready.index(slot), turn // TILES & 1)
         for i in range(masked):
             dq = _dq_step(
                 q, do, k_smem, v_smem, k_ready, k_empty, v_ready, v_empty, dq, logarithm, delta, n + i,
@@ -456,7 +464,7 @@ def _dq_consume(
                     S_LAYOUT, P_LAYOUT,
                 )  # fmt: skip
         n += blocks
-        mbarrier.arrive(q_empty.index(GROUP), count=1)
+        mbarrier.arrive(q_empty.index(slot), count=1)
         staging = out_smem.index(GROUP).reshape((ROWS, DIM))
         store_rows(dq * scale, staging, dq_out, start, first_row, length, head, heads, HEAD_DIM)
 
@@ -471,18 +479,19 @@ def dq_kernel(
     """Items are tiles of GROUPS · ROWS queries of a head. Grid: (programs), as many as items or fewer."""
     turns = share_of(tiles * heads)
     dtype: gl.constexpr = q_desc.dtype
-    q_smem = gl.allocate_shared_memory(dtype, [GROUPS, ROWS, 1, DIM], q_desc.layout)
-    do_smem = gl.allocate_shared_memory(dtype, [GROUPS, ROWS, 1, DIM], do_desc.layout)
+    TILES: gl.constexpr = 2  # whose queries and dO are here at a time
+    q_smem = gl.allocate_shared_memory(dtype, [TILES * GROUPS, ROWS, 1, DIM], q_desc.layout)
+    do_smem = gl.allocate_shared_memory(dtype, [TILES * GROUPS, ROWS, 1, DIM], do_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, WALK, 1, DIM], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, WALK, 1, DIM], v_desc.layout)
     out_smem = gl.allocate_shared_memory(dtype, [GROUPS, ROWS, 1, DIM], q_desc.layout)
-    q_ready = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
+    q_ready = gl.allocate_shared_memory(gl.int64, [TILES * GROUPS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [TILES * GROUPS, 1], mbarrier.MBarrierLayout())
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for g in gl.static_range(GROUPS):
+    for g in gl.static_range(TILES * GROUPS):
         mbarrier.init(q_ready.index(g), count=1)
         mbarrier.init(q_empty.index(g), count=1)
     for i in gl.static_range(STAGES):
@@ -504,7 +513,7 @@ def dq_kernel(
             )),
             (_dq_produce, (
                 q_desc, k_desc, v_desc, do_desc, q_smem, k_smem, v_smem, do_smem, q_ready, q_empty, k_ready, k_empty,
-                v_ready, v_empty, cu_q, cu_k, window, num_seqs, group, tiles, each, turns, CAUSAL, WINDOWED,
+                v_ready, v_empty, cu_q, cu_k, window, num_seqs, group, tiles, each, turns, CAUSAL, WINDOWED, GROUPS,
             )),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
@@ -526,7 +535,7 @@ def dq_kernel(
             )),
             (_dq_produce, (
                 q_desc, k_desc, v_desc, do_desc, q_smem, k_smem, v_smem, do_smem, q_ready, q_empty, k_ready, k_empty,
-                v_ready, v_empty, cu_q, cu_k, window, num_seqs, group, tiles, each, turns, CAUSAL, WINDOWED,
+                v_ready, v_empty, cu_q, cu_k, window, num_seqs, group, tiles, each, turns, CAUSAL, WINDOWED, GROUPS,
             )),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
 

@@ -96,9 +96,8 @@ def launch_forward(
     tile = tile or FORWARD_TILES[dim]
     num_seqs, size = cu_q.shape[0] - 1, tile.rows * tile.groups
     tiles, each = tiles_of(tokens, max_q, num_seqs, size)
-    # The result goes through shared memory: memory of its own, where there is some left, so that the next tile's
-    # queries need not wait for it.
-    staged = 2 * dim * (2 * size + 2 * tile.stages * tile.walk) <= SHARED_BYTES
+    # Where there is memory left, the next tile's queries are loaded meanwhile, and the result has a place of its own.
+    staged = 2 * dim * (3 * size + 2 * tile.stages * tile.walk) <= SHARED_BYTES
     if persistent is None:
         persistent = max_k <= PERSISTENT_BLOCKS * tile.walk
     items = tiles * heads
@@ -141,19 +140,19 @@ def locate(tile, cu, num_seqs, each, SIZE: gl.constexpr):
 
 @gluon.jit
 def share_of(items):
-    """How many of the items this program takes."""
-    program = gl.program_id(0)
+    """How many of the items this program takes: its turns in `item_of`."""
     programs = gl.num_programs(0)
     rounds = (items + programs - 1) // programs
-    complete = (program + rounds - 1) % programs < items - (rounds - 1) * programs
-    return rounds - 1 + complete.to(gl.int32)
+    last = item_of(rounds - 1)
+    return rounds - (last >= items).to(gl.int32)
 
 
 @gluon.jit
 def item_of(turn):
-    """The item of a turn. The programs move on by one each turn, so that none has always a sequence's longest tile."""
+    """The item of a turn. Every other round goes backwards: who had one of a sequence's long tiles gets a short one."""
+    program = gl.program_id(0)
     programs = gl.num_programs(0)
-    return turn * programs + (gl.program_id(0) + turn) % programs
+    return turn * programs + gl.where(turn % 2 == 0, program, programs - 1 - program)
 
 
 @gluon.jit
@@ -210,10 +209,10 @@ def rounded(x, dtype: gl.constexpr):
 @gluon.jit
 def _produce(
     q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, cu_q, cu_k,
-    window, num_seqs, group, tiles, each, turns, CAUSAL: gl.constexpr, WINDOWED: gl.constexpr,
+    window, num_seqs, group, tiles, each, turns, CAUSAL: gl.constexpr, WINDOWED: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
     """Loads each tile's queries, then its blocks of keys and values, the last block first."""
-    GROUPS: gl.constexpr = q_smem.shape[0]
+    TILES: gl.constexpr = q_smem.shape[0] // GROUPS
     ROWS: gl.constexpr = q_smem.shape[1]
     STAGES: gl.constexpr = k_smem.shape[0]
     WALK: gl.constexpr = k_smem.shape[1]
@@ -227,9 +226,10 @@ def _produce(
         keys = gl.load(cu_k + s + 1) - k_start
         last, _, blocks = key_blocks(row0, length, keys, window, GROUPS * ROWS, WALK, CAUSAL, WINDOWED)
         for g in gl.static_range(GROUPS):
-            mbarrier.wait(q_empty.index(g), turn & 1 ^ 1)
-            mbarrier.expect(q_ready.index(g), q_desc.block_type.nbytes)
-            tma_load(q_desc, [start + row0 + g * ROWS, head, 0], q_ready.index(g), q_smem.index(g))
+            slot = turn % TILES * GROUPS + g
+            mbarrier.wait(q_empty.index(slot), turn // TILES & 1 ^ 1)
+            mbarrier.expect(q_ready.index(slot), q_desc.block_type.nbytes)
+            tma_load(q_desc, [start + row0 + g * ROWS, head, 0], q_ready.index(slot), q_smem.index(slot))
         for i in range(blocks):
             stage = (n + i) % STAGES
             phase = (n + i) // STAGES & 1
@@ -309,7 +309,8 @@ def _consume(
     WINDOWED: gl.constexpr, SOFTCAP: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: its rows of each tile against every block."""
-    GROUPS: gl.constexpr = q_smem.shape[0]
+    GROUPS: gl.constexpr = o_smem.shape[0]
+    TILES: gl.constexpr = q_smem.shape[0] // GROUPS
     ROWS: gl.constexpr = q_smem.shape[1]
     DIM: gl.constexpr = q_smem.shape[3]
     STAGES: gl.constexpr = k_smem.shape[0]
@@ -319,7 +320,6 @@ def _consume(
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, DIM, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    q = q_smem.index(GROUP).reshape((ROWS, DIM))
     n = 0
     for turn in range(turns):
         item = item_of(turn)
@@ -335,7 +335,9 @@ def _consume(
         total = gl.zeros([ROWS], gl.float32, ROW_LAYOUT)
         acc = gl.zeros([ROWS, DIM], gl.float32, O_LAYOUT)
         donor = gl.zeros([ROWS, WALK], gl.float32, S_LAYOUT)
-        mbarrier.wait(q_ready.index(GROUP), turn & 1)
+        slot = turn % TILES * GROUPS + GROUP
+        q = q_smem.index(slot).reshape((ROWS, DIM))
+        mbarrier.wait(q_ready.index(slot), turn // TILES & 1)
         mbarrier.wait(k_ready.index(n % STAGES), n // STAGES & 1)
         k = k_smem.index(n % STAGES).reshape((WALK, DIM))
         scores = warpgroup_mma(q, k.permute((1, 0)), donor, use_acc=False, is_async=True)
@@ -370,7 +372,7 @@ def _consume(
                     P_LAYOUT,
                 )  # fmt: skip
         n += blocks
-        mbarrier.arrive(q_empty.index(GROUP), count=1)
+        mbarrier.arrive(q_empty.index(slot), count=1)
         final = (n - 1) % STAGES
         mbarrier.wait(v_ready.index(final), (n - 1) // STAGES & 1)
         acc = warpgroup_mma(weights, v_smem.index(final).reshape((WALK, DIM)), acc, is_async=True)
@@ -413,20 +415,21 @@ def forward_kernel(
     """Items are tiles of GROUPS · ROWS queries of a head. Grid: (programs), as many as items or fewer; as many, unless
     STAGED."""
     turns = share_of(tiles * heads)
-    q_smem = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, ROWS, 1, DIM], q_desc.layout)
+    TILES: gl.constexpr = 2 if STAGED else 1  # whose queries are here at a time
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [TILES * GROUPS, ROWS, 1, DIM], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, WALK, 1, DIM], k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, WALK, 1, DIM], v_desc.layout)
     if STAGED:  # noqa: SIM108 - the condition is the compiler's
         o_smem = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, ROWS, 1, DIM], q_desc.layout)
     else:
         o_smem = q_smem
-    q_ready = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
+    q_ready = gl.allocate_shared_memory(gl.int64, [TILES * GROUPS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [TILES * GROUPS, 1], mbarrier.MBarrierLayout())
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for g in gl.static_range(GROUPS):
+    for g in gl.static_range(TILES * GROUPS):
         mbarrier.init(q_ready.index(g), count=1)
         mbarrier.init(q_empty.index(g), count=1)
     for i in gl.static_range(STAGES):
@@ -448,7 +451,7 @@ def forward_kernel(
             )),
             (_produce, (
                 q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_ready, q_empty, k_ready, k_empty, v_ready, v_empty,
-                cu_q, cu_k, window, num_seqs, group, tiles, each, turns, CAUSAL, WINDOWED,
+                cu_q, cu_k, window, num_seqs, group, tiles, each, turns, CAUSAL, WINDOWED, GROUPS,
             )),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
@@ -470,6 +473,6 @@ def forward_kernel(
             )),
             (_produce, (
                 q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_ready, q_empty, k_ready, k_empty, v_ready, v_empty,
-                cu_q, cu_k, window, num_seqs, group, tiles, each, turns, CAUSAL, WINDOWED,
+                cu_q, cu_k, window, num_seqs, group, tiles, each, turns, CAUSAL, WINDOWED, GROUPS,
             )),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
