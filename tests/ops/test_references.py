@@ -110,8 +110,11 @@ def test_gradients_of_the_references_are_those_of_finite_differences(policy: Pol
     assert torch.autograd.gradcheck(
         lambda q, k, v: ops.attention(q, k, v, batch, layer=0, scale=0.5, window=3, policy=policy), (q, k, v)
     )
-    cos, sin = (t.double() for t in ops.rope_angles(batch.positions, torch.tensor([1.0, 0.1]), policy=policy))
-    assert torch.autograd.gradcheck(lambda q, k: ops.rope(q, k, cos, sin, policy=policy), (q, k))
+    for count, interleaved in ((2, False), (2, True), (1, False)):
+        angles = ops.RopeAngles(batch.positions, torch.tensor([1.0, 0.1][:count]), scale=1.2)
+        assert torch.autograd.gradcheck(
+            lambda q, k, a=angles, i=interleaved: ops.rope(q, k, a, interleaved=i, policy=policy), (q, k)
+        )
     experts = _random(3, 4, 6, seed=7)
     assert torch.autograd.gradcheck(
         lambda x, w: ops.grouped_linear(x, w, [2, 0, 3], policy=policy), (x, experts)
@@ -156,19 +159,43 @@ def test_cross_entropy_of_no_target_is_zero_and_has_no_gradient() -> None:
     assert all(not g.any() for g in torch.autograd.grad(loss, (hidden, weight)))
 
 
-def test_rope_turns_by_position_times_frequency() -> None:
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rope_turns_by_position_times_frequency(interleaved: bool) -> None:
     positions = torch.tensor([0, 1, 1000])
     inv_freq = torch.tensor([1.0, 0.25])
-    cos, sin = ops.rope_angles(positions, inv_freq, 1.5)
+    cos, sin = ops.RopeAngles(positions, inv_freq, scale=1.5).table()
     for i, p in enumerate(positions.tolist()):
         for j, f in enumerate(inv_freq.tolist()):
             assert math.isclose(cos[i, j].item(), 1.5 * math.cos(p * f), abs_tol=1e-6)
             assert math.isclose(sin[i, j].item(), 1.5 * math.sin(p * f), abs_tol=1e-6)
-    cos, sin = ops.rope_angles(positions, inv_freq)
-    q = torch.randn(3, 2, 4)
-    turned, _ = ops.rope(q.clone(), q.clone(), cos, sin)
-    as_complex = torch.complex(q[..., :2], q[..., 2:]) * torch.complex(cos, sin)[:, None]
-    torch.testing.assert_close(turned, torch.cat((as_complex.real, as_complex.imag), -1))
+    q = torch.randn(3, 2, 6)  # two pairs and two elements that are not rotated
+    turned, _ = ops.rope(q.clone(), q.clone(), ops.RopeAngles(positions, inv_freq), interleaved=interleaved)
+    angle = positions[:, None, None] * inv_freq
+    first, second = (q[..., :4:2], q[..., 1:4:2]) if interleaved else (q[..., :2], q[..., 2:4])
+    as_complex = torch.complex(first, second) * torch.polar(torch.ones_like(angle), angle)
+    pair = as_complex.real, as_complex.imag
+    expected = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
+    torch.testing.assert_close(turned, torch.cat((expected, q[..., 4:]), -1), rtol=1e-5, atol=1e-5)
+
+
+def test_rope_with_a_row_of_frequencies_for_each_sequence() -> None:
+    positions = torch.tensor([0, 5, 0, 7])
+    inv_freq = torch.tensor([[1.0, 0.25], [0.5, 0.125]])
+    angles = ops.RopeAngles(positions, inv_freq, torch.tensor([0, 0, 1, 1]), 1.1)
+    for part, row in ((slice(0, 2), 0), (slice(2, 4), 1)):
+        own = ops.RopeAngles(positions[part], inv_freq[row], scale=1.1)
+        for a, b in zip(angles.table(), own.table(), strict=True):
+            assert torch.equal(a[part], b)
+
+
+def test_angles_that_do_not_fit_are_refused() -> None:
+    q, positions = torch.randn(3, 2, 4), torch.arange(3)
+    with pytest.raises(BackendError, match="3 frequencies"):
+        ops.rope(q, q, ops.RopeAngles(positions, torch.ones(3)))
+    with pytest.raises(BackendError, match="2 positions"):
+        ops.rope(q, q, ops.RopeAngles(positions[:2], torch.ones(2)))
+    with pytest.raises(BackendError, match="float32"):
+        ops.RopeAngles(positions, torch.ones(2, dtype=torch.float64))
 
 
 def test_a_cache_has_no_gradient() -> None:

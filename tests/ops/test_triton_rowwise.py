@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mainspring.errors import BackendError
-from mainspring.ops import Policy, add_rms_norm, rms_norm, rope, rope_angles, swiglu, token_log_probs
+from mainspring.ops import Policy, add_rms_norm, rms_norm, swiglu, token_log_probs
 from mainspring.ops import norm as norm_operation
-from mainspring.ops import rope as rope_operation  # noqa: F401 - the function hides the module
 from mainspring.ops import swiglu as swiglu_operation  # noqa: F401
 from support.cpu_kernels import assert_as_exact_as_torch
 from support.triton_kernels import (
@@ -140,47 +139,6 @@ def test_swiglu_of_extreme_gates() -> None:
 
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(
-    dtype=dtypes,
-    tokens=counts,
-    heads=st.sampled_from([(1, 1), (9, 3), (4, 2)]),
-    half=st.sampled_from([4, 8, 12, 32]),
-    seed=seeds,
-)
-def test_rope_and_its_gradient(
-    dtype: torch.dtype, tokens: int, heads: tuple[int, int], half: int, seed: int
-) -> None:
-    from mainspring.ops.rope import reference
-
-    fused = random_tensor(seed, tokens, sum(heads) + heads[1], 2 * half, dtype=dtype)
-    q, k, _ = fused.split((*heads, heads[1]), 1)
-    positions = torch.arange(tokens, device=DEVICE) * 37
-    inv_freq = 10000.0 ** -(torch.arange(half, device=DEVICE) / half)
-    cos, sin = rope_angles(positions, inv_freq, 1.1, policy=TRITON)
-    angle = (positions.float()[:, None] * inv_freq).double()
-    assert_as_exact_as_torch(cos, (angle.cos() * 1.1).float(), angle.cos() * 1.1, roundings=2)
-    assert_as_exact_as_torch(sin, (angle.sin() * 1.1).float(), angle.sin() * 1.1, roundings=2)
-
-    def run(q: Tensor, k: Tensor, ours: bool) -> list[Tensor]:
-        a, b = q.detach().requires_grad_(), k.detach().requires_grad_()
-        c, s = (
-            cos.to(q.dtype) if q.dtype is torch.float64 else cos,
-            (sin.to(q.dtype) if q.dtype is torch.float64 else sin),
-        )
-        out = rope(a, b, cos, sin, policy=TRITON) if ours else reference(a, b, c, s)
-        grads = torch.autograd.grad(out, (a, b), [torch.ones_like(t) * 0.7 for t in out])
-        return [*(t.detach() for t in out), *grads]
-
-    ours = run(q, k, True)
-    for a, b, c in zip(ours, run(q, k, False), run(q.double(), k.double(), False), strict=True):
-        assert_as_exact_as_torch(a, b, c, roundings=2)
-    in_place = rope(q, k, cos, sin, policy=TRITON)
-    assert in_place[0].data_ptr() == q.data_ptr()
-    assert_same_bits(in_place[0], ours[0])
-    assert_same_bits(in_place[1], ours[1])
-
-
-@settings(max_examples=EXAMPLES, deadline=None)
-@given(
     m=st.sampled_from([1, 3, 20]),
     v=st.sampled_from([1, 7, 97, 5000, 20001]),
     temperature=st.sampled_from([1.0, 0.7, 3.0]),
@@ -222,7 +180,5 @@ def test_bad_input_is_refused() -> None:
         swiglu(x[:, :7], policy=TRITON)
     with pytest.raises(BackendError, match="temperature"):
         token_log_probs(x, torch.zeros(3, dtype=torch.int64, device=DEVICE), 0.0, policy=TRITON)
-    with pytest.raises(BackendError, match="even"):
-        rope(x[:, None, :7], x[:, None, :7], x[:, :3], x[:, :3], policy=TRITON)
     with pytest.raises(BackendError, match="float64"):
         swiglu(x.double(), policy=TRITON)

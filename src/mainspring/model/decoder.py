@@ -46,7 +46,7 @@ class Decoder(nn.Module):
             if config.tie_word_embeddings
             else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         )
-        self.rotary = RotaryEmbedding(config, policy)
+        self.rotary = RotaryEmbedding(config)
         self.register_state_dict_post_hook(_to_hugging_face_names)
         self.register_load_state_dict_pre_hook(_from_hugging_face_names)
 
@@ -70,10 +70,10 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, batch: TokenBatch) -> Tensor:
         """tokens: [T] int64 -> hidden states after the final norm, [T, hidden]."""
         residual = F.embedding(tokens, self.embedding)
-        cos, sin = self.rotary.angles(batch)
+        angles = self.rotary.angles(batch)
         update: Tensor | None = None
         for layer in self.layers:
-            update, residual = layer(update, residual, batch, cos, sin)
+            update, residual = layer(update, residual, batch, angles)
         assert update is not None  # ModelConfig has at least one layer
         hidden, _ = self.norm.add(update, residual)
         return hidden

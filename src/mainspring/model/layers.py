@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mainspring import ops
 from mainspring.formats.model_config import ModelConfig
-from mainspring.ops import Policy, TokenBatch
+from mainspring.ops import Policy, RopeAngles, TokenBatch
 
 
 class Linear(nn.Module):
@@ -83,14 +83,14 @@ class Attention(nn.Module):
         self.q_norm = RmsNorm(*norm) if config.qk_norm else None
         self.k_norm = RmsNorm(*norm) if config.qk_norm else None
 
-    def forward(self, x: Tensor, batch: TokenBatch, cos: Tensor, sin: Tensor) -> Tensor:
-        """x: [T, hidden], cos, sin: [T, head_dim / 2] -> [T, hidden]."""
+    def forward(self, x: Tensor, batch: TokenBatch, angles: RopeAngles) -> Tensor:
+        """x: [T, hidden] -> [T, hidden]."""
         heads, kv_heads = self.num_heads, self.num_kv_heads
         qkv = self.qkv(x).unflatten(-1, (heads + 2 * kv_heads, self.head_dim))
         q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)  # [T, H, D] views of one tensor
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = ops.rope(q, k, cos, sin, policy=self.policy)
+        q, k = ops.rope(q, k, angles, policy=self.policy)
         out = ops.attention(
             q, k, v, batch, layer=self.layer, scale=self.scale, window=self.window, policy=self.policy
         )
@@ -184,12 +184,12 @@ class DecoderLayer(nn.Module):
         self.mlp = mlp(config, policy, device, dtype)
 
     def forward(
-        self, update: Tensor | None, residual: Tensor, batch: TokenBatch, cos: Tensor, sin: Tensor
+        self, update: Tensor | None, residual: Tensor, batch: TokenBatch, angles: RopeAngles
     ) -> tuple[Tensor, Tensor]:
         """(update, residual) -> the same of the next layer; the stream's value is update + residual, [T, hidden]."""
         if update is None:
             x = self.input_norm(residual)
         else:
             x, residual = self.input_norm.add(update, residual)
-        x, residual = self.post_attention_norm.add(self.attention(x, batch, cos, sin), residual)
+        x, residual = self.post_attention_norm.add(self.attention(x, batch, angles), residual)
         return self.mlp(x), residual

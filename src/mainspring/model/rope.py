@@ -12,38 +12,29 @@ from torch import Tensor
 
 from mainspring.formats.model_config import ModelConfig
 from mainspring.formats.rope_scaling import RopeScaling
-from mainspring.ops import Policy, TokenBatch, rope_angles
+from mainspring.ops import RopeAngles, TokenBatch
 
 
 class RotaryEmbedding:
-    """Cosines and sines for a batch's positions. Holds fp32 frequencies, never cast to the model's dtype."""
+    """The angles of a batch's positions. Holds fp32 frequencies, never cast to the model's dtype."""
 
-    def __init__(self, config: ModelConfig, policy: Policy) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         self.config = config
-        self.policy = policy
         self.inv_freq, self.scale = inverse_frequencies(config, config.max_position_embeddings)
 
-    def angles(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """cos, sin: [T, head_dim / 2] float32."""
+    def angles(self, batch: TokenBatch) -> RopeAngles:
+        """Of all layers: R = head_dim."""
         device = batch.positions.device
         if self.inv_freq.device != device:
             self.inv_freq = self.inv_freq.to(device)
         scaling = self.config.rope_scaling
         longest = max(batch.rope_lengths)
         if scaling is None or scaling.kind != "dynamic" or longest <= self.config.max_position_embeddings:
-            return rope_angles(batch.positions, self.inv_freq, self.scale, policy=self.policy)
-        pieces = [
-            rope_angles(
-                positions,
-                inverse_frequencies(self.config, length)[0].to(device),
-                self.scale,
-                policy=self.policy,
-            )
-            for positions, length in zip(
-                batch.positions.split(batch.lengths), batch.rope_lengths, strict=True
-            )
-        ]
-        return torch.cat([cos for cos, _ in pieces]), torch.cat([sin for _, sin in pieces])
+            return RopeAngles(batch.positions, self.inv_freq, scale=self.scale)
+        # Each sequence has a base of its own: a row of frequencies for each.
+        own = torch.stack([inverse_frequencies(self.config, length)[0] for length in batch.rope_lengths])
+        rows = torch.arange(len(batch.lengths)).repeat_interleave(torch.tensor(batch.lengths))
+        return RopeAngles(batch.positions, own.to(device), rows.to(device), self.scale)
 
 
 def inverse_frequencies(config: ModelConfig, length: int) -> tuple[Tensor, float]:

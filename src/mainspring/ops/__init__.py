@@ -17,7 +17,7 @@ from mainspring.ops.log_probs import (
 )
 from mainspring.ops.norm import add_rms_norm, rms_norm
 from mainspring.ops.policy import FAST, LOCKSTEP, Numerics, Policy
-from mainspring.ops.rope import rope, rope_angles
+from mainspring.ops.rope import RopeAngles, rope
 from mainspring.ops.routing import Routing, combine, route
 from mainspring.ops.swiglu import swiglu
 
@@ -28,6 +28,7 @@ __all__ = [
     "KVCache",
     "Numerics",
     "Policy",
+    "RopeAngles",
     "Routing",
     "TokenBatch",
     "add_rms_norm",
@@ -43,7 +44,6 @@ __all__ = [
     "linear_tp_partial",
     "rms_norm",
     "rope",
-    "rope_angles",
     "route",
     "swiglu",
     "token_log_probs",

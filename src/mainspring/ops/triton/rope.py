@@ -1,5 +1,7 @@
-"""Rotary position embedding: the angles once a forward pass, the rotation (with negated sines its own inverse, which is
-its gradient)."""
+"""Rotary position embedding from inverse frequencies: sines and cosines are computed as they are used, without a table.
+
+Its gradient is the rotation back, the same kernel with the sines' signs turned.
+"""
 
 from __future__ import annotations
 
@@ -10,100 +12,135 @@ from torch import Tensor
 
 from mainspring.ops.triton.support import check_dtype, on_device, require
 
+# pi / 2 in three parts of 24 bits each, and the coefficients of sine and cosine in [-pi/4, pi/4] (minimax fits).
+_TWO_OVER_PI = tl.constexpr(0.6366197723675814)
+_PI_1 = tl.constexpr(1.57079637050628662109375)
+_PI_2 = tl.constexpr(-4.37113900018624283e-8)
+_PI_3 = tl.constexpr(-1.71512451000588188e-15)
+_ROUNDER = tl.constexpr(12582912.0)  # 1.5 · 2^23: a sum with it is rounded to an integer
 
-@triton.jit(do_not_specialize=["size"])
-def rope_angles_kernel(
-    positions, inv_freq, cos, sin, size, SCALE: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr
-):
-    """An fp32 product, its functions in fp64, rounded once: no approximation that a GPU's fp32 sine makes."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < size
-    position = tl.load(positions + index // HALF, inside, 0).to(tl.float32)
-    angle = (position * tl.load(inv_freq + index % HALF, inside, 0.0)).to(tl.float64)
-    scale = tl.full((BLOCK,), SCALE, tl.float64)
-    tl.store(cos + index, (tl.cos(angle) * scale).to(tl.float32), inside)
-    tl.store(sin + index, (tl.sin(angle) * scale).to(tl.float32), inside)
+
+@triton.jit
+def sine_cosine(angle):
+    """(sin, cos) in fp32 of an fp32 angle, within 2 units in the last place up to 4 million radians.
+
+    Cody-Waite reduction in explicit fused multiply-adds: the first difference is exact, for its terms are multiples
+    of 2^-23 and it is below 1. The same instructions wherever it is called from, so the same bits.
+    """
+    shifted = tl.fma(angle, _TWO_OVER_PI, _ROUNDER)
+    quarter = shifted.to(tl.int32, bitcast=True)
+    turns = shifted - _ROUNDER
+    r = tl.fma(-turns, _PI_1, angle)
+    r = tl.fma(-turns, _PI_2, r)
+    r = tl.fma(-turns, _PI_3, r)
+    square = r * r
+    odd = tl.fma(square, 2.7152796e-6, -1.9839007e-4)
+    odd = tl.fma(tl.fma(odd, square, 8.333328e-3), square, -0.16666667)
+    sine = tl.fma(r * square, odd, r)
+    even = tl.fma(tl.fma(square, 2.4409044e-5, -1.388711e-3), square, 4.166664e-2)
+    cosine = tl.fma(square, tl.fma(square, even, -0.5), 1.0)
+    swapped = (quarter & 1) != 0
+    a = tl.where(swapped, cosine, sine)
+    b = tl.where(swapped, sine, cosine)
+    return tl.where((quarter & 2) != 0, -a, a), tl.where(((quarter + 1) & 2) != 0, -b, b)
+
+
+@triton.jit
+def token_rotation(
+    positions, rows, inv_freq, token, pairs, scale, HALF: tl.constexpr, ROWS: tl.constexpr, INVERSE: tl.constexpr
+):  # fmt: skip
+    """(cos, sin), each [1, pairs], of a token's angles float32(position) · inv_freq, times scale."""
+    position = tl.load(positions + token).to(tl.float32)
+    if ROWS:
+        inv_freq += tl.load(rows + token).to(tl.int64) * HALF
+    frequency = tl.load(inv_freq + pairs, pairs < HALF, 0.0)
+    sine, cosine = sine_cosine(position * frequency)
+    if INVERSE:
+        sine = -sine
+    return (cosine * scale)[None, :], (sine * scale)[None, :]
+
+
+@triton.jit
+def turned(first, second, cos, sin):
+    # Explicit fused multiply-adds, so that no compiler chooses which of the two products is fused.
+    return tl.fma(-second, sin, first * cos), tl.fma(first, sin, second * cos)
+
+
+@triton.jit
+def pair_offsets(
+    pairs, HEADS: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr
+):  # fmt: skip
+    """(offset of the first element of each pair [PADDED, pairs], distance to the second, which pairs there are)."""
+    heads = tl.arange(0, PADDED)
+    inside = (heads < HEADS)[:, None] & (pairs < HALF)[None, :]
+    if INTERLEAVED:
+        return heads[:, None] * DIM + 2 * pairs[None, :], 1, inside
+    return heads[:, None] * DIM + pairs[None, :], HALF, inside
 
 
 @triton.jit
 def _rotate(
-    x, out, stride, out_stride, token, cos, sin, halves, HEADS: tl.constexpr, PADDED: tl.constexpr,
-    HALF: tl.constexpr,
+    x, out, stride, out_stride, token, cos, sin, pairs, HEADS: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr,
+    HALF: tl.constexpr, REST: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    heads = tl.arange(0, PADDED)
-    inside = (heads < HEADS)[:, None] & (halves < HALF)[None, :]
-    offsets = heads[:, None] * (2 * HALF) + halves[None, :]
-    first = tl.load(x + token * stride + offsets, inside, 0.0).to(tl.float32)
-    second = tl.load(x + token * stride + HALF + offsets, inside, 0.0).to(tl.float32)
-    # Explicit fused multiply-adds, so that no compiler chooses which of the two products is fused.
-    turned_first = tl.fma(-second, sin, first * cos)
-    turned_second = tl.fma(first, sin, second * cos)
-    target = out + token * out_stride + offsets
-    tl.store(target, turned_first.to(out.dtype.element_ty), inside)
-    tl.store(target + HALF, turned_second.to(out.dtype.element_ty), inside)
+    offsets, step, inside = pair_offsets(pairs, HEADS, PADDED, DIM, HALF, INTERLEAVED)
+    source, target = x + token * stride, out + token * out_stride
+    first = tl.load(source + offsets, inside, 0.0).to(tl.float32)
+    second = tl.load(source + offsets + step, inside, 0.0).to(tl.float32)
+    a, b = turned(first, second, cos, sin)
+    tl.store(target + offsets, a.to(out.dtype.element_ty), inside)
+    tl.store(target + offsets + step, b.to(out.dtype.element_ty), inside)
+    if REST > 0:  # what is not rotated, copied
+        heads, columns = tl.arange(0, PADDED), tl.arange(0, REST)
+        inside = (heads < HEADS)[:, None] & (columns < DIM - 2 * HALF)[None, :]
+        offsets = heads[:, None] * DIM + 2 * HALF + columns[None, :]
+        tl.store(target + offsets, tl.load(source + offsets, inside, 0.0), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale"])
 def rope_kernel(
-    q, k, q_out, k_out, cos, sin, q_stride, k_stride, q_out_stride, k_out_stride,
-    Q_HEADS: tl.constexpr, Q_PADDED: tl.constexpr, K_HEADS: tl.constexpr, K_PADDED: tl.constexpr,
-    HALF: tl.constexpr, BLOCK: tl.constexpr,
+    q, k, q_out, k_out, positions, rows, inv_freq, scale, q_stride, k_stride, q_out_stride, k_out_stride,
+    Q_HEADS: tl.constexpr, Q_PADDED: tl.constexpr, K_HEADS: tl.constexpr, K_PADDED: tl.constexpr, DIM: tl.constexpr,
+    HALF: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, INTERLEAVED: tl.constexpr,
+    INVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tokens,). A head is (first half, second half)."""
+    """Grid: (tokens,)."""
     token = tl.program_id(0).to(tl.int64)
-    halves = tl.arange(0, BLOCK)
-    c = tl.load(cos + token * HALF + halves, halves < HALF, 0.0)[None, :]
-    s = tl.load(sin + token * HALF + halves, halves < HALF, 0.0)[None, :]
-    _rotate(q, q_out, q_stride, q_out_stride, token, c, s, halves, Q_HEADS, Q_PADDED, HALF)
-    _rotate(k, k_out, k_stride, k_out_stride, token, c, s, halves, K_HEADS, K_PADDED, HALF)
+    pairs = tl.arange(0, BLOCK)
+    c, s = token_rotation(positions, rows, inv_freq, token, pairs, scale, HALF, ROWS, INVERSE)
+    _rotate(
+        q, q_out, q_stride, q_out_stride, token, c, s, pairs, Q_HEADS, Q_PADDED, DIM, HALF, REST, INTERLEAVED
+    )  # fmt: skip
+    _rotate(
+        k, k_out, k_stride, k_out_stride, token, c, s, pairs, K_HEADS, K_PADDED, DIM, HALF, REST, INTERLEAVED
+    )  # fmt: skip
 
 
-def rope_angles(positions: Tensor, inv_freq: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of `float32(position) * inv_freq`, rounded to fp32 from fp64, times `scale`.
+def rope(
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor,
+    rows: Tensor | None = None,
+    scale: float = 1.0,
+    *,
+    interleaved: bool = False,
+    inverse: bool = False,
+    in_place: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Rotates the first R of D elements of queries and keys by the angles position · frequency.
 
-    Args:
-        positions: [T] int64.
-        inv_freq: [D / 2] float32.
-        scale: attention scaling of the RoPE variant (YaRN), 1 otherwise.
-
-    Returns:
-        (cos, sin), each [T, D / 2] float32.
-
-    Raises:
-        BackendError: a dtype or shape that the kernel does not take.
-    """
-    require(
-        "rope_angles",
-        positions.dim() == 1 and not positions.is_floating_point(),
-        f"positions must be [T] integers, not {tuple(positions.shape)} of {positions.dtype}",
-    )
-    require(
-        "rope_angles",
-        inv_freq.dtype is torch.float32 and inv_freq.dim() == 1,
-        f"inv_freq must be [D / 2] float32, not {tuple(inv_freq.shape)} of {inv_freq.dtype}",
-    )
-    half = inv_freq.shape[0]
-    shape = (positions.shape[0], half)
-    cos = torch.empty(shape, dtype=torch.float32, device=inv_freq.device)
-    sin = torch.empty(shape, dtype=torch.float32, device=inv_freq.device)
-    if cos.numel():
-        block = 256
-        with on_device(cos):
-            rope_angles_kernel[(triton.cdiv(cos.numel(), block),)](
-                positions.contiguous(), inv_freq.contiguous(), cos, sin, cos.numel(), SCALE=float(scale),
-                HALF=half, BLOCK=block,
-            )  # fmt: skip
-    return cos, sin
-
-
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, in_place: bool = False) -> tuple[Tensor, Tensor]:
-    """Rotates queries and keys: halves (x1, x2) become (x1 cos - x2 sin, x2 cos + x1 sin).
+    A pair (x1, x2) becomes (x1 cos - x2 sin, x2 cos + x1 sin) · scale; pairs are (i, i + R / 2), or (2 i, 2 i + 1).
 
     Args:
         q: [T, Hq, D] float32, bfloat16 or float16; tokens may be strided, a token's heads are contiguous.
         k: [T, Hkv, D] likewise, in q's dtype.
-        cos: [T, D / 2] float32.
-        sin: [T, D / 2] float32.
+        positions: [T] int64, below 4 million.
+        inv_freq: [R / 2] float32, R <= D; or [N, R / 2] with `rows`.
+        rows: [T] integers: which row of inv_freq is a token's.
+        scale: attention scaling of the RoPE variant (YaRN), 1 otherwise.
+        interleaved: pairs are neighbours.
+        inverse: rotate back (the gradient).
         in_place: overwrite q and k (where a token's heads are contiguous) and return them.
 
     Returns:
@@ -112,27 +149,58 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, in_place: bool = Fal
     Raises:
         BackendError: a dtype or shape that the kernel does not take.
     """
-    check_dtype("rope", q)
+    check_rotation("rope", q, k, positions, inv_freq, rows)
     tokens, q_heads, d = q.shape
-    require(
-        "rope",
-        k.dtype is q.dtype and k.dim() == 3 and k.shape[0] == tokens and k.shape[2] == d and d % 2 == 0,
-        f"k {k.dtype} {tuple(k.shape)} does not fit q {q.dtype} {tuple(q.shape)}, whose head size must be even",
-    )
-    require(
-        "rope",
-        cos.shape == sin.shape == (tokens, d // 2) and cos.dtype is sin.dtype is torch.float32,
-        f"cos and sin must be [{tokens}, {d // 2}] float32, not {tuple(cos.shape)} of {cos.dtype}",
-    )
     q, k = (x if x.stride()[1:] == (d, 1) else x.contiguous() for x in (q, k))
     q_out = q if in_place else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = k if in_place else torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    k_heads = k.shape[1]
-    if tokens and d:
+    half, k_heads = inv_freq.shape[-1], k.shape[1]
+    if tokens and half:
+        rest = d - 2 * half
         with on_device(q):
             rope_kernel[(tokens,)](
-                q, k, q_out, k_out, cos.contiguous(), sin.contiguous(), q.stride(0), k.stride(0), q_out.stride(0),
-                k_out.stride(0), Q_HEADS=q_heads, Q_PADDED=triton.next_power_of_2(q_heads), K_HEADS=k_heads,
-                K_PADDED=triton.next_power_of_2(k_heads), HALF=d // 2, BLOCK=triton.next_power_of_2(d // 2),
+                q, k, q_out, k_out, positions.contiguous(), positions if rows is None else rows.contiguous(),
+                inv_freq.contiguous(), float(scale), q.stride(0), k.stride(0), q_out.stride(0), k_out.stride(0),
+                Q_HEADS=q_heads, Q_PADDED=triton.next_power_of_2(q_heads), K_HEADS=k_heads,
+                K_PADDED=triton.next_power_of_2(k_heads), DIM=d, HALF=half,
+                REST=0 if in_place or not rest else triton.next_power_of_2(rest),
+                BLOCK=triton.next_power_of_2(half), ROWS=rows is not None, INTERLEAVED=interleaved, INVERSE=inverse,
             )  # fmt: skip
+    elif tokens and not in_place:
+        q_out.copy_(q)
+        k_out.copy_(k)
     return q_out, k_out
+
+
+def check_rotation(
+    name: str, q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor, rows: Tensor | None
+) -> None:
+    """Raises BackendError unless the tensors fit each other as `rope` says."""
+    check_dtype(name, q)
+    require(name, q.dim() == 3, f"q must be [T, Hq, D], not {tuple(q.shape)}")
+    tokens, _, d = q.shape
+    require(
+        name,
+        k.dtype is q.dtype and k.dim() == 3 and k.shape[0] == tokens and k.shape[2] == d,
+        f"k {k.dtype} {tuple(k.shape)} does not fit q {q.dtype} {tuple(q.shape)}",
+    )
+    require(
+        name,
+        positions.shape == (tokens,) and not positions.is_floating_point(),
+        f"positions must be [{tokens}] integers, not {tuple(positions.shape)} of {positions.dtype}",
+    )
+    require(
+        name,
+        inv_freq.dtype is torch.float32 and inv_freq.dim() == (1 if rows is None else 2),
+        f"inv_freq must be [R / 2] float32 (with rows [N, R / 2]), not {tuple(inv_freq.shape)} of {inv_freq.dtype}",
+    )
+    require(
+        name,
+        2 * inv_freq.shape[-1] <= d,
+        f"{inv_freq.shape[-1]} frequencies rotate {2 * inv_freq.shape[-1]} elements; a head has {d}",
+    )
+    require(
+        name,
+        rows is None or (rows.shape == (tokens,) and not rows.is_floating_point()),
+        f"rows must be [{tokens}] integers",
+    )
