@@ -121,12 +121,14 @@ def test_adamw_moves_vectors_of_16_bytes(narrow: bool, tmp_path: Path) -> None:
     factors = ("lr", "beta2", "rest1", "rest2", "eps", "correction1", "root_correction2", "grad_scale")
     types = {
         "addresses": "*i64", "sizes": "*i64", "decays": "*fp32", "owners": "*i32", "offsets": "*i64",
-        **dict.fromkeys(factors, "fp32"),
+        "seed": "i32", "step": "i32", **dict.fromkeys(factors, "fp32"),
     }  # fmt: skip
     dtype = tl.bfloat16 if narrow else tl.float32
-    binary = compiled(
-        adamw_kernel, types, {"GRAD": dtype, "WEIGHT": dtype, "HAS_WEIGHT": narrow, "BLOCK": BLOCK}, 4, 3
-    )
+    constants = {
+        "GRAD": dtype, "WEIGHT": dtype, "HAS_MASTER": True, "HAS_WEIGHT": narrow, "STOCHASTIC": False,
+        "EIGHT_BIT": False, "BLOCK": BLOCK,
+    }  # fmt: skip
+    binary = compiled(adamw_kernel, types, constants, 4, 3)
     assert stack_bytes(binary, tmp_path) == 0
     # three states read and three written, each in vectors: the fewest that BLOCK elements on 128 threads need
     assert len(re.findall(r"\.v4\.b32", binary.asm["ptx"])) >= 6 * BLOCK // 128 // 4

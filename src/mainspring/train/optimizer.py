@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mainspring.errors import CheckpointError
 from mainspring.model.decoder import Decoder
-from mainspring.train.muon import Muon
+from mainspring.ops.muon import Muon, MuonSettings, classic
 from mainspring.train.recipe import OptimizerSection
 
 _EMBEDDINGS = ("embedding", "output_embedding")
@@ -45,9 +45,11 @@ class Optimizer:
         self._muon_parts = [part for part in self._parts if part.parameter in muon_names]
         self._muon = Muon(
             [part.view(self._masters[part.parameter]) for part in self._muon_parts],
-            momentum=settings.muon_momentum,
-            weight_decay=settings.muon_weight_decay,
-            iterations=settings.muon_iterations,
+            MuonSettings(
+                momentum=settings.muon_momentum,
+                weight_decay=settings.muon_weight_decay,
+                newton_schulz=classic(settings.muon_iterations),
+            ),
         )
         self._adamw_names = [name for name in self._masters if name not in muon_names]
         self._adamw = self._make_adamw()
