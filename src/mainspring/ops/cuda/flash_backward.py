@@ -72,18 +72,15 @@ class _Arguments(ctypes.Structure):
     """The same fields as `Arguments` of flash_backward.cu."""
 
     _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "dout", "lse", "cu_q", "cu_k")),
         *(
             (name, ctypes.c_void_p)
-            for name in "q k v out dout lse cu_q cu_k dq dk dv lse_rows delta_rows dq_sum turns".split()
+            for name in ("dq", "dk", "dv", "lse_rows", "delta_rows", "dq_sum", "turns")
         ),
-        *(
-            (name, ctypes.c_int64)
-            for name in "q_tokens k_tokens q_stride k_stride v_stride out_stride dout_stride".split()
-        ),
-        *(
-            (name, ctypes.c_int)
-            for name in "query_heads key_heads sequences max_q max_k tiles window".split()
-        ),
+        *((name, ctypes.c_int64) for name in ("q_tokens", "k_tokens", "q_stride", "k_stride", "v_stride")),
+        *((name, ctypes.c_int64) for name in ("out_stride", "dout_stride")),
+        *((name, ctypes.c_int) for name in ("query_heads", "key_heads", "sequences", "max_q", "max_k")),
+        *((name, ctypes.c_int) for name in ("tiles", "window")),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
     )
@@ -139,7 +136,9 @@ def flash_attention_backward(
     _check(dout, q, k, v, out, lse, cu_q, cu_k, scale)
     require(OPERATION, q.is_cuda, f"runs on CUDA devices, not on {q.device.type}")
     capability = torch.cuda.get_device_capability(q.device)
-    require(OPERATION, capability[0] == 9, f"needs compute capability 9.0, not {capability[0]}.{capability[1]}")
+    require(
+        OPERATION, capability[0] == 9, f"needs compute capability 9.0, not {capability[0]}.{capability[1]}"
+    )
     tile = choose_tile(q.shape[2], causal, bool(window), bool(softcap))
     if deterministic:
         tile = _ordered(tile)
@@ -170,15 +169,22 @@ def _ordered(tile: Tile) -> Tile:
 
 
 def _check(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    scale: float,
 ) -> None:
     require(OPERATION, q.dtype in DTYPES, f"takes bfloat16 and float16, not {q.dtype}")
     require(OPERATION, q.dim() == 3 and k.dim() == 3, "takes q [T, Hq, D] and k [Tk, Hkv, D]")
     tokens, heads, size = q.shape
     require(OPERATION, size in HEAD_SIZES, f"takes head sizes {HEAD_SIZES}, not {size}")
-    require(
-        OPERATION, k.shape[1] > 0 and heads % k.shape[1] == 0, f"{k.shape[1]} key heads do not divide {heads} query heads"
-    )
+    divides = k.shape[1] > 0 and heads % k.shape[1] == 0
+    require(OPERATION, divides, f"{k.shape[1]} key heads do not divide {heads} query heads")
     for name, tensor, shape in (
         ("dout", dout, q.shape),
         ("k", k, (k.shape[0], k.shape[1], size)),
@@ -194,10 +200,15 @@ def _check(
             raise reject(OPERATION, f"{name} is {tensor.dtype}, q is {q.dtype}")
         if tensor.numel() and not (aligned(tensor) and (tensor.shape[1] == 1 or tensor.stride(1) == size)):
             raise reject(OPERATION, f"{name}'s heads must be contiguous and its tokens 16-byte aligned")
-    for name, tensor, dtype in (("lse", lse, torch.float32), ("cu_q", cu_q, torch.int32), ("cu_k", cu_k, torch.int32)):
+    for name, tensor, dtype in (
+        ("lse", lse, torch.float32),
+        ("cu_q", cu_q, torch.int32),
+        ("cu_k", cu_k, torch.int32),
+    ):
         if tensor.dtype != dtype or not tensor.is_contiguous():
             raise reject(OPERATION, f"{name} must be contiguous and {dtype}, not {tensor.dtype}")
-    for name, tensor in (("dout", dout), ("k", k), ("v", v), ("out", out), ("lse", lse), ("cu_q", cu_q), ("cu_k", cu_k)):
+    others = {"dout": dout, "k": k, "v": v, "out": out, "lse": lse, "cu_q": cu_q, "cu_k": cu_k}
+    for name, tensor in others.items():
         if tensor.device != q.device:
             raise reject(OPERATION, f"{name} is on {tensor.device}, q on {q.device}")
     require(OPERATION, scale > 0, f"takes a positive scale, not {scale}")
@@ -227,9 +238,8 @@ def launch(
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape)
     tiles = tokens // tile.queries + sequences
     padded_size = 64 if size <= 64 else 128 if size <= 128 else 256
-    fp32 = {"dtype": torch.float32, "device": q.device}
-    statistics = torch.empty(2, heads, tiles * tile.queries, **fp32)
-    sums = torch.empty(heads * tiles * tile.queries * padded_size, **fp32)
+    statistics = torch.empty(2, heads, tiles * tile.queries, dtype=torch.float32, device=q.device)
+    sums = torch.empty(heads * tiles * tile.queries * padded_size, dtype=torch.float32, device=q.device)
     turns = torch.empty(heads * tiles * 4, dtype=torch.int32, device=q.device)
     with on_device(q):
         arguments = _Arguments(
