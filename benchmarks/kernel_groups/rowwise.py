@@ -1,0 +1,49 @@
+"""Norms, SwiGLU, RoPE and log-probabilities: what of the bandwidth of a copy they reach."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from kernel_groups.timing import Row, randn, row
+from mainspring.ops.triton.log_probs import token_log_probs
+from mainspring.ops.triton.norm import add_rms_norm, rms_norm, rms_norm_backward
+from mainspring.ops.triton.rope import rope
+from mainspring.ops.triton.swiglu import swiglu, swiglu_backward
+
+
+def rowwise_rows() -> Iterator[Row]:
+    m, h, inner = 16384, 4096, 12288
+    x, residual, grad, weight = randn(m, h), randn(m, h), randn(m, h), randn(h)
+    size = m * h * 2 / 1e9
+    yield row(
+        "rowwise", "rms_norm", 2 * size, "GB", [lambda: rms_norm(x, weight, 1e-5)],
+        [lambda: F.rms_norm(x, (h,), weight, 1e-5)], "torch",
+    )  # fmt: skip
+    yield row("rowwise", "add_rms_norm", 4 * size, "GB", [lambda: add_rms_norm(x, residual, weight, 1e-5)])
+    yield row(
+        "rowwise", "rms_norm backward", 3 * size, "GB", [lambda: rms_norm_backward(x, weight, 1e-5, grad)]
+    )
+    yield row(
+        "rowwise", "add_rms_norm backward", 4 * size, "GB",
+        [lambda: rms_norm_backward(x, weight, 1e-5, grad, residual)],
+    )  # fmt: skip
+    gate_up, grad_inner = randn(m, 2 * inner), randn(m, inner)
+    size = m * inner * 2 / 1e9
+    yield row("rowwise", "swiglu", 3 * size, "GB", [lambda: swiglu(gate_up)])
+    yield row("rowwise", "swiglu backward", 5 * size, "GB", [lambda: swiglu_backward(gate_up, grad_inner)])
+    qkv = randn(4 * m, 48, 128)
+    q, k, _ = qkv.split((32, 8, 8), 1)
+    cos, sin = randn(4 * m, 64, dtype=torch.float32), randn(4 * m, 64, dtype=torch.float32)
+    amount = (2 * 4 * m * 40 * 128 * 2 + 2 * 4 * m * 64 * 4) / 1e9
+    yield row("rowwise", "rope in place", amount, "GB", [lambda: rope(q, k, cos, sin, in_place=True)])
+    for rows, vocab in ((64, 151936), (2048, 151936)):
+        logits = randn(rows, vocab, dtype=torch.float32)
+        targets = torch.randint(0, vocab, (rows,), device="cuda")
+        yield row(
+            "rowwise", f"token_log_probs {rows}x{vocab}", rows * vocab * 4 / 1e9, "GB",
+            [lambda z=logits, t=targets: token_log_probs(z, t)],
+            [lambda z=logits, t=targets: torch.log_softmax(z, -1).gather(1, t[:, None])], "torch",
+        )  # fmt: skip
