@@ -8,7 +8,7 @@
 
 namespace mainspring::tensor::python {
 
-constexpr int kMaxArguments = 6;
+constexpr int kMaxArguments = 8;
 
 struct Signature {
   const char* op = nullptr;

@@ -52,6 +52,28 @@ std::shared_ptr<PyObject> shared_callable(nb::object f) {
           }};
 }
 
+// An op whose backward is a Python function: grad -> one gradient (or None) for each input.
+struct PythonOp {
+  static constexpr auto name = "custom";
+  struct Saved {
+    std::shared_ptr<PyObject> backward;
+    size_t inputs = 0;
+  };
+  static void backward(const Saved& saved, const Tensor& g, Grads& grads) {
+    const nb::object result = nb::handle(saved.backward.get())(g);
+    const nb::object sequence = nb::steal(PySequence_Tuple(result.ptr()));
+    if (!sequence.is_valid()) throw nb::python_error();
+    if (nb::len(sequence) != saved.inputs)
+      fail(ErrorKind::Autograd, "record: the backward function gave ", nb::len(sequence), " gradients for ", saved.inputs, " inputs");
+    for (size_t i = 0; i < saved.inputs; ++i) {
+      PyObject* item = PyTuple_GET_ITEM(sequence.ptr(), static_cast<Py_ssize_t>(i));
+      if (item == Py_None) continue;
+      if (!is_tensor(item)) fail(ErrorKind::DType, "record: a gradient must be a tensor or None");
+      grads[static_cast<int>(i)] = tensor_of(item);
+    }
+  }
+};
+
 struct HookHandle {
   Tensor tensor;
   int64_t id;
@@ -80,6 +102,16 @@ PyGetSetDef autograd_properties[] = {
 void bind_autograd(nb::module_& m) {
   m.def("is_grad_enabled", &grad_enabled);
   m.def("_set_grad_enabled", &set_grad_enabled, "enabled"_a);
+
+  m.def("record", [](const Tensor& output, const std::vector<Tensor>& inputs, nb::object function) {
+    bool wanted = false;
+    for (const Tensor& t : inputs) wanted |= t.requires_grad();
+    Tensor out = alias(output);
+    if (wanted && grad_enabled()) record_list<PythonOp>(out, {shared_callable(std::move(function)), inputs.size()}, inputs);
+    return out;
+  }, "output"_a, "inputs"_a, "backward"_a,
+     "output as the result of an op on inputs: backward(grad) gives the gradient, or None, of each. output itself must "
+     "not be on the tape, and backward must not hold it (a cycle); hold output.detach() if its values are needed.");
 
   nb::class_<HookHandle>(m, "RemovableHandle").def("remove", &HookHandle::remove, "Takes the hook off its tensor.");
 

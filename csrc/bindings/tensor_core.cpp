@@ -1,12 +1,10 @@
-// dtypes, creation, indexing, random numbers, memory.
+// dtypes, creation, random numbers, memory.
 #include <nanobind/stl/pair.h>
 
 #include <cmath>
 
 #include "core/random.h"
 #include "nn/loss.h"
-#include "ops/in_place.h"
-#include "ops/index.h"
 #include "tensor_object.h"
 #include "thread_pool.h"
 
@@ -86,83 +84,6 @@ void fill_nested(PyObject* o, char*& at, DType t) {
   at += itemsize(t);
 }
 
-// ---- indexing ----
-
-struct Index {
-  Tensor view;       // after the ints, slices, None and ...
-  Tensor picks;      // an integer tensor, if there is one
-  int pick_dim = 0;  // of the view
-};
-
-bool is_integer(PyObject* o) { return PyLong_Check(o) && !PyBool_Check(o); }
-
-Index resolve(const Tensor& t, PyObject* key) {
-  PyObject* const one[1] = {key};
-  PyObject* const* items = PyTuple_Check(key) ? &PyTuple_GET_ITEM(key, 0) : one;
-  const Py_ssize_t count = PyTuple_Check(key) ? PyTuple_GET_SIZE(key) : 1;
-  int consumed = 0;
-  bool ellipsis = false;
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    consumed += items[i] != Py_None && items[i] != Py_Ellipsis;
-    if (items[i] == Py_Ellipsis && std::exchange(ellipsis, true)) fail(ErrorKind::Index, "an index holds '...' twice");
-  }
-  if (consumed > t.ndim()) fail(ErrorKind::Index, "too many indices for ", t, ": ", consumed);
-  Dims starts = t.shape(), steps = t.shape(), sizes = t.shape(), shape;
-  for (int d = 0; d < t.ndim(); ++d) starts[d] = 0, steps[d] = 1;
-  Index out;
-  int d = 0;
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    PyObject* item = items[i];
-    if (item == Py_None) {
-      shape.push_back(1);
-    } else if (item == Py_Ellipsis) {
-      for (const int end = d + t.ndim() - consumed; d < end; ++d) shape.push_back(t.size(d));
-    } else if (PySlice_Check(item)) {
-      Py_ssize_t start, stop, step;
-      if (PySlice_Unpack(item, &start, &stop, &step) < 0) throw nb::python_error();
-      if (step <= 0) fail(ErrorKind::Index, "the step of a slice must be positive, not ", static_cast<long>(step));
-      sizes[d] = PySlice_AdjustIndices(t.size(d), &start, &stop, step);
-      starts[d] = start;
-      steps[d] = step;
-      shape.push_back(sizes[d++]);
-    } else if (is_integer(item)) {
-      const long long at = PyLong_AsLongLong(item);
-      if (at < -t.size(d) || at >= t.size(d))
-        fail(ErrorKind::Index, "index ", at, " is out of range for dimension ", d, " of ", t);
-      starts[d] = at < 0 ? at + t.size(d) : at;
-      sizes[d++] = 1;
-    } else {
-      if (out.picks) fail(ErrorKind::Index, "an index may hold one tensor or list, not several; use gather()");
-      out.picks = tensor_from(item, std::nullopt);
-      if (out.picks.numel() == 0 && out.picks.dtype() == DType::Float32) out.picks = cast(out.picks, DType::Int64);
-      if (out.picks.dtype() != DType::Int64 && out.picks.dtype() != DType::Int32)
-        fail(ErrorKind::DType, "an index must be ints, slices, None, ..., or an integer or bool tensor, not ", out.picks);
-      out.pick_dim = shape.size();
-      shape.push_back(t.size(d++));
-    }
-  }
-  for (; d < t.ndim(); ++d) shape.push_back(t.size(d));
-  out.view = ops::strided(t, starts, steps, sizes);
-  if (!(shape == out.view.shape())) out.view = ops::reshape(out.view, shape);
-  return out;
-}
-
-bool is_mask(PyObject* key) { return is_tensor(key) && tensor_of(key).dtype() == DType::Bool; }
-
-// The positions where the mask is true, counted over its flattened dimensions.
-Tensor positions(const Tensor& t, const Tensor& given) {
-  bool fits = given.ndim() <= t.ndim();
-  for (int d = 0; fits && d < given.ndim(); ++d) fits = given.size(d) == t.size(d);
-  if (!fits) fail(ErrorKind::Index, "the mask ", given, " does not fit ", t);
-  const Tensor mask = contiguous(given);
-  std::vector<int64_t> at;
-  for (int64_t i = 0; i < mask.numel(); ++i)
-    if (mask.data<uint8_t>()[i]) at.push_back(i);
-  const Tensor out = empty({static_cast<int64_t>(at.size())}, DType::Int64);
-  std::copy(at.begin(), at.end(), out.data<int64_t>());
-  return out;
-}
-
 }  // namespace
 
 PyObject* dtype_object(DType t) { return dtype_objects[static_cast<int>(t)]; }
@@ -173,47 +94,6 @@ bool dtype_from(PyObject* o, DType& t) {
       return true;
     }
   return false;
-}
-
-Tensor index_get(const Tensor& t, PyObject* key) {
-  if (is_mask(key)) {
-    const Tensor& mask = tensor_of(key);
-    const Tensor at = positions(t, mask);
-    Dims shape = {mask.numel()};
-    for (int d = mask.ndim(); d < t.ndim(); ++d) shape.push_back(t.size(d));
-    return ops::index_select(ops::reshape(t, shape), 0, at);
-  }
-  const Index index = resolve(t, key);
-  if (!index.picks) return index.view;
-  const Tensor flat = ops::reshape(index.picks, {index.picks.numel()});
-  const Tensor rows = ops::index_select(index.view, index.pick_dim, flat);
-  Dims shape;
-  for (int d = 0; d < rows.ndim(); ++d) {
-    if (d != index.pick_dim) shape.push_back(rows.size(d));
-    else for (const int64_t size : index.picks.shape()) shape.push_back(size);
-  }
-  return ops::reshape(rows, shape);
-}
-
-void index_set(const Tensor& t, PyObject* key, PyObject* value) {
-  Tensor storage;
-  const Tensor* source = operand(value, storage);
-  const Tensor from = source != nullptr ? *source : tensor_from(value, std::nullopt);
-  if (is_mask(key)) {
-    const Tensor& mask = tensor_of(key);
-    positions(t, mask);
-    Dims shape = mask.shape();
-    while (shape.size() < t.ndim()) shape.push_back(1);
-    if (from.numel() != 1) fail(ErrorKind::Shape, "a masked assignment takes one value, not ", from);
-    check_in_place("setitem", t);
-    const Tensor one = cast(ops::reshape(ops::detach(from), {}), t.dtype());
-    ops::CopyInPlace::forward(t, where_loop(make_view(contiguous(mask), shape, contiguous_strides(shape)), one, t));
-    return;
-  }
-  check_in_place("setitem", t);
-  const Index index = resolve(t, key);
-  if (index.picks) fail(ErrorKind::Index, "assignment by an integer tensor is not supported; assign to slices or a mask");
-  ops::CopyInPlace::forward(index.view, from);
 }
 
 Tensor tensor_from(PyObject* data, std::optional<DType> dtype) {

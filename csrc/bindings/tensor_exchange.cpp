@@ -130,7 +130,13 @@ nb::object to_dlpack(const Tensor& given, nb::object, std::optional<std::pair<in
     fail(ErrorKind::Autograd, "__dlpack__: ", given, " requires a gradient, which another library cannot follow; use detach()");
   if (device && (device->first != kCpu || device->second != 0))
     fail(ErrorKind::Value, "__dlpack__: the only device is (1, 0), the CPU");
-  const bool copied = copy.value_or(false);
+  bool backwards = false;  // strides that some consumers refuse
+  for (const int64_t stride : given.strides()) backwards |= stride < 0;
+  if (backwards && copy && !*copy) {
+    PyErr_SetString(PyExc_BufferError, "__dlpack__: a tensor with negative strides is exchanged as a copy only");
+    throw nb::python_error();
+  }
+  const bool copied = copy.value_or(backwards);
   const Tensor t = copied ? copy_of(given) : given;
   PyObject* capsule = max_version && max_version->first >= 1
                           ? make_capsule<DLManagedTensorVersioned>(t, "dltensor_versioned", destroy_capsule<DLManagedTensorVersioned>, copied)
@@ -142,8 +148,11 @@ const char* buffer_format(DType t) {
   switch (t) {
     case DType::Bool: return "?";
     case DType::UInt8: return "B";
+    case DType::Int8: return "b";
+    case DType::Int16: return "h";
     case DType::Int32: return "i";
     case DType::Int64: return sizeof(long) == 8 ? "l" : "q";
+    case DType::Float16: return "e";
     case DType::Float32: return "f";
     case DType::Float64: return "d";
     default: return nullptr;
@@ -194,6 +203,28 @@ Tensor view_buffer(nb::handle source) {
   return from_foreign(owner->buf, shape, strides, *dtype, owner, release_view);
 }
 
+// A tensor on the bytes of a writable buffer, such as a mapped file; nothing is copied.
+Tensor from_buffer(nb::handle source, DType dtype, const Dims& shape) {
+  auto view = std::make_unique<Py_buffer>();
+  if (PyObject_GetBuffer(source.ptr(), view.get(), PyBUF_SIMPLE | PyBUF_WRITABLE) < 0) throw nb::python_error();
+  int64_t numel = 1;
+  bool fits = true;
+  for (const int64_t size : shape) fits = fits && size >= 0 && !__builtin_mul_overflow(numel, size, &numel);
+  if (!fits || numel > view->len / itemsize(dtype) || numel * itemsize(dtype) != view->len) {
+    const Py_ssize_t length = view->len;
+    PyBuffer_Release(view.get());
+    fail(ErrorKind::Shape, "frombuffer: ", static_cast<long>(length), " bytes are not ", name(dtype), shape);
+  }
+  if (reinterpret_cast<uintptr_t>(view->buf) % static_cast<size_t>(itemsize(dtype)) != 0) {
+    const Tensor out = empty(shape, dtype);  // the loops need aligned elements
+    std::memcpy(out.data(), view->buf, static_cast<size_t>(view->len));
+    PyBuffer_Release(view.get());
+    return out;
+  }
+  Py_buffer* owner = view.release();
+  return from_foreign(owner->buf, shape, contiguous_strides(shape), dtype, owner, release_view);
+}
+
 void check_numpy(const Tensor& t) {
   if (t.requires_grad()) fail(ErrorKind::Autograd, "numpy: ", t, " requires a gradient; use detach().numpy()");
   if (t.dtype() == DType::BFloat16) fail(ErrorKind::DType, "numpy: NumPy has no bfloat16; use float().numpy()");
@@ -237,6 +268,14 @@ void release_buffer(PyObject*, Py_buffer* view) { delete static_cast<View*>(view
 void bind_exchange(nb::module_& m) {
   m.def("from_dlpack", &from_dlpack, "x"_a, "A tensor on the memory of an array of another library; nothing is copied.");
   m.def("from_numpy", &from_dlpack, "array"_a, "A tensor on the memory of a NumPy array; nothing is copied.");
+  m.def("frombuffer", &from_buffer, "buffer"_a, "dtype"_a, "shape"_a,
+        "A tensor on the memory of a writable buffer of exactly that many bytes; copied only where it is misaligned.");
+  m.def("bit_view", [](const Tensor& x, DType dtype) {
+    if (itemsize(dtype) != itemsize(x.dtype())) fail(ErrorKind::DType, "bit_view: ", x, " and ", name(dtype), " differ in size");
+    Tensor out = alias(x);
+    out->dtype = dtype;
+    return out;
+  }, "input"_a, "dtype"_a, "The same memory read as another dtype of the same size; off the tape.");
   m.def("_view_buffer", &view_buffer, "source"_a);
 
   auto method = [&](const char* name, nb::object function) {  // into a static type: through its own dictionary

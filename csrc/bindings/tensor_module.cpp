@@ -27,6 +27,7 @@ void bind_errors(nb::module_& m) {
   kind(ErrorKind::Index, "IndexOutOfRangeError", "A dimension or index that does not exist.", PyExc_IndexError);
   kind(ErrorKind::Value, "ValueOutOfRangeError", "A value outside its range.", PyExc_ValueError);
   kind(ErrorKind::Autograd, "AutogradError", "A gradient that cannot be computed.", PyExc_RuntimeError);
+  kind(ErrorKind::Communication, "CommunicationError", "Ranks that do not reach or do not understand each other.", PyExc_RuntimeError);
   nb::register_exception_translator([](const std::exception_ptr& p, void*) {
     try {
       std::rethrow_exception(p);
@@ -55,4 +56,5 @@ NB_MODULE(_tensor, m) {
   python::bind_autograd(m);
   python::bind_ops(m);
   python::bind_optim(m);
+  python::bind_parallel(m);
 }

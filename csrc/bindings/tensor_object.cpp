@@ -10,7 +10,7 @@
 
 namespace mainspring::tensor::python {
 
-PyObject* error_classes[5] = {};
+PyObject* error_classes[6] = {};
 
 namespace {
 
@@ -159,9 +159,13 @@ PyMethodDef own_methods[] = {
     {"data_ptr", method_data_ptr, METH_NOARGS, "The address of the first element."},
     {"float", method_convert<DType::Float32>, METH_NOARGS, "to(float32)"},
     {"double", method_convert<DType::Float64>, METH_NOARGS, "to(float64)"},
+    {"half", method_convert<DType::Float16>, METH_NOARGS, "to(float16)"},
     {"bfloat16", method_convert<DType::BFloat16>, METH_NOARGS, "to(bfloat16)"},
     {"long", method_convert<DType::Int64>, METH_NOARGS, "to(int64)"},
     {"int", method_convert<DType::Int32>, METH_NOARGS, "to(int32)"},
+    {"short", method_convert<DType::Int16>, METH_NOARGS, "to(int16)"},
+    {"char", method_convert<DType::Int8>, METH_NOARGS, "to(int8)"},
+    {"byte", method_convert<DType::UInt8>, METH_NOARGS, "to(uint8)"},
     {"bool", method_convert<DType::Bool>, METH_NOARGS, "to(bool)"},
 };
 

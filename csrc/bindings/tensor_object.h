@@ -38,7 +38,7 @@ void set_error() noexcept;                                       // the exceptio
 PyObject* dtype_object(DType t);                                 // borrowed
 bool dtype_from(PyObject* o, DType& t);
 bool dims_from(PyObject* o, Dims& dims);                         // an int or a sequence of ints; sets no error
-Tensor index_get(const Tensor& t, PyObject* key);
+Tensor index_get(const Tensor& t, PyObject* key);                // tensor_index.cpp
 void index_set(const Tensor& t, PyObject* key, PyObject* value);
 Tensor tensor_from(PyObject* data, std::optional<DType> dtype);  // nested lists, numbers, buffers, tensors
 PyObject* to_list(const Tensor& t);
@@ -50,7 +50,7 @@ extern PyMethodDef op_methods[];     // tensor_ops.cpp, from the table of ops
 extern PyMethodDef op_functions[];
 extern PyNumberMethods number_methods;
 extern PyGetSetDef autograd_properties[];  // tensor_autograd.cpp
-extern PyObject* error_classes[5];         // by ErrorKind
+extern PyObject* error_classes[6];         // by ErrorKind
 
 void bind_object(nb::module_& m);    // tensor_object.cpp
 void bind_core(nb::module_& m);      // tensor_core.cpp: dtypes, creation, random numbers, memory
@@ -58,6 +58,7 @@ void bind_exchange(nb::module_& m);  // tensor_exchange.cpp: NumPy, DLPack
 void bind_autograd(nb::module_& m);  // tensor_autograd.cpp
 void bind_ops(nb::module_& m);       // tensor_ops.cpp
 void bind_optim(nb::module_& m);     // tensor_optim.cpp
+void bind_parallel(nb::module_& m);  // tensor_parallel.cpp
 
 template <class Body>
 PyObject* guarded(Body body) noexcept {

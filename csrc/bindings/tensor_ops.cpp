@@ -62,8 +62,8 @@ PyObject* identity(PyObject* a) { return Py_NewRef(a); }
 PyObject* invert(PyObject* a) {
   return guarded([&] {
     const Tensor& x = tensor_of(a);
-    if (x.dtype() != DType::Bool) fail(ErrorKind::DType, "~: needs a bool tensor, not ", x);
-    return wrap(ops::LogicalNot::forward(x));
+    if (is_float(x.dtype())) fail(ErrorKind::DType, "~: needs a bool or integer tensor, not ", x);
+    return wrap(ops::BitwiseNot::forward(x));
   });
 }
 
@@ -73,6 +73,10 @@ PyNumberMethods make_number_methods() {
   n.nb_subtract = binary<ops::Sub>;
   n.nb_multiply = binary<ops::Mul>;
   n.nb_true_divide = binary<ops::Div>;
+  n.nb_floor_divide = binary<ops::FloorDivide>;
+  n.nb_remainder = binary<ops::Remainder>;
+  n.nb_lshift = binary<ops::ShiftLeft>;
+  n.nb_rshift = binary<ops::ShiftRight>;
   n.nb_power = power;
   n.nb_matrix_multiply = binary<ops::Matmul>;
   n.nb_and = binary<ops::BitwiseAnd>;

@@ -234,7 +234,7 @@ CASES = [
 ]
 
 # Ops that are tested by name in other files.
-ELSEWHERE = {"dropout", "detach", "add_", "sub_", "mul_", "div_", "copy_", "fill_", "zero_"}
+ELSEWHERE = {"rope", "dropout", "detach", "add_", "sub_", "mul_", "div_", "copy_", "fill_", "zero_"}
 
 
 def ours(array: Array, kind: str | None = None) -> mt.Tensor:

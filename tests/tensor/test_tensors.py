@@ -16,7 +16,7 @@ import mainspring.tensor as mt
 from mainspring.errors import MainspringError
 from tensor.cases import as_torch
 
-KINDS = ["bool", "uint8", "int32", "int64", "bfloat16", "float32", "float64"]
+KINDS = ["bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"]
 
 
 def test_nested_lists_decide_shape_and_dtype() -> None:
@@ -74,7 +74,7 @@ def test_masks_and_lists_pick_elements() -> None:
     assert x.sum().item() == 15
 
 
-@pytest.mark.parametrize("key", [3, (0, 0, 0), "a", 1.5, (..., ...), slice(None, None, -1)])
+@pytest.mark.parametrize("key", [3, (0, 0, 0), "a", 1.5, (..., ...)])
 def test_a_wrong_index_says_so(key: object) -> None:
     with pytest.raises((mt.IndexOutOfRangeError, mt.DTypeError)):
         mt.zeros(3, 4)[key]

@@ -6,7 +6,7 @@
 
 namespace mainspring::tensor {
 
-enum class ErrorKind { Shape, DType, Index, Value, Autograd };
+enum class ErrorKind { Shape, DType, Index, Value, Autograd, Communication };
 
 class Error : public std::runtime_error {
  public:

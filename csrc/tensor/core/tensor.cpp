@@ -7,11 +7,6 @@ namespace {
 
 std::atomic<int64_t> live{0};
 
-template <class To, class From>
-To convert(From x) {
-  return static_cast<To>(x);
-}
-
 bool is_contiguous(const int64_t* sizes, const int64_t* strides, int ndim) {
   int64_t expected = 1;
   for (int i = ndim - 1; i >= 0; --i) {
@@ -25,19 +20,11 @@ bool is_contiguous(const int64_t* sizes, const int64_t* strides, int ndim) {
 }  // namespace
 
 double read_double(const void* p, DType t) {
-  return with_type(t, [&]<class T>() -> double {
-    const T value = *static_cast<const T*>(p);
-    if constexpr (std::is_same_v<T, BFloat16>) return to_float(value);
-    else return convert<double>(value);
-  });
+  return with_type(t, [&]<class T>() { return static_cast<double>(value_of(*static_cast<const T*>(p))); });
 }
 
 int64_t read_int(const void* p, DType t) {
-  return with_type(t, [&]<class T>() -> int64_t {
-    const T value = *static_cast<const T*>(p);
-    if constexpr (std::is_same_v<T, BFloat16>) return convert<int64_t>(to_float(value));
-    else return convert<int64_t>(value);
-  });
+  return with_type(t, [&]<class T>() { return static_cast<int64_t>(value_of(*static_cast<const T*>(p))); });
 }
 
 void write_double(void* p, DType t, double value) {
@@ -45,11 +32,7 @@ void write_double(void* p, DType t, double value) {
     *static_cast<uint8_t*>(p) = value != 0;
     return;
   }
-  with_type(t, [&]<class T>() {
-    if constexpr (std::is_same_v<T, BFloat16>) *static_cast<T*>(p) = to_bfloat16(static_cast<float>(value));
-    else if constexpr (std::is_floating_point_v<T>) *static_cast<T*>(p) = static_cast<T>(value);
-    else *static_cast<T*>(p) = static_cast<T>(static_cast<int64_t>(value));
-  });
+  with_type(t, [&]<class T>() { *static_cast<T*>(p) = from_value<T>(value); });
 }
 
 void write_int(void* p, DType t, int64_t value) {
@@ -57,10 +40,7 @@ void write_int(void* p, DType t, int64_t value) {
     *static_cast<uint8_t*>(p) = value != 0;
     return;
   }
-  with_type(t, [&]<class T>() {
-    if constexpr (std::is_same_v<T, BFloat16>) *static_cast<T*>(p) = to_bfloat16(static_cast<float>(value));
-    else *static_cast<T*>(p) = static_cast<T>(value);
-  });
+  with_type(t, [&]<class T>() { *static_cast<T*>(p) = from_value<T>(value); });
 }
 
 std::string to_string(const Dims& dims) {

@@ -15,16 +15,22 @@ namespace avx512_bf16 { void fill_kernel_set(tensor::KernelSet&); }
 namespace tensor {
 namespace {
 
-KernelSet choose() {
-  KernelSet set = {};
+void fill(KernelSet& set) {
   const char* isa = ms_isa();
 #ifdef MAINSPRING_X86
-  if (std::strcmp(isa, "avx512_bf16") == 0) return avx512_bf16::fill_kernel_set(set), set;
-  if (std::strcmp(isa, "avx512") == 0) return avx512::fill_kernel_set(set), set;
-  if (std::strcmp(isa, "avx2") == 0) return avx2::fill_kernel_set(set), set;
+  if (std::strcmp(isa, "avx512_bf16") == 0) return avx512_bf16::fill_kernel_set(set);
+  if (std::strcmp(isa, "avx512") == 0) return avx512::fill_kernel_set(set);
+  if (std::strcmp(isa, "avx2") == 0) return avx2::fill_kernel_set(set);
 #endif
   (void)isa;
-  return base::fill_kernel_set(set), set;
+  base::fill_kernel_set(set);
+}
+
+KernelSet choose() {
+  KernelSet set = {};
+  fill(set);
+  fill_half(set);
+  return set;
 }
 
 }  // namespace

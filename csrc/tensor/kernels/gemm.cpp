@@ -180,7 +180,18 @@ bool few_rows(const GemmArgs& g, A* c, int64_t c_row) {
     for (int64_t i = 0; i < g.m; ++i) {
       A* row = c + i * c_row;
       if (g.b_row == 1) {
-        for (int64_t j = begin; j < end; ++j) {
+        int64_t j = begin;
+        for (; j + 4 <= end; j += 4) {  // four streams of memory at a time
+          typename Traits<T>::V acc[4] = {};
+          const T* lines = b + j * g.b_col;
+          for_lanes(g.k, [&](int64_t p, int l) {
+            const auto x = load_lanes(a + i * g.a_row + p, l);
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; ++r) acc[r] = fma(x, load_lanes(lines + r * g.b_col + p, l), acc[r]);
+          });
+          for (int r = 0; r < 4; ++r) row[j + r] = sum_lanes(acc[r]);
+        }
+        for (; j < end; ++j) {
           typename Traits<T>::V acc[2] = {};
           int which = 0;
           for_lanes(g.k, [&](int64_t p, int l) {
@@ -249,7 +260,7 @@ void multiply(const GemmArgs& g, typename G::Acc* c, int64_t c_row) {
             const int64_t i = i0 + t * kTileRows;
             multiply_tile<G>(units, packed_a + t * kTileRows * units, packed_b + p * kCols * units, c + i * c_row + j,
                              c_row, static_cast<int>(min_of(kTileRows, i1 - i)), static_cast<int>(min_of(kCols, n1 - j)),
-                             k0 > 0);
+                             k0 > 0 || g.add);
           }
         }
       };
@@ -270,9 +281,10 @@ void gemm(const GemmArgs& g) {
   A* c = direct ? static_cast<A*>(g.c) : static_cast<A*>(tensor::allocate(bytes));
   const int64_t c_row = direct ? g.c_row : g.n;
   if (g.k == 0) {
+    if (g.add) return;
     for (int64_t i = 0; i < g.m; ++i)
       for (int64_t j = 0; j < g.n; ++j) c[i * c_row + j] = 0;
-  } else if (!few_rows<T, A>(g, c, c_row)) {
+  } else if (g.add || !few_rows<T, A>(g, c, c_row)) {
     multiply<G>(g, c, c_row);
   }
   if (!direct || g.bias != nullptr) {
@@ -290,9 +302,9 @@ void gemm(const GemmArgs& g) {
 }  // namespace
 
 void fill_gemm(tensor::KernelSet& set) {
-  set.gemm[0] = gemm<BFloat16Gemm>;
-  set.gemm[1] = gemm<Plain<float, float>>;
-  set.gemm[2] = gemm<Plain<double, double>>;
+  set.gemm[1] = gemm<BFloat16Gemm>;
+  set.gemm[2] = gemm<Plain<float, float>>;
+  set.gemm[3] = gemm<Plain<double, double>>;
 }
 
 }  // namespace mainspring::MAINSPRING_ISA

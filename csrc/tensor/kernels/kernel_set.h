@@ -1,7 +1,7 @@
 // What one instruction set offers to the tensors: plain loops over raw memory, chosen once at run time.
 //
 // Strides count elements. Outputs are contiguous unless a stride is given. float32 and bfloat16 are computed
-// in float32, float64 in float64.
+// in float32, float64 in float64; float16 by the float32 kernels on widened pieces (half.cpp), in every set.
 #pragma once
 
 #include <cstdint>
@@ -12,11 +12,14 @@ namespace mainspring::tensor {
 
 #define MAINSPRING_BINARY_KERNELS(X) \
   X(Add) X(Sub) X(Mul) X(Div) X(Pow) X(Maximum) X(Minimum) X(And) X(Or) X(Xor) X(Swiglu) \
+  X(FloorDivide) X(Remainder) X(Fmod) X(Atan2) X(Hypot) X(Copysign) X(ShiftLeft) X(ShiftRight) \
   X(TanhGrad) X(SigmoidGrad) X(ReluGrad) X(SiluGrad) X(GeluGrad) X(GeluTanhGrad)
 #define MAINSPRING_COMPARE_KERNELS(X) X(Eq) X(Ne) X(Lt) X(Le)
 #define MAINSPRING_UNARY_KERNELS(X) \
   X(Neg) X(Abs) X(Sign) X(Square) X(Reciprocal) X(Sqrt) X(Rsqrt) X(Exp) X(Expm1) X(Log) X(Log1p) X(Sin) X(Cos) \
-  X(Tanh) X(Erf) X(Floor) X(Ceil) X(Round) X(Sigmoid) X(Relu) X(Silu) X(Gelu) X(GeluTanh)
+  X(Tanh) X(Erf) X(Floor) X(Ceil) X(Round) X(Sigmoid) X(Relu) X(Silu) X(Gelu) X(GeluTanh) \
+  X(Tan) X(Asin) X(Acos) X(Atan) X(Sinh) X(Cosh) X(Asinh) X(Acosh) X(Atanh) X(Exp2) X(Log2) X(Log10) X(Trunc) \
+  X(Erfc) X(Lgamma) X(Digamma) X(Not)
 #define MAINSPRING_REDUCE_KERNELS(X) X(Sum) X(Prod) X(Max) X(Min)
 
 #define MAINSPRING_ENUMERATOR(name) name,
@@ -109,10 +112,11 @@ struct GemmArgs {
   int64_t c_row;
   const void* bias;  // [n], or null
   int64_t m, n, k;
+  bool add = false;  // to C (float32 and float64)
 };
 
-constexpr int kNumFloats = 3;  // bfloat16, float32, float64
-constexpr int float_index(DType t) { return static_cast<int>(t) - static_cast<int>(DType::BFloat16); }
+constexpr int kNumFloats = 4;  // float16, bfloat16, float32, float64
+constexpr int float_index(DType t) { return static_cast<int>(t) - static_cast<int>(DType::Float16); }
 
 struct KernelSet {
   BinaryFn binary[static_cast<int>(BinaryKernel::Count)][kNumDTypes];
@@ -122,6 +126,8 @@ struct KernelSet {
   ColumnReduceFn column_reduce[static_cast<int>(ReduceKernel::Count)][kNumDTypes];
   void (*widen)(int64_t n, const void* bfloat16, void* float32);
   void (*narrow)(int64_t n, const void* float32, void* bfloat16);
+  void (*widen_half)(int64_t n, const void* float16, void* float32);
+  void (*narrow_half)(int64_t n, const void* float32, void* float16);
   void (*softmax[kNumFloats])(RowKernel kind, int64_t rows, int64_t n, const void* x, void* out);
   void (*softmax_grad[kNumFloats])(RowKernel kind, int64_t rows, int64_t n, const void* y, const void* g, void* out);
   void (*norm[kNumFloats])(const NormArgs&);
@@ -133,6 +139,7 @@ struct KernelSet {
   void (*gemm[kNumFloats])(const GemmArgs&);
 };
 
+void fill_half(KernelSet& set);  // half.cpp: the float16 entries of a set whose float32 entries are there
 
 const KernelSet& kernels();  // of this processor, as csrc/kernels chose it (MAINSPRING_CPU_ISA lowers it)
 

@@ -60,12 +60,12 @@ void sgd(const tensor::SgdArgs& a) {
 }  // namespace
 
 void fill_optimizer(tensor::KernelSet& set) {
-  set.adam[0] = adam<bf16>;
-  set.adam[1] = adam<float>;
-  set.adam[2] = adam<double>;
-  set.sgd[0] = sgd<bf16>;
-  set.sgd[1] = sgd<float>;
-  set.sgd[2] = sgd<double>;
+  set.adam[1] = adam<bf16>;
+  set.adam[2] = adam<float>;
+  set.adam[3] = adam<double>;
+  set.sgd[1] = sgd<bf16>;
+  set.sgd[2] = sgd<float>;
+  set.sgd[3] = sgd<double>;
 }
 
 }  // namespace mainspring::MAINSPRING_ISA

@@ -254,7 +254,7 @@ void cross_entropy_grad(const tensor::CrossEntropyGradArgs& a) {
 }  // namespace
 
 void fill_rows(tensor::KernelSet& set) {
-#define EACH(table, fn) set.table[0] = fn<bf16>; set.table[1] = fn<float>; set.table[2] = fn<double>;
+#define EACH(table, fn) set.table[1] = fn<bf16>; set.table[2] = fn<float>; set.table[3] = fn<double>;
   EACH(softmax, softmax)
   EACH(softmax_grad, softmax_grad)
   EACH(norm, norm)

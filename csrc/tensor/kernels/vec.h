@@ -58,6 +58,15 @@ MS_INLINE V lane_map(V v, F f) {
   return load(lanes);
 }
 
+template <class V, class F>
+MS_INLINE V lane_map2(V a, V b, F f) {
+  Lane<V> x[kLanes], y[kLanes];
+  store(x, a);
+  store(y, b);
+  for (int i = 0; i < kLanes; ++i) x[i] = f(x[i], y[i]);
+  return load(x);
+}
+
 // These are calls already: inlining them everywhere would only cost compile time.
 [[maybe_unused]] __attribute__((noinline)) static vd exp(vd v) { return lane_map(v, [](double x) { return ::exp(x); }); }
 [[maybe_unused]] __attribute__((noinline)) static vd tanh(vd v) { return lane_map(v, [](double x) { return ::tanh(x); }); }

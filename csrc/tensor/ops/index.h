@@ -7,8 +7,8 @@ namespace mainspring::tensor::ops {
 
 // The index as contiguous int64 with every value wrapped into [0, size).
 inline Tensor checked_index(const char* op, const Tensor& index, int64_t size) {
-  if (index.dtype() != DType::Int64 && index.dtype() != DType::Int32)
-    fail(ErrorKind::DType, op, ": the index must be int64 or int32, not ", index);
+  if (is_float(index.dtype()) || index.dtype() == DType::Bool)
+    fail(ErrorKind::DType, op, ": the index must be of integers, not ", index);
   const Tensor out = index.dtype() == DType::Int64 ? contiguous(index) : cast(index, DType::Int64);
   const int64_t* at = out.data<int64_t>();
   bool negative = false;
@@ -38,7 +38,7 @@ struct IndexAdd {
   struct Saved { SavedTensor index; int dim; };
   static Tensor forward(const Tensor& x, const Dims& shape, int dim, const Tensor& index) {
     const Tensor from = contiguous(x);
-    const DType acc = x.dtype() == DType::BFloat16 ? DType::Float32 : x.dtype();
+    const DType acc = is_half(x.dtype()) ? DType::Float32 : x.dtype();
     const Tensor sum = zeros(shape, acc);
     const Blocks blocks(sum, dim);
     const int64_t count = index.numel(), size = shape[dim], inner = blocks.inner;
@@ -59,7 +59,7 @@ struct IndexSelect {
   static constexpr auto name = "index_select";
   struct Saved { SavedTensor index; Dims shape; int dim; };
   static Tensor forward(const Tensor& x, int64_t dim, const Tensor& index) {
-    if (x.ndim() == 0) fail(ErrorKind::Shape, "index_select: ", x, " has no dimensions");
+    if (x.ndim() == 0) return reshape(forward(reshape(x, {1}), dim, reshape(index, {index.numel()})), {});
     if (index.ndim() != 1) fail(ErrorKind::Shape, "index_select: the index must have one dimension, not ", index);
     const int d = wrap_dim(name, dim, x.ndim());
     const Tensor at = checked_index(name, index, x.size(d)), from = contiguous(x);
@@ -111,7 +111,7 @@ struct ScatterAdd {
   struct Saved { SavedTensor index; int dim; };
   static Tensor forward(const Tensor& x, const Dims& shape, int dim, const Tensor& index) {
     const Tensor from = contiguous(x);
-    const DType acc = x.dtype() == DType::BFloat16 ? DType::Float32 : x.dtype();
+    const DType acc = is_half(x.dtype()) ? DType::Float32 : x.dtype();
     const Tensor sum = zeros(shape, acc);
     for_gathered(index, sum, dim, index.data<int64_t>(), [&](int64_t i, int64_t at) {
       char* to = sum.data<char>() + at * itemsize(acc);

@@ -69,15 +69,9 @@ void copy_row(int64_t n, const void* from_, int64_t sf, void* to_, int64_t st) {
   const From* from = static_cast<const From*>(from_);
   To* to = static_cast<To*>(to_);
   for (int64_t i = 0; i < n; ++i) {
-    auto value = [&] {
-      if constexpr (std::is_same_v<From, BFloat16>) return to_float(from[i * sf]);
-      else return from[i * sf];
-    }();
+    const auto value = value_of(from[i * sf]);
     if constexpr (to_bool) to[i * st] = value != 0;
-    else if constexpr (std::is_same_v<To, BFloat16>) to[i * st] = to_bfloat16(static_cast<float>(value));
-    else if constexpr (std::is_integral_v<To> && std::is_floating_point_v<decltype(value)>)
-      to[i * st] = static_cast<To>(static_cast<int64_t>(value));
-    else to[i * st] = static_cast<To>(value);
+    else to[i * st] = from_value<To>(value);
   }
 }
 
@@ -92,13 +86,17 @@ void move_row(int64_t n, const void* from_, int64_t sf, void* to_, int64_t st) {
   for (int64_t i = 0; i < n; ++i) to[i * st] = from[i * sf];
 }
 
+template <class Half>
 void widen_row(int64_t n, const void* from, int64_t sf, void* to, int64_t st) {
-  if (sf == 1 && st == 1) return kernels().widen(n, from, to);
-  copy_row<BFloat16, float, false>(n, from, sf, to, st);
+  constexpr auto kernel = std::is_same_v<Half, Float16> ? &KernelSet::widen_half : &KernelSet::widen;
+  if (sf == 1 && st == 1) return (kernels().*kernel)(n, from, to);
+  copy_row<Half, float, false>(n, from, sf, to, st);
 }
+template <class Half>
 void narrow_row(int64_t n, const void* from, int64_t sf, void* to, int64_t st) {
-  if (sf == 1 && st == 1) return kernels().narrow(n, from, to);
-  copy_row<float, BFloat16, false>(n, from, sf, to, st);
+  constexpr auto kernel = std::is_same_v<Half, Float16> ? &KernelSet::narrow_half : &KernelSet::narrow;
+  if (sf == 1 && st == 1) return (kernels().*kernel)(n, from, to);
+  copy_row<float, Half, false>(n, from, sf, to, st);
 }
 
 CopyFn copy_fn(DType from, DType to) {
@@ -110,8 +108,10 @@ CopyFn copy_fn(DType from, DType to) {
       default: return move_row<uint64_t>;
     }
   }
-  if (from == DType::BFloat16 && to == DType::Float32) return widen_row;
-  if (from == DType::Float32 && to == DType::BFloat16) return narrow_row;
+  if (to == DType::Float32 && from == DType::BFloat16) return widen_row<BFloat16>;
+  if (to == DType::Float32 && from == DType::Float16) return widen_row<Float16>;
+  if (from == DType::Float32 && to == DType::BFloat16) return narrow_row<BFloat16>;
+  if (from == DType::Float32 && to == DType::Float16) return narrow_row<Float16>;
   return with_type(from, [&]<class From>() -> CopyFn {
     if (to == DType::Bool) return copy_row<From, uint8_t, true>;
     return with_type(to, [&]<class To>() -> CopyFn { return copy_row<From, To, false>; });
@@ -390,16 +390,12 @@ Tensor arg_reduce_loop(bool max, const Tensor& t, int dim) {
   if (out.numel() == 0) return out;
   BlockingRegion region(t.numel());
   with_type(t.dtype(), [&]<class T>() {
-    auto value = [](T x) {
-      if constexpr (std::is_same_v<T, BFloat16>) return to_float(x);
-      else return x;
-    };
     walk.for_rows(0, walk.rows(), [&](int64_t, const int64_t* at) {
       const T* x = t.data<T>() + at[1];
       int64_t best = 0;
-      auto most = value(x[0]);
+      auto most = value_of(x[0]);
       for (int64_t i = 1; i < n && most == most; ++i) {
-        const auto v = value(x[i * stride]);
+        const auto v = value_of(x[i * stride]);
         if (v != v || (max ? v > most : v < most)) most = v, best = i;
       }
       out.data<int64_t>()[at[0]] = best;

@@ -72,6 +72,7 @@ struct Matmul {
   static Tensor forward(const Tensor& a, const Tensor& b) {
     if (a.ndim() == 0 || b.ndim() == 0)
       fail(ErrorKind::Shape, "matmul: ", a, " and ", b, ": both need at least one dimension");
+    if (!is_float(a.dtype()) && !is_float(b.dtype()) && a.ndim() > 1 && b.ndim() > 1) return of_integers(a, b);
     if (b.ndim() == 1) {
       const Tensor out = forward(a.ndim() == 1 ? reshape(a, {1, a.size(0)}) : a, reshape(b, {b.size(0), 1}));
       return reshape(out, Dims(out->sizes, a.ndim() == 1 ? 0 : out.ndim() - 1));
@@ -89,6 +90,21 @@ struct Matmul {
       return reshape(out, shape);
     }
     return BatchedMatmul::forward(a, b);
+  }
+
+ private:
+  // Exact, and rare enough for plain products and sums.
+  static Tensor of_integers(const Tensor& a, const Tensor& b) {
+    const DType t = result_type(a, b);
+    if (t == DType::Bool) fail(ErrorKind::DType, "matmul: not defined for bool");
+    if (a.size(a.ndim() - 1) != b.size(b.ndim() - 2))
+      fail(ErrorKind::Shape, "matmul: ", a, " and ", b, " cannot be multiplied: ", a.size(a.ndim() - 1), " columns, ",
+           b.size(b.ndim() - 2), " rows");
+    Dims left = a.shape(), right = b.shape();
+    left.push_back(1);
+    right.insert(b.ndim() - 2, 1);
+    const Tensor products = mul(reshape(a, left), reshape(b, right));
+    return cast(sum(products, {-2}, false), t);
   }
 };
 

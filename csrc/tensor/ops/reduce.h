@@ -1,6 +1,8 @@
 // Reductions. An empty list of dimensions stands for all of them.
 #pragma once
 
+#include <algorithm>
+
 #include "ops/elementwise.h"
 
 namespace mainspring::tensor::ops {
@@ -71,7 +73,7 @@ struct Mean {
     if (!is_float(x.dtype())) fail(ErrorKind::DType, "mean: needs a floating-point tensor, not ", x, "; convert it first");
     const Dims dims = wrap_dims(name, dim, x.ndim());
     const double scale = 1.0 / static_cast<double>(count_of(x, dims));
-    const Tensor total = reduce(ReduceKernel::Sum, x.dtype() == DType::BFloat16 ? cast(x, DType::Float32) : x, dims,
+    const Tensor total = reduce(ReduceKernel::Sum, is_half(x.dtype()) ? cast(x, DType::Float32) : x, dims,
                                 keepdim, true);
     Tensor out = cast(binary_loop(BinaryKernel::Mul, name, total, number(scale)), x.dtype());
     if (recording(x)) record<Mean>(out, {x.shape(), dims, keepdim, scale}, x);
@@ -165,7 +167,7 @@ struct Var {
   static Tensor forward(const Tensor& x, const Dims& dim, bool keepdim, double correction) {
     const Dims dims = wrap_dims(name, dim, x.ndim());
     const Tensor total = sum(square(sub(x, mean(x, dims, true))), dims, keepdim);
-    return div(total, number(static_cast<double>(count_of(x, dims)) - correction));
+    return div(total, number(std::max(0.0, static_cast<double>(count_of(x, dims)) - correction)));
   }
 };
 

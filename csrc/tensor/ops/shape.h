@@ -1,6 +1,8 @@
 // Ops that move, view or join elements without computing with them.
 #pragma once
 
+#include <algorithm>
+
 #include "ops/reduce.h"
 
 namespace mainspring::tensor::ops {
@@ -156,7 +158,7 @@ struct Flatten {
   }
 };
 
-// Of every dimension: `sizes` elements from `starts`, `steps` apart (steps > 0).
+// Of every dimension: `sizes` elements from `starts`, `steps` apart (a negative step walks backwards).
 struct Strided {
   static constexpr auto name = "slice";
   struct Saved { Dims shape, starts, steps; };
@@ -193,6 +195,50 @@ struct StridedScatter {
 };
 inline void Strided::backward(const Saved& s, const Tensor& g, Grads& grads) {
   grads[0] = StridedScatter::forward(g, s.shape, s.starts, s.steps);
+}
+
+// The diagonal of two dimensions, as a last one.
+struct Diagonal {
+  static constexpr auto name = "diagonal";
+  struct Saved { Dims shape; int64_t offset; int dim1, dim2; };
+  static Tensor view(const Tensor& x, int64_t offset, int a, int b) {
+    const int64_t row = offset < 0 ? -offset : 0, col = offset > 0 ? offset : 0;
+    const int64_t n = std::max<int64_t>(0, std::min(x.size(a) - row, x.size(b) - col));
+    Dims shape, strides;
+    for (int d = 0; d < x.ndim(); ++d)
+      if (d != a && d != b) {
+        shape.push_back(x.size(d));
+        strides.push_back(x.stride(d));
+      }
+    shape.push_back(n);
+    strides.push_back(x.stride(a) + x.stride(b));
+    return make_view(x, shape, strides, n == 0 ? 0 : row * x.stride(a) + col * x.stride(b));
+  }
+  static Tensor forward(const Tensor& x, int64_t offset, int64_t dim1, int64_t dim2) {
+    const int a = wrap_dim(name, dim1, x.ndim()), b = wrap_dim(name, dim2, x.ndim());
+    if (a == b || x.ndim() < 2) fail(ErrorKind::Index, "diagonal: needs two different dimensions of ", x);
+    Tensor out = view(x, offset, a, b);
+    if (recording(x)) record<Diagonal>(out, {x.shape(), offset, a, b}, x);
+    return out;
+  }
+  static void backward(const Saved& s, const Tensor& g, Grads& grads);
+};
+// The gradient of Diagonal: g on the diagonal of zeros.
+struct DiagonalScatter {
+  static constexpr auto name = "diagonal_scatter";
+  struct Saved { int64_t offset; int dim1, dim2; };
+  static Tensor forward(const Tensor& g, const Dims& shape, int64_t offset, int dim1, int dim2) {
+    Tensor out = zeros(shape, g.dtype());
+    copy_into(Diagonal::view(out, offset, dim1, dim2), g);
+    if (recording(g)) record<DiagonalScatter>(out, {offset, dim1, dim2}, g);
+    return out;
+  }
+  static void backward(const Saved& s, const Tensor& g, Grads& grads) {
+    grads[0] = Diagonal::forward(g, s.offset, s.dim1, s.dim2);
+  }
+};
+inline void Diagonal::backward(const Saved& s, const Tensor& g, Grads& grads) {
+  grads[0] = DiagonalScatter::forward(g, s.shape, s.offset, s.dim1, s.dim2);
 }
 
 struct Narrow {

@@ -13,6 +13,7 @@ import mainspring
 from mainspring.cli.doctor import doctor
 from mainspring.cli.generate import generate
 from mainspring.cli.serve import serve
+from mainspring.cli.tensor import tensor
 from mainspring.cli.train import train
 from mainspring.errors import MainspringError
 
@@ -30,6 +31,7 @@ app.command()(serve)
 app.command()(generate)
 app.command()(train)
 app.command()(doctor)
+app.add_typer(tensor)
 
 
 def _print_version(wanted: bool) -> None:

@@ -14,8 +14,10 @@ import mainspring.tensor._extension  # noqa: F401
 # isort: split
 from mainspring.tensor import nn as nn
 from mainspring.tensor import optim as optim
+from mainspring.tensor import schedule as schedule
 from mainspring.tensor._tensor import *  # noqa: F403
 from mainspring.tensor._tensor import default_generator
+from mainspring.tensor.checkpointing import checkpoint as checkpoint
 from mainspring.tensor.grad_mode import enable_grad as enable_grad
 from mainspring.tensor.grad_mode import no_grad as no_grad
 from mainspring.tensor.grad_mode import set_grad_enabled as set_grad_enabled
@@ -24,3 +26,12 @@ from mainspring.tensor.grad_mode import set_grad_enabled as set_grad_enabled
 def manual_seed(seed: int) -> None:
     """Starts the default stream of random numbers anew."""
     default_generator.manual_seed(seed)
+
+
+def __getattr__(name: str) -> object:
+    # Files need NumPy and the readers of formats; a program without them should not pay for the import.
+    if name in ("load_file", "save_file"):
+        from mainspring.tensor import checkpoint_file
+
+        return getattr(checkpoint_file, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mainspring.tensor import _tensor
 from mainspring.tensor._tensor import Tensor, ValueOutOfRangeError
+from mainspring.tensor.grad_mode import no_grad
 
 
 def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> float:
@@ -147,3 +149,54 @@ class AdamW(Adam):
         weight_decay: float = 0.01,
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay)
+
+
+class Muon(Optimizer):
+    """Momentum, made orthogonal: Jordan et al., "Muon: an optimizer for hidden layers", 2024.
+
+    For the matrices of hidden layers; embeddings, norms and biases belong to AdamW. The update is scaled by
+    0.2 sqrt(max(rows, columns)), so that its size is AdamW's (Liu et al., "Muon is scalable", 2025, eq. 4).
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        weight_decay: float = 0.1,
+        nesterov: bool = True,
+        steps: int = 5,
+    ) -> None:
+        super().__init__(params, lr)
+        for p in self.params:
+            if p.ndim != 2:
+                raise ValueOutOfRangeError(
+                    f"Muon takes matrices, not a parameter of shape {p.shape}; give it to AdamW"
+                )
+        if not 0 <= momentum < 1:
+            raise ValueOutOfRangeError(f"the momentum is {momentum}; it must lie in [0, 1)")
+        self.momentum, self.weight_decay, self.nesterov, self.steps = momentum, weight_decay, nesterov, steps
+        self._state["momentum"] = [_tensor._moment_like(p) for p in self.params]
+
+    def step(self) -> None:
+        self.num_steps += 1
+        with no_grad():
+            for p, buffer in zip(self.params, self._state["momentum"], strict=True):
+                if p.grad is None:
+                    continue
+                grad = p.grad.detach().to(buffer.dtype)
+                buffer.mul_(self.momentum).add_(grad)
+                update = orthogonalise(grad + buffer * self.momentum if self.nesterov else buffer, self.steps)
+                p.mul_(1 - self.lr * self.weight_decay)
+                p.sub_(update.to(p.dtype) * (self.lr * 0.2 * math.sqrt(max(p.shape))))
+
+
+def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
+    """The matrix with g's singular vectors and singular values near 1: a quintic Newton-Schulz iteration [m, n]."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = g.shape[0] > g.shape[1]
+    x = (g.T if tall else g) / (_tensor.vector_norm(g) + 1e-7)
+    for _ in range(steps):
+        square = x @ x.T
+        x = x * a + (square * b + (square @ square) * c) @ x
+    return x.T if tall else x

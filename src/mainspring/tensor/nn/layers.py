@@ -9,12 +9,19 @@ from mainspring.tensor._tensor import Generator, Parameter, Tensor, dtype
 from mainspring.tensor.nn.module import Module
 
 
-def _uniform(shape: tuple[int, ...], bound: float, kind: dtype, generator: Generator | None) -> Parameter:
+def _uniform(
+    shape: tuple[int, ...], bound: float, kind: dtype, generator: Generator | None, initialise: bool = True
+) -> Parameter:
+    if not initialise:  # about to be loaded
+        return Parameter(mt.empty(shape, dtype=kind))
     return Parameter(((mt.rand(shape, generator=generator) * 2.0 - 1.0) * bound).to(kind))
 
 
 class Linear(Module):
-    """x [..., in_features] to x weightᵀ + bias [..., out_features]; weight: [out_features, in_features]."""
+    """x [..., in_features] to x weightᵀ + bias [..., out_features]; weight: [out_features, in_features].
+
+    Here and elsewhere `initialise=False` leaves the weights undefined, to be loaded.
+    """
 
     def __init__(
         self,
@@ -24,12 +31,13 @@ class Linear(Module):
         *,
         dtype: dtype = mt.float32,
         generator: Generator | None = None,
+        initialise: bool = True,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         bound = 1 / math.sqrt(in_features) if in_features else 0.0
-        self.weight = _uniform((out_features, in_features), bound, dtype, generator)
-        self.bias = _uniform((out_features,), bound, dtype, generator) if bias else None
+        self.weight = _uniform((out_features, in_features), bound, dtype, generator, initialise)
+        self.bias = _uniform((out_features,), bound, dtype, generator, initialise) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return mt.linear(x, self.weight, self.bias)
@@ -48,9 +56,14 @@ class Embedding(Module):
         *,
         dtype: dtype = mt.float32,
         generator: Generator | None = None,
+        initialise: bool = True,
     ) -> None:
         super().__init__()
-        self.weight = Parameter(mt.randn(num_embeddings, embedding_dim, generator=generator).to(dtype))
+        shape = (num_embeddings, embedding_dim)
+        normal = (
+            mt.randn(shape, generator=generator).to(dtype) if initialise else mt.empty(shape, dtype=dtype)
+        )
+        self.weight = Parameter(normal)
 
     def forward(self, index: Tensor) -> Tensor:
         return mt.embedding(index, self.weight)
@@ -110,12 +123,23 @@ class SwiGLU(Module):
     """silu(gate(x)) * up(x), then down: [..., hidden] to [..., hidden], with `intermediate` in between."""
 
     def __init__(
-        self, hidden: int, intermediate: int, *, dtype: dtype = mt.float32, generator: Generator | None = None
+        self,
+        hidden: int,
+        intermediate: int,
+        *,
+        dtype: dtype = mt.float32,
+        generator: Generator | None = None,
+        initialise: bool = True,
     ) -> None:
         super().__init__()
-        self.gate = Linear(hidden, intermediate, bias=False, dtype=dtype, generator=generator)
-        self.up = Linear(hidden, intermediate, bias=False, dtype=dtype, generator=generator)
-        self.down = Linear(intermediate, hidden, bias=False, dtype=dtype, generator=generator)
+
+        def linear(inputs: int, outputs: int) -> Linear:
+            return Linear(
+                inputs, outputs, bias=False, dtype=dtype, generator=generator, initialise=initialise
+            )
+
+        self.gate, self.up = linear(hidden, intermediate), linear(hidden, intermediate)
+        self.down = linear(intermediate, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         return mt.linear(mt.swiglu(self.gate(x), self.up(x)), self.down.weight)
