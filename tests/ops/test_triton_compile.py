@@ -78,7 +78,8 @@ def test_attention(d: int, split: bool, tmp_path: Path) -> None:
     tile = tile_of(d, torch.bfloat16)
     keys = "*bf16" if split else f"tensordesc<bf16[{tile.keys},{d}]>"
     integers = (
-        "window", "num_seqs", "tokens", "q_stride", "k_stride", "v_stride", "table_stride", "q_heads", "group",
+        "window", "num_seqs", "longer_than", "tokens", "q_stride", "k_stride", "v_stride", "table_stride", "q_heads",
+        "group",
     )  # fmt: skip
     types = {
         "q": "*bf16", "k": keys, "v": keys, "out": "*bf16", "part_out": "*fp32", "part_state": "*fp32",
@@ -89,7 +90,7 @@ def test_attention(d: int, split: bool, tmp_path: Path) -> None:
     constants = {
         "HEAD_DIM": d, "DIM": d, "ROWS": tile.rows, "KEYS": tile.keys, "CHUNK": KEY_CHUNK, "PAGED": split,
         "BLOCK_SIZE": 16, "WINDOWED": False, "CAPPED": False, "TMA": not split, "SPLIT": split, "LSE": not split,
-        "PRECISION": "tf32",
+        "FP8": False, "k_scale": None, "v_scale": None, "PRECISION": "tf32",
         **({} if split else {"block_tables": None}),
     }  # fmt: skip
     binary = compiled(attention_kernel, types, constants, tile.warps, tile.stages)
@@ -109,7 +110,9 @@ def test_norms(tmp_path: Path) -> None:
     assert stack_bytes(compiled(rms_norm_kernel, types, constants, warps, 3), tmp_path) == 0
     tensors = ("x", "weight", "grad", "grad_total", "grad_x")
     types = {**dict.fromkeys(tensors, "*bf16"), "grad_weight": "*fp32", "rows": "i32", "eps": "fp32"}
-    assert stack_bytes(compiled(rms_norm_backward_kernel, types, constants, warps, 3), tmp_path) == 0
+    binary = compiled(rms_norm_backward_kernel, types, {**constants, "STAGES": 4}, warps, 3)
+    assert stack_bytes(binary, tmp_path) == 0
+    assert "cp.async" in binary.asm["ptx"]  # the rows to come are on their way during the sums
 
 
 @pytest.mark.parametrize("narrow", [False, True], ids=["fp32", "masters"])

@@ -13,7 +13,7 @@ from support.triton_kernels import AVAILABLE, INTERPRETED
 
 FILES = [
     f"test_triton_{name}.py"
-    for name in ("adamw", "attention", "grouped_linear", "linear", "losses", "rope", "routing", "rowwise")
+    for name in ("adamw", "attention", "grouped_linear", "linear", "muon", "losses", "rope", "routing", "rowwise")
 ]
 
 

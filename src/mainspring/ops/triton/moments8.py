@@ -40,7 +40,7 @@ def store_mean(value, codes, scales, inside, has_block):
     """value: [blocks, 256] fp32, 0 outside."""
     magnitude = tl.abs(value)
     scale = tl.max(magnitude, 1)
-    share = magnitude / tl.where(scale > 0.0, scale, 1.0)[:, None]
+    share = magnitude * (1.0 / tl.maximum(scale, 1e-37))[:, None]
     code = tl.floor(tl.exp2(tl.log2(tl.maximum(share, 1e-30)) * (1.0 / 3.0)) * 127.0 + 0.5)
     code = tl.where(value < 0.0, 127.0 - code, 127.0 + code)
     tl.store(codes, code.to(tl.uint8), inside)
@@ -51,7 +51,7 @@ def store_mean(value, codes, scales, inside, has_block):
 def store_square(value, codes, scales, inside, has_block):
     """value: [blocks, 256] fp32, not negative, 0 outside."""
     scale = tl.max(value, 1)
-    share = value / tl.where(scale > 0.0, scale, 1.0)[:, None]
+    share = value * (1.0 / tl.maximum(scale, 1e-37))[:, None]
     code = tl.floor(tl.sqrt(tl.sqrt(share)) * 255.0 + 0.5)
     code = tl.where(value > 0.0, tl.maximum(code, 1.0), 0.0)
     tl.store(codes, code.to(tl.uint8), inside)

@@ -137,6 +137,11 @@ class FusedMuon:
         for tensors in (self._matrices, self._buffers, () if weights is None else weights):
             for tensor in tensors:
                 self._check(tensor)
+        require(
+            "muon",
+            all(t.dtype is torch.float32 for t in (*self._matrices, *self._buffers)),
+            "matrices and momenta are float32",
+        )
         require("muon", self._weight_dtype in _DTYPES, f"weights of {self._weight_dtype} are not supported")
         require("muon", self._rows * self._columns < 2**31, "a matrix must have fewer than 2^31 elements")
         fit = max(1, limit // workspace_bytes(self._rows, self._columns))

@@ -43,12 +43,12 @@ class Tile:
 
 
 # Each with its relative throughput, measured on an H200.
+_ROLES_TILE = Tile(128, 256, 64, 8, 3)  # that of hopper_product.py too
 _CHOICES = (
-    (Tile(128, 256, 64, 8, 3), 1.0),
+    (_ROLES_TILE, 1.0),
     (Tile(128, 128, 64, 8, 3), 0.85),
     (Tile(64, 64, 64, 4, 4, 2), 0.5),
 )
-GLUON = False
 _PLAIN_TILE = Tile(32, 32, 32, 4, 2)
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -284,6 +284,13 @@ def _gram_steps(
     _product(left, right, out, right_across=not tall, scales=scales, power=1)
 
 
+@lru_cache(maxsize=64)
+def _has_roles(device: torch.device) -> bool:
+    """Whether hopper_product.py serves: its instructions are Hopper's alone, its language began with Triton 3.6."""
+    version = tuple(int(n) for n in triton.__version__.split(".")[:2])
+    return version >= (3, 6) and torch.cuda.get_device_capability(device)[0] == 9
+
+
 @lru_cache(maxsize=1024)
 def choose_tile(batch: int, rows: int, columns: int, processors: int) -> Tile:
     """The tile with the least time by a simple model: waves of blocks times the area of a tile."""
@@ -312,15 +319,17 @@ def _product(
     scales: Tensor | None = None,
     power: int = 0,
     tile: Tile | None = None,
+    roles: bool | None = None,
 ) -> None:
-    """See product_kernel."""
+    """See product_kernel. tile, roles: another tile or kernel than the chosen one, for tests and benchmarks."""
     batch, rows, columns = out.shape
     depth = left.shape[1] if left_across else left.shape[2]
     tma = has_tma(out.device) and out.dtype != torch.float32
     processors = multiprocessors(out.device)
-    roles = tile is None and GLUON and tma
     if roles:
-        tile = Tile(128, 256, 64, 8, 3)
+        tile = _ROLES_TILE
+    elif roles is None:
+        roles = tile is None and tma and _has_roles(out.device)
     tile = tile or (choose_tile(batch, rows, columns, processors) if tma else _PLAIN_TILE)
     if symmetric:
         squares = triton.cdiv(rows, tile.columns)
@@ -332,7 +341,7 @@ def _product(
         return TensorDescriptor.from_tensor(tensor, [1, height, width]) if tma else tensor
 
     half = tile.columns // 2
-    if roles:
+    if roles and tile == _ROLES_TILE:
         from mainspring.ops.triton.hopper_product import product
 
         with on_device(out):

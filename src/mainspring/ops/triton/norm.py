@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -10,6 +12,7 @@ from torch import Tensor
 from mainspring.ops.triton.support import (
     canonical_rows,
     check_dtype,
+    has_tma,
     multiprocessors,
     on_device,
     reject,
@@ -18,6 +21,8 @@ from mainspring.ops.triton.support import (
 
 MAX_WIDTH = 32768
 _BLOCK_ELEMENTS = 2048  # short rows share a program
+_SUM_COLUMNS = 32
+_MAX_STAGES = 4
 
 
 @triton.jit(do_not_specialize=["rows", "inner"])
@@ -43,31 +48,54 @@ def rms_norm_kernel(
     tl.store(out + index, (normed * factor[None, :]).to(out.dtype.element_ty), inside)
 
 
+@triton.jit
+def _add_pairs(a0, b0, a1, b1):
+    return a0 + a1, b0 + b1
+
+
 @triton.jit(do_not_specialize=["rows"])
 def rms_norm_backward_kernel(
     x, weight, grad, grad_total, grad_x, grad_weight, rows, eps,
-    H: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
+    H: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """grad_weight: [programs, H] fp32, a partial sum each; everything is contiguous [rows, H]."""
+    """grad_weight: [programs, H] fp32, a partial sum each; everything is contiguous [rows, H].
+
+    Rows wait for two sums over them; STAGES - 1 further rows are on their way meanwhile. Both sums are taken at once:
+    that of the gradient with the normed row is that with the row itself, scaled.
+    """
     columns = tl.arange(0, BLOCK)
     factor = tl.load(weight + columns, columns < H, 0.0).to(tl.float32)[None, :]
     grad_factor = tl.zeros((ROWS, BLOCK), tl.float32)
-    for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+    for first in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)
         inside = (row < rows)[:, None] & (columns < H)[None, :]
         index = row.to(tl.int64)[:, None] * H + columns[None, :]
         value = tl.load(x + index, inside, 0.0).to(tl.float32)
         g = tl.load(grad + index, inside, 0.0).to(tl.float32)
-        scale = tl.rsqrt(tl.sum(value * value, 1) / H + eps)[:, None]
-        normed = value * scale
+        weighted = g * factor
+        square, overlap = tl.reduce((value * value, weighted * value), 1, _add_pairs)
+        scale = tl.rsqrt(square / H + eps)
+        share = (overlap * scale / H)[:, None]
+        normed = value * scale[:, None]
         grad_factor += g * normed
-        g *= factor
-        result = (g - normed * (tl.sum(g * normed, 1) / H)[:, None]) * scale
+        result = (weighted - normed * share) * scale[:, None]
         if ADD:
             result += tl.load(grad_total + index, inside, 0.0).to(tl.float32)
         tl.store(grad_x + index, result.to(grad_x.dtype.element_ty), inside)
     target = grad_weight + tl.program_id(0).to(tl.int64) * H + columns
     tl.store(target, tl.sum(grad_factor, 0), columns < H)
+
+
+@triton.jit(do_not_specialize=["count"])
+def column_sum_kernel(partial, out, count, H: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """out[j] = the sum of partial[:, j] in a fixed order. partial: [count, H] fp32."""
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.arange(0, ROWS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, count, ROWS):
+        inside = (first + row < count)[:, None] & (columns < H)[None, :]
+        total += tl.load(partial + (first + row)[:, None] * H + columns[None, :], inside, 0.0)
+    tl.store(out + columns, tl.sum(total, 0).to(out.dtype.element_ty), columns < H)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -141,15 +169,21 @@ def rms_norm_backward(
     grad_x = torch.empty_like(x)
     if rows == 0:
         return grad_x, torch.zeros_like(weight)
-    per_program, block, warps = _shape(h)
-    programs = min(triton.cdiv(rows, per_program), 4 * multiprocessors(x.device))
+    loaded = x.element_size() * (2 if grad_total is None else 3)
+    shape = _backward_shape(h, loaded, x.device)
+    programs = min(triton.cdiv(rows, shape.rows), shape.programs * multiprocessors(x.device))
     partial = torch.empty((programs, h), dtype=torch.float32, device=x.device)
+    grad_weight = torch.empty_like(weight)
     with on_device(x):
         rms_norm_backward_kernel[(programs,)](
             x, weight, grad, grad if grad_total is None else grad_total.contiguous(), grad_x, partial, rows, eps,
-            H=h, BLOCK=block, ROWS=per_program, ADD=grad_total is not None, num_warps=warps,
+            H=h, BLOCK=shape.block, ROWS=shape.rows, ADD=grad_total is not None, STAGES=shape.stages,
+            num_warps=shape.warps,
         )  # fmt: skip
-    return grad_x, partial.sum(0).to(weight.dtype)
+        column_sum_kernel[(triton.cdiv(h, _SUM_COLUMNS),)](
+            partial, grad_weight, programs, H=h, ROWS=_SUM_COLUMNS, COLUMNS=_SUM_COLUMNS, num_warps=4
+        )
+    return grad_x, grad_weight
 
 
 def _check(operation: str, x: Tensor, weight: Tensor) -> None:
@@ -168,6 +202,25 @@ def _shape(h: int) -> tuple[int, int, int]:
     block = triton.next_power_of_2(h)
     warps = 4 if block <= 2048 else 8 if block <= 8192 else 16
     return max(1, _BLOCK_ELEMENTS // block), block, warps
+
+
+@dataclass(frozen=True)
+class _BackwardShape:
+    """rows, block: of a program's step, warps; stages: steps that are loaded at once; programs: a multiprocessor."""
+
+    rows: int
+    block: int
+    warps: int
+    stages: int
+    programs: int
+
+
+def _backward_shape(h: int, loaded: int, device: torch.device) -> _BackwardShape:
+    """What an H200 found fastest; the order of these sums need not follow from H alone. loaded: bytes of an element."""
+    rows, block, warps = _shape(h)
+    budget = 160 << 10 if has_tma(device) else 80 << 10
+    stages = max(1, min(_MAX_STAGES, 1 + budget // (rows * block * loaded)))
+    return _BackwardShape(rows, block, warps, stages, 2 if block <= 1024 else 1)
 
 
 def _forward(
