@@ -148,7 +148,7 @@ class Case:
         assert not got[1][empty.T].any()
 
 
-@settings(max_examples=EXAMPLES if INTERPRETED else 3 * EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(
     seed=st.integers(0, 1 << 20), counts=pairs, sizes=heads, d=head_dims, dtype=st.sampled_from(DTYPES),
     causal=st.booleans(), window=windows, softcap=caps,
@@ -176,9 +176,9 @@ def test_large_values() -> None:
 
 
 def test_same_bits_each_time() -> None:
-    counts = [70, 31] if INTERPRETED else [900, 77, 513]
+    counts = [40, 5] if INTERPRETED else [900, 77, 513]
     case = Case(counts, counts)
-    q, k, v, dout = case.inputs(5, (4, 2), 16 if INTERPRETED else 64, DTYPES[-1])
+    q, k, v, dout = case.inputs(5, (2, 1) if INTERPRETED else (4, 2), 16 if INTERPRETED else 64, DTYPES[-1])
     runs = []
     for _ in range(2 if INTERPRETED else 5):
         out, lse = case.forward(q, k, v)
@@ -211,7 +211,7 @@ def test_the_formula_has_the_right_gradient() -> None:
                 def finite(q: Tensor, k: Tensor, v: Tensor, same: Case = same) -> list[Tensor]:
                     return [x.masked_fill(x == -torch.inf, 0.0) for x in same.formula(q, k, v)]
 
-                assert torch.autograd.gradcheck(finite, inputs)
+                assert torch.autograd.gradcheck(finite, inputs, fast_mode=True)
 
 
 def test_what_does_not_fit_is_refused() -> None:

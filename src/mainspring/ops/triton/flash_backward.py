@@ -307,7 +307,7 @@ def flash_attention_backward(
     strides = (dout.stride(0), q.stride(0), k.stride(0), v.stride(0))
     with on_device(q):
         terms = row_terms(out, dout, lse, cu_q)
-        if not isinstance(tiles, BackwardTiles) and d <= 128 and hopper_serves(q, k, v, dout):
+        if not isinstance(tiles, BackwardTiles) and hopper_serves(q, k, v, dout):
             from mainspring.ops.triton.flash_gluon_backward import launch_backward
 
             launch_backward(

@@ -18,7 +18,7 @@ from torch import Tensor
 from mainspring.ops.triton.support import check_dtype, on_device, require
 
 if TYPE_CHECKING:
-    from mainspring.ops.triton.flash_gluon_forward import HopperTile
+    from mainspring.ops.triton.flash_gluon import HopperTile
 
 MAX_HEAD_DIM = 256
 LOG2_E = 1.4426950408889634
@@ -242,7 +242,7 @@ def hopper_serves(q: Tensor, *others: Tensor) -> bool:
     """Whether the kernels for Hopper take such tensors [T, H, D]. Older Tritons have no Gluon to write them in."""
     if not q.is_cuda or importlib.util.find_spec("triton.experimental.gluon") is None:
         return False
-    from mainspring.ops.triton.flash_gluon_forward import serves
+    from mainspring.ops.triton.flash_gluon import serves
 
     return serves(q, *others)
 
