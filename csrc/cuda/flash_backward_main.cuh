@@ -126,7 +126,9 @@ __device__ __forceinline__ void add_from_registers(float* to, const float (&sums
 // Rows from `valid` on become zeros: what lies there belongs to no one, and 0 times NaN would not be 0.
 __device__ __forceinline__ void clear_rows(unsigned char* tile, int panel_bytes, int valid, int rows, int thread) {
   const int chunks = (rows - valid) * (kRowBytes / 16);
+#pragma unroll 1
   for (int panel = 0; panel < kPanels; ++panel)
+#pragma unroll 1
     for (int i = thread; i < chunks; i += kComputing)
       *reinterpret_cast<uint4*>(tile + panel * panel_bytes + valid * kRowBytes + i * 16) = make_uint4(0, 0, 0, 0);
 }
@@ -173,7 +175,7 @@ struct Compute {
   __device__ __forceinline__ Compute(unsigned char* shared, const Barriers& barriers, const Problem& problem,
                                      const Span& span, int part)
       : shared(shared), barriers(barriers), problem(problem), span(span), part(part) {
-    half = threadIdx.x / 128 - 1;
+    half = __shfl_sync(0xFFFFFFFF, threadIdx.x / 128 - 1, 0);  // the compiler may know that it is one for a warp
     thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
     scale_log2 = problem.scale * 1.4426950408889634f;
 #pragma unroll
@@ -188,13 +190,11 @@ struct Compute {
 
   // Scores of this warpgroup's keys and a step's queries: left rows times right rows, over the head's columns.
   __device__ __forceinline__ void scores(float (&d)[kQueries / 2], uint32_t left, uint32_t right) const {
+    const uint64_t a = matrix_descriptor(left + half * 64 * kRowBytes, 0, 1024), b = matrix_descriptor(right, 0, 1024);
 #pragma unroll
-    for (int s = 0; s < kHeadSize / 16; ++s) {
-      const uint32_t inside = (s % 4) * 32;
-      wgmma_ss<Value, kQueries>(
-          d, matrix_descriptor(left + s / 4 * kKeyPanel + half * 64 * kRowBytes + inside, 0, 1024),
-          matrix_descriptor(right + s / 4 * kQueryPanel + inside, 0, 1024), s > 0);
-    }
+    for (int s = 0; s < kHeadSize / 16; ++s)
+      wgmma_ss<Value, kQueries>(d, a + (s / 4 * kKeyPanel + s % 4 * 32) / 16, b + (s / 4 * kQueryPanel + s % 4 * 32) / 16,
+                                s > 0);
   }
   __device__ __forceinline__ void start_s(float (&d)[kQueries / 2], int stage) const {
     wgmma_fence();
@@ -208,12 +208,12 @@ struct Compute {
   }
   // d[keys, columns] += p[keys, queries] right[queries, columns of this part]
   __device__ __forceinline__ void start_sum(float (&d)[kOut / 2], uint32_t (&p)[kQueries / 4], int right) const {
+    const uint64_t b = matrix_descriptor(at(right) + part * kOutPanels * kQueryPanel, kQueryPanel, 1024);
     wgmma_fence();
 #pragma unroll
     for (int s = 0; s < kQueries / 16; ++s) {
       const uint32_t a[4] = {p[4 * s], p[4 * s + 1], p[4 * s + 2], p[4 * s + 3]};
-      wgmma_rs<Value, kOut, 1>(
-          d, a, matrix_descriptor(at(right) + part * kOutPanels * kQueryPanel + s * 16 * kRowBytes, kQueryPanel, 1024), 1);
+      wgmma_rs<Value, kOut, 1>(d, a, b + s * 16 * kRowBytes / 16, 1);
     }
     wgmma_commit();
   }
@@ -223,12 +223,11 @@ struct Compute {
     const uint32_t left = at(kAtK) + (kOutPanels == 2 ? (part * kOutPanels + half) * kKeyPanel : 0);
     const uint32_t right =
         at(kAtDs) + buffer * kScoreBytes + (kOutPanels == 2 ? 0 : half * kDqQueries * kRowBytes);
+    const uint64_t a = matrix_descriptor(left, kKeyPanel, 1024), b = matrix_descriptor(right, 0, 1024);
     wgmma_fence();
 #pragma unroll
     for (int s = 0; s < kKeys / 16; ++s)
-      wgmma_ss<Value, kDqQueries, 1, 0>(
-          d, matrix_descriptor(left + s * 16 * kRowBytes, kKeyPanel, 1024),
-          matrix_descriptor(right + s / 4 * kQueryPanel + (s % 4) * 32, 0, 1024), s > 0);
+      wgmma_ss<Value, kDqQueries, 1, 0>(d, a + s * 16 * kRowBytes / 16, b + (s / 4 * kQueryPanel + s % 4 * 32) / 16, s > 0);
     wgmma_commit();
   }
 
@@ -277,17 +276,21 @@ struct Compute {
     }
   }
 
-  // dS = P (dP - delta), rounded
-  __device__ __forceinline__ void differentiate(const float (&p)[kQueries / 2], const float (&dp)[kQueries / 2],
-                                                uint32_t (&ds)[kQueries / 4], int stage) const {
+  // dS = P (dP - delta), rounded. `weights`: P, or with a soft-cap P times its derivative; `p`: P, rounded, which serves
+  // where registers are short.
+  __device__ __forceinline__ void differentiate(const float (&weights)[kQueries / 2], const uint32_t (&p)[kQueries / 4],
+                                                const float (&dp)[kQueries / 2], uint32_t (&ds)[kQueries / 4],
+                                                int stage) const {
     const float* delta = reinterpret_cast<const float*>(shared + kAtDelta) + stage * kQueries + 2 * (lane % 4);
 #pragma unroll
     for (int i = 0; i < kQueries / 8; ++i) {
       const float2 row = *reinterpret_cast<const float2*>(delta + 8 * i);
 #pragma unroll
-      for (int j = 0; j < 2; ++j)
-        ds[2 * i + j] = pack(p[4 * i + 2 * j] * (dp[4 * i + 2 * j] - row.x),
-                             p[4 * i + 2 * j + 1] * (dp[4 * i + 2 * j + 1] - row.y), Value());
+      for (int j = 0; j < 2; ++j) {
+        const float2 weight = kFromRounded ? unpack(p[2 * i + j], Value())
+                                           : make_float2(weights[4 * i + 2 * j], weights[4 * i + 2 * j + 1]);
+        ds[2 * i + j] = pack(weight.x * (dp[4 * i + 2 * j] - row.x), weight.y * (dp[4 * i + 2 * j + 1] - row.y), Value());
+      }
     }
   }
 
@@ -364,7 +367,7 @@ __device__ __forceinline__ void compute(const Compute& c, int key_head, int sequ
   const Barriers& b = c.barriers;
   const int group = c.problem.query_heads / c.problem.key_heads;
   const int total = (c.span.end - c.span.begin) * group;
-  const int tile0 = first_tile(c.span.q_begin, c.span.begin * 0 + sequence);
+  const int tile0 = first_tile(c.span.q_begin, sequence);
   const auto sum_of = [&](const Walk& walk) {
     return c.problem.dq_sum +
            ((static_cast<int64_t>(walk.head) * c.problem.tiles + tile0 + walk.step) * kParts + c.part) * kSumTile;
@@ -387,7 +390,7 @@ __device__ __forceinline__ void compute(const Compute& c, int key_head, int sequ
       c.softmax(s, p, stage.index, walk.step);
       wgmma_wait<0>();
       wgmma_touch(dp);
-      c.differentiate(s, dp, ds, stage.index);
+      c.differentiate(s, p, dp, ds, stage.index);
       c.start_sum(dv, p, kAtDo + stage.index * kQueryBytes);
       const int buffer = kScoreBuffers == 2 ? walk.count & 1 : 0;
       if (kScoreBuffers == 1) named_sync(2, kComputing);  // both have read the last one
@@ -407,57 +410,78 @@ __device__ __forceinline__ void compute(const Compute& c, int key_head, int sequ
       c.release(b.q_empty + stage.index);
     }
   }
-  if constexpr (kOrder == 1 || kOrder == 2) {  // the next step's S runs beside this step's dK (2: its dP beside dQ too)
+  if constexpr (kOrder == 1) {  // dK needs no shared dS: it runs while dS is shared; the next S while dQ is handed over
     c.await_tile(b.q_full, kAtQ, stage, walk.step);
     c.start_s(s, 0);
     c.await_keys(b.v_full, kAtV);
-    if (kOrder == 2) {
-      c.await_tile(b.do_full, kAtDo, stage, walk.step);
-      c.start_dp(dp, 0);
-    }
     while (walk.count < total) {
-      if (kOrder == 1) {
-        c.await_tile(b.do_full, kAtDo, stage, walk.step);
-        c.start_dp(dp, stage.index);
-      }
+      c.await_tile(b.do_full, kAtDo, stage, walk.step);
+      c.start_dp(dp, stage.index);
       wgmma_wait<1>();
       wgmma_touch(s);
       c.softmax(s, p, stage.index, walk.step);
       c.start_sum(dv, p, kAtDo + stage.index * kQueryBytes);
       wgmma_wait<1>();
       wgmma_touch(dp);
-      c.differentiate(s, dp, ds, stage.index);
-      const Walk now = walk;
-      const Stage here = stage;
-      walk.advance(c.span), stage.advance();
-      const bool more = walk.count < total;
-      const int buffer = now.count & 1;
-      if (more) c.await_tile(b.q_full, kAtQ, stage, walk.step);
-      c.start_s(s, stage.index);  // after the last step: of an old tile, for nothing
-      c.start_sum(dk, ds, kAtQ + here.index * kQueryBytes);
+      c.differentiate(s, p, dp, ds, stage.index);
+      c.start_sum(dk, ds, kAtQ + stage.index * kQueryBytes);
+      const int buffer = walk.count & 1;
       c.share_ds(ds, buffer);
-      wait(b.ds_full + buffer, (now.count / 2) & 1);
-      wgmma_wait<2>();
-      keep(p);
-      c.release(b.do_empty + here.index);
+      wait(b.ds_full + buffer, (walk.count / 2) & 1);
       float dq[kSumRegisters];
       c.start_dq(dq, buffer);
       wgmma_wait<1>();
+      keep(p);
       keep(ds);
-      c.release(b.q_empty + here.index);
-      if (kOrder == 2) {
-        if (more) c.await_tile(b.do_full, kAtDo, stage, walk.step);
-        c.start_dp(dp, stage.index);
-        wgmma_wait<1>();
-      } else {
-        wgmma_wait<0>();
-      }
+      c.release(b.do_empty + stage.index);
+      c.release(b.q_empty + stage.index);
+      const Walk now = walk;
+      walk.advance(c.span), stage.advance();
+      if (walk.count < total) c.await_tile(b.q_full, kAtQ, stage, walk.step);
+      c.start_s(s, stage.index);  // after the last step: of an old tile, for nothing
+      wgmma_wait<1>();
       wgmma_touch(dq);
       c.hand_dq(dq, sum_of(now), now.count);
+      wgmma_wait<0>();
     }
-    wgmma_wait<0>();
     wgmma_touch(s);
-    wgmma_touch(dp);
+  }
+  if constexpr (kOrder == 2) {  // as 0, and the next step's S runs while dQ is handed over
+    c.await_tile(b.q_full, kAtQ, stage, walk.step);
+    c.start_s(s, 0);
+    c.await_keys(b.v_full, kAtV);
+    while (walk.count < total) {
+      c.await_tile(b.do_full, kAtDo, stage, walk.step);
+      c.start_dp(dp, stage.index);
+      wgmma_wait<1>();
+      wgmma_touch(s);
+      c.softmax(s, p, stage.index, walk.step);
+      c.start_sum(dv, p, kAtDo + stage.index * kQueryBytes);
+      wgmma_wait<1>();
+      wgmma_touch(dp);
+      c.differentiate(s, p, dp, ds, stage.index);
+      const int buffer = walk.count & 1;
+      c.share_ds(ds, buffer);
+      wait(b.ds_full + buffer, (walk.count / 2) & 1);
+      float dq[kSumRegisters];
+      c.start_dq(dq, buffer);
+      wgmma_wait<1>();
+      keep(p);
+      c.release(b.do_empty + stage.index);
+      c.start_sum(dk, ds, kAtQ + stage.index * kQueryBytes);
+      const Walk now = walk;
+      const Stage here = stage;
+      walk.advance(c.span), stage.advance();
+      if (walk.count < total) c.await_tile(b.q_full, kAtQ, stage, walk.step);
+      c.start_s(s, stage.index);  // after the last step: of an old tile, for nothing
+      wgmma_wait<2>();
+      wgmma_touch(dq);
+      c.hand_dq(dq, sum_of(now), now.count);
+      wgmma_wait<0>();
+      keep(ds);
+      c.release(b.q_empty + here.index);
+    }
+    wgmma_touch(s);
   }
   if constexpr (kOrder == 3) {  // as 1, and a step's dQ runs beside the next step's softmax
     c.await_tile(b.q_full, kAtQ, stage, walk.step);
@@ -477,7 +501,7 @@ __device__ __forceinline__ void compute(const Compute& c, int key_head, int sequ
       c.start_sum(dv, p, kAtDo + stage.index * kQueryBytes);
       wgmma_wait<2>();
       wgmma_touch(dp);
-      c.differentiate(s, dp, ds, stage.index);
+      c.differentiate(s, p, dp, ds, stage.index);
       wgmma_wait<1>();
       wgmma_touch(dq);
       if (walk.count) c.hand_dq(dq, sum_of(before), before.count);
