@@ -194,8 +194,8 @@ def flash_attention_forward(
         v: likewise.
         cu_q: [S + 1] int32, ascending from 0 to T.
         cu_k: [S + 1] int32, ascending from 0 to Tk.
-        max_q: the most queries of a sequence.
-        max_k: the most keys of a sequence.
+        max_q: the most queries of a sequence, or more; trusted, as the contents of cu_q and cu_k are.
+        max_k: the most keys of a sequence, or more; likewise.
         scale: factor of the scores, above 0.
         causal: whether a query sees no key after its position.
         window: sliding window in keys, or None or 0 for all.

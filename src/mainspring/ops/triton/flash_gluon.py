@@ -42,8 +42,8 @@ def imbalance(each: int, items: int, programs: int) -> float:
     The tiles go to programs as `item_of` deals them out.
     """
     rounds = -(-items // programs)
-    cost = torch.zeros(rounds * programs, dtype=torch.int64)
-    cost[:items] = each + 1 - torch.arange(items) % each
+    cost = torch.zeros(rounds * programs, dtype=torch.int64, device="cpu")
+    cost[:items] = each + 1 - torch.arange(items, device="cpu") % each
     rows = cost.view(rounds, programs)
     share = rows[0::2].sum(0) + rows[1::2].flip(1).sum(0)
     return share.max().item() * programs / cost.sum().item()
@@ -80,7 +80,7 @@ def head_rows(x: Tensor, rows: int) -> TensorDescriptor:
 
 
 def tiles_of(tokens: int, longest: int, num_seqs: int, size: int) -> tuple[int, int]:
-    """(tiles in all, tiles of a sequence where all are equally long, or else 0).
+    """(tiles in all, tiles of a sequence where all are equally long, or else 0). No sequence is longer than `longest`.
 
     Otherwise sequence s has the tiles from floor(cu[s] / size) + s on, of which the last may be empty.
     """
