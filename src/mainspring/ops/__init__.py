@@ -5,6 +5,7 @@ Every function takes `policy`: its numerics ("lockstep" or "fast") and, for test
 
 from mainspring.ops.attention import attention
 from mainspring.ops.batch import KVCache, TokenBatch
+from mainspring.ops.checks import check_block_tables
 from mainspring.ops.cross_entropy import IGNORE_INDEX, cross_entropy
 from mainspring.ops.grouped_linear import grouped_linear
 from mainspring.ops.linear import linear
@@ -18,6 +19,7 @@ from mainspring.ops.log_probs import (
 from mainspring.ops.norm import add_rms_norm, rms_norm
 from mainspring.ops.policy import FAST, LOCKSTEP, Numerics, Policy
 from mainspring.ops.rope import RopeAngles, rope
+from mainspring.ops.rope_cache import rope_write_cache
 from mainspring.ops.routing import Routing, combine, route
 from mainspring.ops.swiglu import swiglu
 
@@ -33,6 +35,7 @@ __all__ = [
     "TokenBatch",
     "add_rms_norm",
     "attention",
+    "check_block_tables",
     "combine",
     "cross_entropy",
     "grouped_linear",
@@ -44,6 +47,7 @@ __all__ = [
     "linear_tp_partial",
     "rms_norm",
     "rope",
+    "rope_write_cache",
     "route",
     "swiglu",
     "token_log_probs",

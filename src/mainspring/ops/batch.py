@@ -10,18 +10,22 @@ import torch
 from torch import Tensor
 
 from mainspring.errors import ConfigError
+from mainspring.ops.checks import check_block_tables, debugging
 
 
 @dataclass(frozen=True)
 class KVCache:
     """Keys and values of all layers in blocks. Block 0 is the null block: it is never handed out.
 
-    k, v: one tensor [num_blocks, block_size, num_kv_heads, head_dim] per layer.
+    k, v: one tensor [num_blocks, block_size, num_kv_heads, head_dim] per layer. In float8_e4m3fn a value is
+    float32(stored) · scale, where k_scale, v_scale hold a float32 [num_kv_heads] per layer.
     """
 
     k: tuple[Tensor, ...]
     v: tuple[Tensor, ...]
     block_size: int
+    k_scale: tuple[Tensor, ...] | None = None
+    v_scale: tuple[Tensor, ...] | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -40,7 +44,7 @@ class KVCache:
         """A cache of 2 · layers · blocks · block_size · heads · head_dim · itemsize bytes.
 
         Its contents are undefined: attention never reads a key that was not written. (On the CPU no page is
-        touched before its first key is, so that gigabytes cost nothing at the start.)
+        touched before its first key is, so that gigabytes cost nothing at the start.) Scales of fp8 begin as ones.
         """
         if num_blocks < 2:
             raise ConfigError(f"a KV cache needs at least 2 blocks (one is the null block), got {num_blocks}")
@@ -49,7 +53,12 @@ class KVCache:
         def tensors() -> tuple[Tensor, ...]:
             return tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers))
 
-        return KVCache(tensors(), tensors(), block_size)
+        def scales() -> tuple[Tensor, ...] | None:
+            if dtype is not torch.float8_e4m3fn:
+                return None
+            return tuple(torch.ones(num_kv_heads, device=device) for _ in range(num_layers))
+
+        return KVCache(tensors(), tensors(), block_size, scales(), scales())
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,10 @@ class TokenBatch:
     cache: KVCache | None = None
     slots: Tensor | None = None  # [T] int64: block * block_size + offset of each new key
     block_tables: Tensor | None = None  # [S, B] int32, rows padded with the null block
+
+    def __post_init__(self) -> None:
+        if debugging():
+            check_block_tables(self)
 
     @property
     def num_tokens(self) -> int:

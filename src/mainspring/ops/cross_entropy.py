@@ -9,7 +9,14 @@ from torch import Tensor
 
 from mainspring.errors import BackendError
 from mainspring.ops.log_probs import recomputed_gradients, rows_per_chunk
-from mainspring.ops.logit_loss import IGNORE_INDEX, LossOptions, WeightGradient, logit_loss, product_for
+from mainspring.ops.logit_loss import (
+    IGNORE_INDEX,
+    LossOptions,
+    WeightGradient,
+    logit_loss,
+    product_for,
+    scaled,
+)
 from mainspring.ops.policy import LOCKSTEP, Policy
 from mainspring.ops.precision import accumulator
 
@@ -122,7 +129,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_hidden is not None:
             total = grad_weight.total
             ctx.save_for_backward(grad_hidden, torch.zeros_like(weight) if total is None else total, count)
-            ctx.dtype = weight.dtype
+            ctx.dtype, ctx.policy = weight.dtype, policy
         return losses.sum() if count is None else losses.sum() / count
 
     @staticmethod
@@ -130,8 +137,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight, count = ctx.saved_tensors
         scale = grad if count is None else grad / count
         return (
-            _scaled(grad_hidden, scale, grad_hidden.dtype),
-            _scaled(grad_weight, scale, ctx.dtype),
+            scaled(grad_hidden, scale, grad_hidden.dtype, ctx.policy),
+            scaled(grad_weight, scale, ctx.dtype, ctx.policy),
             None,
             None,
             None,
@@ -168,9 +175,3 @@ class _RowLosses(torch.autograd.Function):
         hidden, weight, targets = ctx.saved_tensors
         grads = recomputed_gradients(hidden, weight, targets, ctx.options, grad, None, ctx.policy)
         return *grads, None, None, None, None
-
-
-def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """x · scale in dtype: a scale of fp32 rounded to bf16 first would bend every gradient the same way."""
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    return torch.mul(x, scale.view(1), out=out)

@@ -179,6 +179,27 @@ def _triton(
     )
 
 
+def scaled(x: Tensor, scale: Tensor, dtype: torch.dtype, policy: Policy) -> Tensor:
+    """x · scale (a scalar of float32) in dtype: a scale rounded to bf16 first would bend every gradient one way."""
+    return SCALED.select(x, policy)(x, scale, dtype)
+
+
+def _scaled_reference(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.mul(x, scale.view(1), out=torch.empty(x.shape, dtype=dtype, device=x.device))
+
+
+def _scaled_triton(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    from mainspring.ops.triton.cross_entropy import scaled as triton_scaled
+
+    return triton_scaled(x, scale, dtype)
+
+
+SCALED = Operation(
+    "scaled",
+    Implementation("cpu", _scaled_reference, cpu_refuses),
+    Implementation("triton", _scaled_triton, triton_refuses),
+    Implementation("reference", _scaled_reference, accepts_all),
+)
 LOGIT_LOSS = Operation(
     "logit_loss",
     Implementation(

@@ -187,6 +187,23 @@ def cross_entropy(
     return losses, gradient
 
 
+@triton.jit
+def scale_kernel(x, scale, out, size, BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + index, index < size, 0.0).to(tl.float32) * tl.load(scale)
+    tl.store(out + index, value.to(out.dtype.element_ty), index < size)
+
+
+def scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x · scale, multiplied in fp32 and rounded once to dtype. x: any shape, contiguous; scale: one float32."""
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if x.numel():
+        block = 4096
+        with on_device(x):
+            scale_kernel[(triton.cdiv(x.numel(), block),)](x.contiguous(), scale, out, x.numel(), BLOCK=block)
+    return out
+
+
 def _or(vector: Tensor | None, other: Tensor) -> Tensor:
     return other if vector is None else vector.contiguous()
 

@@ -67,29 +67,53 @@ def turned(first, second, cos, sin):
 
 
 @triton.jit
-def pair_offsets(
-    pairs, HEADS: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr
+def load_pairs(
+    source, pairs, HEADS: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """(offset of the first element of each pair [PADDED, pairs], distance to the second, which pairs there are)."""
+    """(first, second), each [PADDED, pairs] fp32, of the pairs of a token's heads."""
     heads = tl.arange(0, PADDED)
-    inside = (heads < HEADS)[:, None] & (pairs < HALF)[None, :]
     if INTERLEAVED:
-        return heads[:, None] * DIM + 2 * pairs[None, :], 1, inside
-    return heads[:, None] * DIM + pairs[None, :], HALF, inside
+        columns = tl.arange(0, 2 * pairs.shape[0])
+        inside = (heads < HEADS)[:, None] & (columns < 2 * HALF)[None, :]
+        both = tl.load(source + heads[:, None] * DIM + columns[None, :], inside, 0.0).to(tl.float32)
+        first, second = tl.split(tl.reshape(both, (PADDED, pairs.shape[0], 2)))
+    else:
+        inside = (heads < HEADS)[:, None] & (pairs < HALF)[None, :]
+        offsets = heads[:, None] * DIM + pairs[None, :]
+        first = tl.load(source + offsets, inside, 0.0).to(tl.float32)
+        second = tl.load(source + HALF + offsets, inside, 0.0).to(tl.float32)
+    return first, second
 
 
 @triton.jit
-def _rotate(
-    x, out, stride, out_stride, token, cos, sin, pairs, HEADS: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr,
-    HALF: tl.constexpr, REST: tl.constexpr, INTERLEAVED: tl.constexpr,
+def store_pairs(
+    target, first, second, pairs, HEADS: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    offsets, step, inside = pair_offsets(pairs, HEADS, PADDED, DIM, HALF, INTERLEAVED)
-    source, target = x + token * stride, out + token * out_stride
-    first = tl.load(source + offsets, inside, 0.0).to(tl.float32)
-    second = tl.load(source + offsets + step, inside, 0.0).to(tl.float32)
+    heads = tl.arange(0, PADDED)
+    if INTERLEAVED:
+        columns = tl.arange(0, 2 * pairs.shape[0])
+        inside = (heads < HEADS)[:, None] & (columns < 2 * HALF)[None, :]
+        both = tl.reshape(tl.join(first, second), (PADDED, 2 * pairs.shape[0]))
+        tl.store(target + heads[:, None] * DIM + columns[None, :], both, inside)
+    else:
+        inside = (heads < HEADS)[:, None] & (pairs < HALF)[None, :]
+        offsets = heads[:, None] * DIM + pairs[None, :]
+        tl.store(target + offsets, first, inside)
+        tl.store(target + HALF + offsets, second, inside)
+
+
+@triton.jit
+def rotate_heads(
+    source, target, cos, sin, pairs, HEADS: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
+    REST: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """A token's heads from source to target, which may be the same place."""
+    first, second = load_pairs(source, pairs, HEADS, PADDED, DIM, HALF, INTERLEAVED)
     a, b = turned(first, second, cos, sin)
-    tl.store(target + offsets, a.to(out.dtype.element_ty), inside)
-    tl.store(target + offsets + step, b.to(out.dtype.element_ty), inside)
+    dtype: tl.constexpr = target.dtype.element_ty
+    store_pairs(target, a.to(dtype), b.to(dtype), pairs, HEADS, PADDED, DIM, HALF, INTERLEAVED)
     if REST > 0:  # what is not rotated, copied
         heads, columns = tl.arange(0, PADDED), tl.arange(0, REST)
         inside = (heads < HEADS)[:, None] & (columns < DIM - 2 * HALF)[None, :]
@@ -108,11 +132,11 @@ def rope_kernel(
     token = tl.program_id(0).to(tl.int64)
     pairs = tl.arange(0, BLOCK)
     c, s = token_rotation(positions, rows, inv_freq, token, pairs, scale, HALF, ROWS, INVERSE)
-    _rotate(
-        q, q_out, q_stride, q_out_stride, token, c, s, pairs, Q_HEADS, Q_PADDED, DIM, HALF, REST, INTERLEAVED
+    rotate_heads(
+        q + token * q_stride, q_out + token * q_out_stride, c, s, pairs, Q_HEADS, Q_PADDED, DIM, HALF, REST, INTERLEAVED
     )  # fmt: skip
-    _rotate(
-        k, k_out, k_stride, k_out_stride, token, c, s, pairs, K_HEADS, K_PADDED, DIM, HALF, REST, INTERLEAVED
+    rotate_heads(
+        k + token * k_stride, k_out + token * k_out_stride, c, s, pairs, K_HEADS, K_PADDED, DIM, HALF, REST, INTERLEAVED
     )  # fmt: skip
 
 

@@ -1,0 +1,103 @@
+"""RoPE and the write of keys and values to a paged cache as one operation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mainspring.errors import BackendError
+from mainspring.ops.batch import TokenBatch
+from mainspring.ops.checks import check_block_tables, debugging
+from mainspring.ops.policy import LOCKSTEP, Policy
+from mainspring.ops.registry import Implementation, Operation, accepts_all, any_requires_grad
+from mainspring.ops.rope import RopeAngles, rope
+from mainspring.ops.triton.support import refuses as triton_refuses
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+
+
+def rope_write_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    angles: RopeAngles,
+    batch: TokenBatch,
+    *,
+    layer: int,
+    interleaved: bool = False,
+    policy: Policy = LOCKSTEP,
+) -> Tensor:
+    """The rotated q, after the rotated k and v went to their slots in layer `layer` of the batch's cache.
+
+    q: [T, Hq, D] (may be overwritten), k, v: [T, Hkv, D] -> [T, Hq, D]. The cache has their dtype, or float8_e4m3fn
+    with the scales that it carries. A negative slot is skipped. No gradient is recorded. Raises BackendError.
+    """
+    if batch.cache is None or batch.slots is None:
+        raise BackendError("rope_write_cache: the batch has no cache")
+    if any_requires_grad(q, k, v):
+        raise BackendError("a KV cache has no gradient; run the model under torch.no_grad()")
+    if debugging():
+        check_block_tables(batch)
+    cache = batch.cache
+    scales = (
+        (None, None)
+        if cache.k_scale is None or cache.v_scale is None
+        else (cache.k_scale[layer], cache.v_scale[layer])
+    )
+    run = ROPE_WRITE_CACHE.select(q, policy)
+    return run(q, k, v, angles, batch.slots, cache.k[layer], cache.v[layer], *scales, interleaved, policy)
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    angles: RopeAngles,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    interleaved: bool,
+    policy: Policy,
+) -> Tensor:
+    """`rope`, then the writes."""
+    q, k = rope(q, k.clone(), angles, interleaved=interleaved, policy=policy)
+    written = slots >= 0
+    for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+        if scale is not None:
+            x = (x.float() / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+        # Byte by byte, since torch copies no fp8 by index.
+        rows = cache.view(torch.uint8).flatten(0, 1)
+        rows[slots[written]] = x[written].contiguous().view(torch.uint8)
+    return q
+
+
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    angles: RopeAngles,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    interleaved: bool,
+    policy: Policy,
+) -> Tensor:
+    from mainspring.ops.triton.rope_cache import rope_write_cache as fused
+
+    return fused(
+        q, k, v, slots, k_cache, v_cache, angles.positions, angles.inv_freq, angles.rows, angles.scale,
+        k_scale=k_scale, v_scale=v_scale, interleaved=interleaved, in_place=True,
+    )  # fmt: skip
+
+
+ROPE_WRITE_CACHE = Operation(
+    "rope_write_cache",
+    Implementation("cpu", reference, lambda call: None if call.device_type == "cpu" else "runs on the CPU"),
+    Implementation("triton", _triton, triton_refuses),
+    Implementation("reference", reference, accepts_all),
+)
