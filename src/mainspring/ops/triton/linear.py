@@ -49,6 +49,15 @@ _CHOICES = (
     _Choice(Tile(64, 64, 64, 4, 6), 0.55),
 )
 _FP32_TILE = Tile(64, 64, 16, 4, 2)
+SHARED_BYTES = 226 << 10  # of a block on Hopper, less what barriers take
+
+
+def stages_beside_output(tile: Tile, in_bytes: int, out_bytes: int, halves: bool) -> int:
+    """The tile's stages, or as many as leave shared memory for its output (of float32: 128 KB for the largest)."""
+    output = tile.rows * tile.columns * out_bytes // (2 if halves else 1)
+    return max(
+        1, min(tile.stages, (SHARED_BYTES - output) // ((tile.rows + tile.columns) * tile.k * in_bytes))
+    )
 
 
 def k_chunk(n: int, k: int) -> int:
@@ -292,7 +301,9 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, tile: T
             partial, bias, out, m * n, n, CHUNKS=chunks, BIAS=bias is not None, BLOCK=block
         )
         return
-    tma_out = tma and aligned(out) and out.element_size() == 2
+    # A float32 tile of 64 rows would be laid out anew for the copy, for which there is no shared memory.
+    tma_out = tma and aligned(out) and (out.element_size() == 2 or tile.rows >= 128)
+    shared["num_stages"] = stages_beside_output(tile, x.element_size(), out.element_size(), tma_out)
     target = TensorDescriptor.from_tensor(out, [tile.rows, tile.columns // 2]) if tma_out else out
     blocks_each = max(1, 512 // (tile.warps * 32) // 2)
     linear_kernel[(min(tiles, processors * blocks_each),)](
