@@ -286,6 +286,13 @@ void bind_exchange(nb::module_& m) {
   method("__dlpack__", nb::cpp_function(&to_dlpack, "self"_a, nb::kw_only(), "stream"_a = nb::none(),
                                         "max_version"_a = nb::none(), "dl_device"_a = nb::none(), "copy"_a = nb::none()));
   method("__dlpack_device__", nb::cpp_function([](const Tensor&) { return nb::make_tuple(kCpu, 0); }));
+  method("__array_namespace__", nb::cpp_function([](const Tensor&, nb::object) {
+    return nb::module_::import_("mainspring.tensor.array_api");
+  }, "self"_a, nb::kw_only(), "api_version"_a = nb::none()));
+  method("to_device", nb::cpp_function([](nb::handle self, const std::string& device, nb::object) {
+    if (device != "cpu") fail(ErrorKind::Value, "to_device: '", device, "' is not cpu, the only device");
+    return nb::borrow(self);
+  }, "self"_a, "device"_a, nb::kw_only(), "stream"_a = nb::none()));
   method("numpy", nb::cpp_function([](nb::handle self) {
     check_numpy(tensor_of(self.ptr()));
     return nb::module_::import_("numpy").attr("asarray")(self);

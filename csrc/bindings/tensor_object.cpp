@@ -172,6 +172,7 @@ PyMethodDef own_methods[] = {
 PyObject* get_shape(PyObject* o, void*) { return nb::cast(tensor_of(o).shape()).release().ptr(); }
 PyObject* get_dtype(PyObject* o, void*) { return Py_NewRef(dtype_object(tensor_of(o).dtype())); }
 PyObject* get_ndim(PyObject* o, void*) { return PyLong_FromLong(tensor_of(o).ndim()); }
+PyObject* get_device(PyObject*, void*) { return PyUnicode_InternFromString("cpu"); }
 PyObject* get_itemsize(PyObject* o, void*) { return PyLong_FromLong(itemsize(tensor_of(o).dtype())); }
 PyObject* get_transposed(PyObject* o, void*) {
   return guarded([&] {
@@ -192,6 +193,7 @@ PyGetSetDef own_properties[] = {
     {"shape", get_shape, nullptr, "The sizes of the dimensions.", nullptr},
     {"dtype", get_dtype, nullptr, "The element type.", nullptr},
     {"ndim", get_ndim, nullptr, "How many dimensions the tensor has.", nullptr},
+    {"device", get_device, nullptr, "The processor: \"cpu\".", nullptr},
     {"itemsize", get_itemsize, nullptr, "Bytes of one element.", nullptr},
     {"T", get_transposed, nullptr, "A matrix with rows and columns exchanged (a view).", nullptr},
     {"mT", get_matrix_transposed, nullptr, "The last two dimensions exchanged (a view).", nullptr},
