@@ -36,9 +36,13 @@ def rowwise_rows() -> Iterator[Row]:
     yield row("rowwise", "swiglu backward", 5 * size, "GB", [lambda: swiglu_backward(gate_up, grad_inner)])
     qkv = randn(4 * m, 48, 128)
     q, k, _ = qkv.split((32, 8, 8), 1)
-    cos, sin = randn(4 * m, 64, dtype=torch.float32), randn(4 * m, 64, dtype=torch.float32)
-    amount = (2 * 4 * m * 40 * 128 * 2 + 2 * 4 * m * 64 * 4) / 1e9
-    yield row("rowwise", "rope in place", amount, "GB", [lambda: rope(q, k, cos, sin, in_place=True)])
+    positions = torch.arange(4 * m, device="cuda")
+    inv_freq = 10000.0 ** -(torch.arange(64, device="cuda") / 64)
+    where = positions, inv_freq
+    amount = 2 * 4 * m * 40 * 128 * 2 / 1e9
+    yield row("rowwise", "rope in place", amount, "GB", [lambda: rope(q, k, *where, in_place=True)])
+    grads = randn(4 * m, 32, 128), randn(4 * m, 8, 128)
+    yield row("rowwise", "rope backward", amount, "GB", [lambda: rope(*grads, *where, inverse=True)])
     for rows, vocab in ((64, 151936), (2048, 151936)):
         logits = randn(rows, vocab, dtype=torch.float32)
         targets = torch.randint(0, vocab, (rows,), device="cuda")

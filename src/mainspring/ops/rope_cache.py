@@ -40,13 +40,12 @@ def rope_write_cache(
     if debugging():
         check_block_tables(batch)
     cache = batch.cache
-    scales = (
-        (None, None)
-        if cache.k_scale is None or cache.v_scale is None
-        else (cache.k_scale[layer], cache.v_scale[layer])
-    )
+    k_scale = None if cache.k_scale is None else cache.k_scale[layer]
+    v_scale = None if cache.v_scale is None else cache.v_scale[layer]
     run = ROPE_WRITE_CACHE.select(q, policy)
-    return run(q, k, v, angles, batch.slots, cache.k[layer], cache.v[layer], *scales, interleaved, policy)
+    return run(
+        q, k, v, angles, batch.slots, cache.k[layer], cache.v[layer], k_scale, v_scale, interleaved, policy
+    )
 
 
 def reference(
