@@ -152,8 +152,9 @@ def test_as_exact_as_torch(
     got = setting.packed(q, k, v, lengths, split, lse)
     exact, exact_lse = formula(q.double(), k.double(), v.double(), lengths, setting)
     theirs, _ = formula(q, k, v, lengths, setting)
-    # 4: weights are rounded to the dtype before they meet the values, as in every flash attention
-    assert_as_exact_as_torch(got, theirs, exact, 4 if dtype != torch.float32 else 16)
+    # 4: weights are rounded to the dtype before they meet the values, as in every flash attention; a capped score
+    # has the absolute error of the cap
+    assert_as_exact_as_torch(got, theirs, exact, 4 if dtype != torch.float32 else 16 if not softcap else 64)
     assert (lse - exact_lse).abs().max() <= 2e-5 * (1 + exact_lse.abs().max())  # fp32 sums of exact products
 
 

@@ -22,6 +22,7 @@ from mainspring.ops.cpu.support import refuses
 from mainspring.ops.flash_attention import flash_attention, flash_attention_backward_op
 from mainspring.ops.gradient import kernel_with_formula_gradient
 from mainspring.ops.packed_attention import MAX_LENGTH, packed_attention
+from mainspring.ops.paged_attention import paged_attention
 from mainspring.ops.policy import LOCKSTEP, Policy
 from mainspring.ops.precision import accumulator
 from mainspring.ops.registry import Call, Implementation, Operation, accepts_all, any_requires_grad
@@ -276,14 +277,9 @@ def _triton(
 ) -> Tensor:
     from mainspring.ops.triton import attention as triton
 
+    if batch.cache is not None:
+        return paged_attention(q, k, v, batch, layer, scale, window, policy)
     longest = max(batch.lengths), max(batch.contexts)
-    if batch.cache is not None and batch.slots is not None:
-        keys, values = batch.cache.k[layer], batch.cache.v[layer]
-        triton.write_cache(k, v, batch.slots, keys, values)
-        return triton.attention(
-            q, keys, values, batch.cu_seqlens, batch.context_lens, batch.block_tables, scale, window,
-            max_length=longest[0], max_context=longest[1],
-        )  # fmt: skip
     if any_requires_grad(q, k, v):
         result: Tensor = _CanonicalAttention.apply(
             q, k, v, batch.cu_seqlens, batch.context_lens, longest[0], scale, window

@@ -30,6 +30,8 @@ from mainspring.ops.triton.support import (
 
 KEY_CHUNK = 512
 MAX_HEAD_DIM = 256
+FP8_DTYPE = torch.float8_e4m3fn
+FP8_MAX = tl.constexpr(448.0)
 PARTIAL_BYTES = 256 << 20  # of a decode's partial outputs; beyond it the chunks are walked in one loop
 LOG2_E = 1.4426950408889634
 MAX_GROWTH = tl.constexpr(8.0)  # log2: how far a block's largest score may exceed the reference
@@ -73,20 +75,20 @@ def _sequence_of(cu_seqlens, num_seqs, tile, group, ROWS: tl.constexpr):
 
 @triton.jit
 def _lane_sums(weights, ROWS: tl.constexpr, KEYS: tl.constexpr):
-    """[ROWS, KEYS] -> [ROWS, 4]: lane q has the columns 8 i + 2 q + (0, 1), which are those that one thread
-    holds of a tensor core's product, summed by a binary tree of neighbours. Sums of two are the same however
-    Triton lays them out."""
-    pairs = tl.sum(tl.reshape(weights, (ROWS, KEYS // 8, 4, 2)), 3)
-    for i in tl.static_range(4):
+    """[ROWS, KEYS] -> [ROWS, 8]: lane r has the columns 8 i + r, summed by a binary tree of neighbours. A thread holds
+    whole lanes of a tensor core's product, and a sum of two is the same however Triton lays it out."""
+    lanes = tl.reshape(weights, (ROWS, KEYS // 8, 8))
+    for i in tl.static_range(5):
         if 1 << i < KEYS // 8:
-            pairs = tl.sum(tl.reshape(pairs, (ROWS, KEYS // (16 << i), 2, 4)), 2)
-    return tl.reshape(pairs, (ROWS, 4))
+            lanes = tl.sum(tl.reshape(lanes, (ROWS, KEYS // (16 << i), 2, 8)), 2)
+    return tl.reshape(lanes, (ROWS, 8))
 
 
 @triton.jit
 def _whole_sum(lanes, ROWS: tl.constexpr):
-    """[ROWS, 4] -> [ROWS]: (0 + 2) + (1 + 3)."""
-    return tl.sum(tl.sum(tl.reshape(lanes, (ROWS, 2, 2)), 1), 1)
+    """[ROWS, 8] -> [ROWS], by a binary tree of neighbours."""
+    pairs = tl.sum(tl.reshape(lanes, (ROWS, 4, 2)), 2)
+    return tl.sum(tl.sum(tl.reshape(pairs, (ROWS, 2, 2)), 2), 1)
 
 
 @triton.jit
@@ -158,13 +160,15 @@ def _load_keys(
         return tl.load(source + offsets, inside[:, None] & (dims < HEAD_DIM)[None, :], 0.0)
 
 
-@triton.jit(do_not_specialize=["num_seqs", "tokens", "window", "q_heads", "group", "table_stride"])
+@triton.jit(
+    do_not_specialize=["num_seqs", "longer_than", "tokens", "window", "q_heads", "group", "table_stride"]
+)
 def attention_kernel(
-    q, k, v, out, lse, part_out, part_state, cu_seqlens, context_lens, block_tables, scale, cap_in, cap_out, window,
-    num_seqs, tokens, q_stride, k_stride, v_stride, table_stride, q_heads, group,
+    q, k, v, k_scale, v_scale, out, lse, part_out, part_state, cu_seqlens, context_lens, block_tables, scale, cap_in,
+    cap_out, window, num_seqs, longer_than, tokens, q_stride, k_stride, v_stride, table_stride, q_heads, group,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr,
     PAGED: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, TMA: tl.constexpr,
-    SPLIT: tl.constexpr, LSE: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, LSE: tl.constexpr, FP8: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows (query tokens times the heads of a group) of one key head; with SPLIT one chunk of keys.
 
@@ -176,8 +180,13 @@ def attention_kernel(
     start = tl.load(cu_seqlens + s)
     length = tl.load(cu_seqlens + s + 1) - start
     row0 = (tile - (start * group // ROWS + s)) * ROWS
-    if row0 >= length * group:
+    if row0 >= length * group or length <= longer_than:
         return
+    if FP8:
+        if CAPPED:
+            cap_in *= tl.load(k_scale + kv_head)
+        else:
+            scale *= tl.load(k_scale + kv_head)
     context = tl.load(context_lens + s)
     lead = context - length  # position of the first query
     row = row0 + tl.arange(0, ROWS)
@@ -212,7 +221,7 @@ def attention_kernel(
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, DIM), tl.float32)
     chunk_peak = tl.full((ROWS,), float("-inf"), tl.float32)
-    chunk_total = tl.zeros((ROWS, 4), tl.float32)
+    chunk_total = tl.zeros((ROWS, 8), tl.float32)
     for first in range(low, full, KEYS):
         columns = first + tl.arange(0, KEYS)
         keys = _load_keys(
@@ -246,8 +255,8 @@ def attention_kernel(
             TMA,
         )
         acc, chunk_peak, chunk_total = _block(
-            queries, keys, values, acc, chunk_peak, chunk_total, positions, columns, scale,
-            cap_in, cap_out, window, WINDOWED, WINDOWED, CAPPED, PRECISION, ROWS, KEYS,
+            queries, keys.to(queries.dtype), values.to(queries.dtype), acc, chunk_peak, chunk_total, positions,
+            columns, scale, cap_in, cap_out, window, WINDOWED, WINDOWED, CAPPED, PRECISION, ROWS, KEYS,
         )  # fmt: skip
         if not SPLIT:  # noqa: SIM102 - the outer condition is the compiler's
             if (first + KEYS) % CHUNK == 0:
@@ -256,7 +265,7 @@ def attention_kernel(
                 )
                 acc = tl.zeros((ROWS, DIM), tl.float32)
                 chunk_peak = tl.full((ROWS,), float("-inf"), tl.float32)
-                chunk_total = tl.zeros((ROWS, 4), tl.float32)
+                chunk_total = tl.zeros((ROWS, 8), tl.float32)
     for first in range(full, high, KEYS):
         columns = first + tl.arange(0, KEYS)
         keys = _load_keys(
@@ -290,8 +299,8 @@ def attention_kernel(
             TMA,
         )
         acc, chunk_peak, chunk_total = _block(
-            queries, keys, values, acc, chunk_peak, chunk_total, positions, columns, scale,
-            cap_in, cap_out, window, True, WINDOWED, CAPPED, PRECISION, ROWS, KEYS,
+            queries, keys.to(queries.dtype), values.to(queries.dtype), acc, chunk_peak, chunk_total, positions,
+            columns, scale, cap_in, cap_out, window, True, WINDOWED, CAPPED, PRECISION, ROWS, KEYS,
         )  # fmt: skip
         if not SPLIT:  # noqa: SIM102
             if (first + KEYS) % CHUNK == 0:
@@ -300,7 +309,7 @@ def attention_kernel(
                 )
                 acc = tl.zeros((ROWS, DIM), tl.float32)
                 chunk_peak = tl.full((ROWS,), float("-inf"), tl.float32)
-                chunk_total = tl.zeros((ROWS, 4), tl.float32)
+                chunk_total = tl.zeros((ROWS, 8), tl.float32)
     if SPLIT:
         index = (tl.program_id(2).to(tl.int64) * tokens + token) * q_heads + head
         state = part_state + index
@@ -314,6 +323,8 @@ def attention_kernel(
             result, peak, total, acc, chunk_peak, _whole_sum(chunk_total, ROWS), scale
         )
         offsets = (token.to(tl.int64) * q_heads + head)[:, None] * HEAD_DIM + dims[None, :]
+        if FP8:
+            result *= tl.load(v_scale + kv_head)
         tl.store(out + offsets, (result / total[:, None]).to(out.dtype.element_ty), inside)
         if LSE:
             tl.store(
@@ -321,11 +332,11 @@ def attention_kernel(
             )
 
 
-@triton.jit(do_not_specialize=["num_seqs", "tokens", "window", "chunks", "q_heads"])
+@triton.jit(do_not_specialize=["num_seqs", "longer_than", "tokens", "window", "chunks", "q_heads", "group"])
 def merge_kernel(
-    part_out, part_state, out, lse, cu_seqlens, context_lens, scale, window, num_seqs, tokens, chunks,
-    q_heads, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
-    WINDOWED: tl.constexpr, LSE: tl.constexpr, UNROLL: tl.constexpr,
+    part_out, part_state, k_scale, v_scale, out, lse, cu_seqlens, context_lens, scale, window, num_seqs, longer_than,
+    tokens, chunks, q_heads, group, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
+    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, LSE: tl.constexpr, FP8: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Joins the chunks that one token and head sees, in order. Grid: (tokens, q_heads)."""
     token = tl.program_id(0)
@@ -338,6 +349,10 @@ def merge_kernel(
         else:
             high_s = middle - 1
     end = tl.load(cu_seqlens + low_s + 1)
+    if end - tl.load(cu_seqlens + low_s) <= longer_than:
+        return
+    if FP8 and not CAPPED:
+        scale *= tl.load(k_scale + head // group)
     position = tl.load(context_lens + low_s) - (end - token)
     low = 0
     if WINDOWED:
@@ -360,6 +375,8 @@ def merge_kernel(
             acc = tl.load(part_out + index[:, None] * HEAD_DIM + dims[None, :], mask, 0.0)
             result, peak, total = _merge(result, peak, total, acc, chunk_peak, chunk_total, scale)
     offsets = ((token.to(tl.int64) * q_heads + head) * HEAD_DIM + dims)[None, :]
+    if FP8:
+        result *= tl.load(v_scale + head // group)
     tl.store(out + offsets, (result / total[:, None]).to(out.dtype.element_ty), (dims < HEAD_DIM)[None, :])
     if LSE:
         tl.store(lse + head.to(tl.int64) * tokens + token + one, _log_sum(peak, total, scale))
@@ -379,6 +396,10 @@ def attention(
     max_length: int,
     max_context: int,
     lse: Tensor | None = None,
+    out: Tensor | None = None,
+    longer_than: int = 0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     split: bool | None = None,
     tile: Tile | None = None,
     chunk: int = KEY_CHUNK,
@@ -401,6 +422,11 @@ def attention(
         max_context: the largest of context_lens.
         lse: [Hq, T] float32, contiguous: gets the natural logarithms of the sums of exp(scores), which a
             backward pass needs; None for none.
+        out: [T, Hq, D] in q's dtype, contiguous, to write to.
+        longer_than: sequences with at most so many queries are another kernel's: their rows stay as they are.
+        k_scale: [Hkv] float32, contiguous: what each head's stored keys are to be multiplied by; with a float8_e4m3fn
+            cache, and required there.
+        v_scale: likewise, of the values.
         split: a program per chunk (True) or a loop over chunks (False); None chooses. It changes no bit.
         tile: another tile than the table's (tests and benchmarks); its `keys` are part of the order of sums.
         chunk: another size of chunks, likewise.
@@ -412,8 +438,9 @@ def attention(
         BackendError: a dtype, shape, layout or scale that the kernel does not take.
     """
     q, k, v = _check(q, k, v, cu_seqlens, context_lens, block_tables, scale)
+    _check_scales("attention", k, k_scale, v_scale)
     tokens, q_heads, d = q.shape
-    out = torch.empty((tokens, q_heads, d), dtype=q.dtype, device=q.device)
+    out = torch.empty((tokens, q_heads, d), dtype=q.dtype, device=q.device) if out is None else out
     if tokens == 0:
         return out
     kv_heads, num_seqs, paged = k.shape[-2], context_lens.shape[0], block_tables is not None
@@ -441,18 +468,19 @@ def attention(
         part_state = torch.empty((2, chunks, tokens, q_heads), dtype=torch.float32, device=q.device)
     with on_device(q):
         attention_kernel[(tiles, kv_heads, chunks if split else 1)](
-            q, _tiles_of(k, tile, dim) if tma else k, _tiles_of(v, tile, dim) if tma else v, out, lse,
-            part_out, part_state, cu_seqlens, context_lens, block_tables, factor, *caps, window, num_seqs, tokens,
-            q.stride(0), k.stride(-3), v.stride(-3), block_tables.stride(0) if block_tables is not None else 0,
+            q, _tiles_of(k, tile, dim) if tma else k, _tiles_of(v, tile, dim) if tma else v, k_scale, v_scale, out, lse,
+            part_out, part_state, cu_seqlens, context_lens, block_tables, factor, *caps, window, num_seqs, longer_than,
+            tokens, q.stride(0), k.stride(-3), v.stride(-3), block_tables.stride(0) if block_tables is not None else 0,
             q_heads, group, HEAD_DIM=d, DIM=dim, ROWS=tile.rows, KEYS=tile.keys, CHUNK=chunk,
             PAGED=paged, BLOCK_SIZE=k.shape[1] if paged else 1, WINDOWED=window > 0, CAPPED=cap > 0, TMA=tma,
-            SPLIT=split, LSE=lse is not None, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-            num_warps=tile.warps, num_stages=tile.stages,
+            SPLIT=split, LSE=lse is not None, FP8=k_scale is not None,
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         if split:
             merge_kernel[(tokens, q_heads)](
-                part_out, part_state, out, lse, cu_seqlens, context_lens, factor, window, num_seqs, tokens, chunks,
-                q_heads, HEAD_DIM=d, DIM=dim, CHUNK=chunk, WINDOWED=window > 0, LSE=lse is not None, UNROLL=8,
+                part_out, part_state, k_scale, v_scale, out, lse, cu_seqlens, context_lens, factor, window, num_seqs,
+                longer_than, tokens, chunks, q_heads, group, HEAD_DIM=d, DIM=dim, CHUNK=chunk,
+                WINDOWED=window > 0, CAPPED=cap > 0, LSE=lse is not None, FP8=k_scale is not None, UNROLL=8,
                 num_warps=1,
             )  # fmt: skip
     return out
@@ -474,7 +502,7 @@ def _check(
     kv_heads, num_seqs = k.shape[-2], context_lens.shape[0]
     require(
         name,
-        k.dtype is q.dtype and v.dtype is q.dtype and k.shape == v.shape and k.shape[-1] == d,
+        k.dtype in (q.dtype, FP8_DTYPE) and v.dtype is k.dtype and k.shape == v.shape and k.shape[-1] == d,
         f"k {k.dtype} {tuple(k.shape)} and v {v.dtype} {tuple(v.shape)} do not fit q {q.dtype} {tuple(q.shape)}",
     )
     require(
@@ -512,6 +540,26 @@ def _check(
     return q if q.stride()[1:] == (d, 1) else q.contiguous(), k, v
 
 
+def _check_scales(operation: str, cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
+    """float8 keys and values come with a scale for each head, others without."""
+    for scales in (k_scale, v_scale):
+        require(
+            operation,
+            (scales is not None) == (cache.dtype is FP8_DTYPE),
+            f"k_scale and v_scale belong to a cache of {FP8_DTYPE}, and only to it; the cache is of {cache.dtype}",
+        )
+        require(
+            operation,
+            scales is None
+            or (
+                scales.dtype is torch.float32
+                and scales.shape == cache.shape[-2:-1]
+                and scales.is_contiguous()
+            ),
+            f"k_scale and v_scale must be contiguous [{cache.shape[-2]}] of float32",
+        )
+
+
 def _described(x: Tensor) -> bool:
     """Whether packed keys can be read by a tensor descriptor."""
     return (
@@ -529,30 +577,58 @@ def _tiles_of(x: Tensor, tile: Tile, dim: int) -> TensorDescriptor:
 
 
 @triton.jit
+def _store_slot(source, scales, cache, index, inside, HEAD_DIM: tl.constexpr, FP8: tl.constexpr):
+    value = tl.load(source + index, inside)
+    if FP8:
+        scale = tl.load(scales + index // HEAD_DIM, inside, 1.0)
+        value = tl.div_rn(value.to(tl.float32), scale)
+        value = tl.clamp(value, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
+    tl.store(cache + index, value, inside)
+
+
+@triton.jit
 def write_cache_kernel(
-    k, v, slots, k_cache, v_cache, k_stride, v_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr
-):
+    k, v, slots, k_cache, v_cache, k_scale, v_scale, tickets, k_stride, v_stride,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FP8: tl.constexpr,
+    TICKETS: tl.constexpr, TICKET_BLOCK: tl.constexpr,
+):  # fmt: skip
     """A token's heads to its slot. Grid: (T,)."""
     token = tl.program_id(0).to(tl.int64)
+    if TICKETS > 0:
+        index = tl.arange(0, TICKET_BLOCK)
+        tl.store(tickets + token * TICKETS + index, tl.zeros((TICKET_BLOCK,), tl.int32), index < TICKETS)
     slot = tl.load(slots + token)
     if slot < 0:
         return
     for first in tl.static_range(0, WIDTH, BLOCK):
         index = first + tl.arange(0, BLOCK)
         inside = index < WIDTH
-        tl.store(k_cache + slot * WIDTH + index, tl.load(k + token * k_stride + index, inside), inside)
-        tl.store(v_cache + slot * WIDTH + index, tl.load(v + token * v_stride + index, inside), inside)
+        _store_slot(k + token * k_stride, k_scale, k_cache + slot * WIDTH, index, inside, HEAD_DIM, FP8)
+        _store_slot(v + token * v_stride, v_scale, v_cache + slot * WIDTH, index, inside, HEAD_DIM, FP8)
 
 
-def write_cache(k: Tensor, v: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+def write_cache(
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    tickets: Tensor | None = None,
+) -> None:
     """Copies token t's key and value to slot slots[t] (block * block_size + offset); a negative slot is skipped.
 
     Args:
         k: [T, Hkv, D]; tokens may be strided.
         v: [T, Hkv, D] likewise.
         slots: [T] int64. Slots are trusted to lie inside the cache.
-        k_cache: [num_blocks, block_size, Hkv, D] in k's dtype, contiguous.
+        k_cache: [num_blocks, block_size, Hkv, D] in k's dtype or float8_e4m3fn, contiguous.
         v_cache: likewise.
+        k_scale: [Hkv] float32, above 0; float8 stores k / k_scale, clamped to its range. With float8 only, where it
+            is required.
+        v_scale: likewise.
+        tickets: [T, *] int32, contiguous, which becomes zero: the counters of an attention kernel that follows.
 
     Raises:
         BackendError: a dtype, shape or layout that the kernel does not take.
@@ -561,7 +637,10 @@ def write_cache(k: Tensor, v: Tensor, slots: Tensor, k_cache: Tensor, v_cache: T
     tokens, heads, d = k.shape
     require(
         name,
-        v.shape == k.shape and v.dtype is k.dtype is k_cache.dtype is v_cache.dtype,
+        v.shape == k.shape
+        and v.dtype is k.dtype
+        and v_cache.dtype is k_cache.dtype
+        and k_cache.dtype in (k.dtype, FP8_DTYPE),
         f"k, v and the caches differ: {k.dtype} {tuple(k.shape)}, {v.dtype} {tuple(v.shape)}, {k_cache.dtype}",
     )
     require(
@@ -577,10 +656,13 @@ def write_cache(k: Tensor, v: Tensor, slots: Tensor, k_cache: Tensor, v_cache: T
         slots.dtype is torch.int64 and slots.shape == (tokens,),
         f"slots must be [{tokens}] int64, not {tuple(slots.shape)} of {slots.dtype}",
     )
+    _check_scales(name, k_cache, k_scale, v_scale)
     k, v = (x if x.stride()[1:] == (d, 1) else x.contiguous() for x in (k, v))
+    count = 0 if tickets is None else tickets.shape[1]
     if tokens:
         with on_device(k):
             write_cache_kernel[(tokens,)](
-                k, v, slots.contiguous(), k_cache, v_cache, k.stride(0), v.stride(0),
-                WIDTH=heads * d, BLOCK=min(1024, triton.next_power_of_2(heads * d)),
+                k, v, slots.contiguous(), k_cache, v_cache, k_scale, v_scale, tickets, k.stride(0), v.stride(0),
+                HEAD_DIM=d, WIDTH=heads * d, BLOCK=min(1024, triton.next_power_of_2(heads * d)),
+                FP8=k_scale is not None, TICKETS=count, TICKET_BLOCK=triton.next_power_of_2(max(count, 1)),
             )  # fmt: skip

@@ -1,0 +1,77 @@
+"""Attention through the paged cache on CUDA devices: which kernel serves which sequences of a batch.
+
+Sequences with few queries (decode, drafts) go to the CUDA C++ kernel, which reads their keys at the speed of
+memory, the others (prompts and chunks of them) to the kernel in Triton. Both hold the same canonical order, so a
+row's bits do not depend on the choice, which is made on the host from lengths that it knows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mainspring.ops.batch import TokenBatch
+from mainspring.ops.cuda.support import refuses
+from mainspring.ops.policy import Policy
+from mainspring.ops.registry import Call
+
+TILE_ROWS = 16  # query rows (tokens times heads of a group) for which keys are read once
+
+
+def paged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    batch: TokenBatch,
+    layer: int,
+    scale: float,
+    window: int | None,
+    policy: Policy,
+    softcap: float | None = None,
+) -> Tensor:
+    """Writes k and v [T, Hkv, D] to layer `layer` of the batch's cache and attends to all keys of each sequence.
+
+    q: [T, Hq, D] -> [T, Hq, D]. Raises BackendError for what the kernels do not take.
+    """
+    from mainspring.ops.cuda import paged_attention as cuda
+    from mainspring.ops.triton import attention as triton
+
+    cache, tables, slots = batch.cache, batch.block_tables, batch.slots
+    assert (
+        cache is not None and tables is not None and slots is not None
+    )  # TokenBatch.paged sets them together
+    keys, values = cache.k[layer], cache.v[layer]
+    k_scale = cache.k_scale[layer] if cache.k_scale is not None else None
+    v_scale = cache.v_scale[layer] if cache.v_scale is not None else None
+    group, longest, context = q.shape[1] // k.shape[1], max(batch.lengths), max(batch.contexts)
+    few = min(max(1, TILE_ROWS // group), longest)
+    if min(batch.lengths) > few or not _cuda_serves(q, keys, few, policy):
+        few = 0
+    tickets = None
+    if few and context > cuda.KEY_CHUNK:
+        shape = q.shape[0], cuda.tickets_per_sequence(k.shape[1], group, few)
+        tickets = torch.empty(shape, dtype=torch.int32, device=q.device)
+    triton.write_cache(k, v, slots, keys, values, k_scale, v_scale, tickets)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if few:
+        cuda.paged_decode(
+            q, keys, values, batch.cu_seqlens, batch.context_lens, tables, scale, window, softcap,
+            max_length=few, max_context=context, out=out, tickets=tickets, k_scale=k_scale, v_scale=v_scale,
+        )  # fmt: skip
+    if longest > few:
+        triton.attention(
+            q, keys, values, batch.cu_seqlens, batch.context_lens, tables, scale, window, softcap,
+            max_length=longest, max_context=context, out=out, longer_than=few, k_scale=k_scale, v_scale=v_scale,
+        )  # fmt: skip
+    return out
+
+
+def _cuda_serves(q: Tensor, keys: Tensor, max_length: int, policy: Policy) -> bool:
+    from mainspring.ops.cuda import paged_attention as cuda
+
+    if policy.backend not in (None, "cuda") or q.device.type != "cuda":
+        return False
+    return (
+        refuses(Call(q.device.type, q.dtype, policy, False)) is None
+        and cuda.refusal(q, keys, max_length) is None
+    )
