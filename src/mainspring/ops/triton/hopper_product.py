@@ -21,6 +21,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+# Renamed after Triton 3.6.
+async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+async_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+_NEW_NAMES = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
 ROWS, COLUMNS, STEP = 128, 256, 64
 STAGES = 3
 CHUNK = 64  # columns of a tile that are stored at once
@@ -76,17 +81,13 @@ def _copy_tiles(
             ready = full.index(stage)
             mbarrier.expect(ready, (ROWS + COLUMNS) * STEP * 2)
             if LEFT_ACROSS:
-                tma.async_copy_global_to_shared(left, [matrix, k * STEP, row], ready, left_tiles.index(stage))
+                async_load(left, [matrix, k * STEP, row], ready, left_tiles.index(stage))
             else:
-                tma.async_copy_global_to_shared(left, [matrix, row, k * STEP], ready, left_tiles.index(stage))
+                async_load(left, [matrix, row, k * STEP], ready, left_tiles.index(stage))
             if RIGHT_ACROSS:
-                tma.async_copy_global_to_shared(
-                    right, [matrix, k * STEP, column], ready, right_tiles.index(stage)
-                )
+                async_load(right, [matrix, k * STEP, column], ready, right_tiles.index(stage))
             else:
-                tma.async_copy_global_to_shared(
-                    right, [matrix, column, k * STEP], ready, right_tiles.index(stage)
-                )
+                async_load(right, [matrix, column, k * STEP], ready, right_tiles.index(stage))
             stage += 1
             if stage == STAGES:
                 stage = 0
@@ -97,7 +98,7 @@ def _copy_tiles(
                     mbarrier.wait(staged_empty, staged_phase)
                     mbarrier.expect(staged_full, ROWS * COLUMNS * 2)
                     for chunk in gl.static_range(COLUMNS // CHUNK):
-                        tma.async_copy_global_to_shared(
+                        async_load(
                             added, [matrix, row, column + chunk * CHUNK], staged_full, staged.index(chunk)
                         )
         staged_phase ^= 1
@@ -130,7 +131,7 @@ def _store_chunk(
     rounded = value.to(out.dtype)
     buffer.store(rounded)
     fence_async_shared()
-    tma.async_copy_shared_to_global(out, [matrix, row, column], buffer)
+    async_store(out, [matrix, row, column], buffer)
     return rounded
 
 
@@ -142,10 +143,14 @@ def _mirror_chunk(
     ROWS: gl.constexpr = rounded.shape[0]
     CHUNK: gl.constexpr = rounded.shape[1]
     tma.store_wait(STORES - 1)
-    buffer = staged.index(chunk)._reinterpret(mirrored.dtype, [CHUNK, ROWS], MIRROR_LAYOUT)
+    buffer = staged.index(chunk)
+    if _NEW_NAMES:
+        buffer = buffer.reinterpret(mirrored.dtype, [CHUNK, ROWS], MIRROR_LAYOUT)
+    else:
+        buffer = buffer._reinterpret(mirrored.dtype, [CHUNK, ROWS], MIRROR_LAYOUT)
     buffer.store(rounded.permute((1, 0)))
     fence_async_shared()
-    tma.async_copy_shared_to_global(mirrored, [matrix, row, column], buffer)
+    async_store(mirrored, [matrix, row, column], buffer)
 
 
 @gluon.jit
