@@ -188,3 +188,15 @@ def test_shared_branches_are_visited_once() -> None:
         y = y + y
     y.backward()
     assert x.grad.item() == 2.0**40
+
+
+def test_a_leafs_hook_runs_as_soon_as_its_gradient_is_whole() -> None:
+    """Of two layers, the later one's weight hears of its gradient before the earlier one's is computed."""
+    first, second = mt.ones(3, 3, requires_grad=True), mt.ones(3, 3, requires_grad=True)
+    heard: list[str] = []
+    middle = mt.ones(1, 3) @ first
+    middle.register_hook(lambda g: heard.append("middle"))
+    first.register_hook(lambda g: heard.append("first"))
+    second.register_hook(lambda g: heard.append("second"))
+    (middle @ second + (middle * second).sum()).sum().backward()  # second is used twice
+    assert heard == ["second", "middle", "first"]

@@ -197,6 +197,7 @@ NOTHING_TO_REFUSE = {
     "nn.functional.rms_norm",
     "nn.functional.softshrink",
     "take",
+    "where",
     "rsub",
     "max|binary",
     "min|binary",

@@ -1,6 +1,8 @@
 #include "autograd/engine.h"
 
 #include <algorithm>
+#include <unordered_map>
+#include <unordered_set>
 
 #include "ops/ops.h"
 
@@ -65,6 +67,7 @@ class Pass {
 
   void run(const Tensor& root, Tensor grad) {
     GradMode mode(options_.create_graph);
+    root_ = root->grad_fn;
     if (root->grad_fn != nullptr) push(root->grad_fn, std::move(grad));
     else give_leaf(root.get(), std::move(grad));
     while (!heap_.empty()) step();
@@ -121,6 +124,7 @@ class Pass {
     if (!options_.retain_graph) node->release();
     for (int i = 0; i < node->num_inputs; ++i) {
       const Edge& edge = node->edges[i];
+      if (edge.leaf != nullptr && !values[i] && !expected_.empty()) arrived(edge.leaf);
       if (!edge.wanted() || !values[i]) continue;
       Tensor g = std::move(values[i]);
       if (!(g.shape() == edge.shape())) g = sum_to(g, edge.shape());
@@ -134,12 +138,44 @@ class Pass {
   void give_leaf(TensorImpl* leaf, Tensor grad) {
     if (leaf->hooks == nullptr && captures_ == nullptr) return accumulate(leaf, std::move(grad), options_.create_graph);
     if (captures_ != nullptr && !captured_leaf(leaf)) return;
+    if (captures_ == nullptr && expected_.empty()) count_edges();
+    bool known_already = false;
     for (auto& [known, sum] : leaves_)
       if (known.get() == leaf) {
         sum = plus(sum, std::move(grad));
-        return;
+        known_already = true;
       }
-    leaves_.emplace_back(Tensor::borrow(leaf), std::move(grad));
+    if (!known_already) leaves_.emplace_back(Tensor::borrow(leaf), std::move(grad));
+    if (captures_ == nullptr) arrived(leaf);
+  }
+
+  // How many gradients each leaf with hooks will get, so that its hooks run as soon as the last one is there: who
+  // sends gradients to other processes need not wait for the end of the pass.
+  void count_edges() {
+    std::unordered_set<const Node*> seen;
+    std::vector<const Node*> open;
+    if (root_ != nullptr) open.push_back(root_);
+    while (!open.empty()) {
+      const Node* node = open.back();
+      open.pop_back();
+      if (!seen.insert(node).second) continue;
+      for (int i = 0; i < node->num_inputs; ++i) {
+        const Edge& edge = node->edges[i];
+        if (edge.node != nullptr) open.push_back(edge.node);
+        if (edge.leaf != nullptr && edge.leaf->hooks != nullptr) ++expected_[edge.leaf];
+      }
+    }
+  }
+
+  void arrived(TensorImpl* leaf) {
+    const auto left = expected_.find(leaf);
+    if (left == expected_.end() || --left->second > 0) return;
+    for (auto it = leaves_.begin(); it != leaves_.end(); ++it)
+      if (it->first.get() == leaf) {
+        auto [kept, sum] = std::move(*it);
+        leaves_.erase(it);
+        return finish_leaf(leaf, std::move(sum));
+      }
   }
 
   bool captured_leaf(const TensorImpl* leaf) const {
@@ -159,6 +195,8 @@ class Pass {
   BackwardOptions options_;
   std::vector<Entry> heap_;
   std::vector<std::pair<Tensor, Tensor>> leaves_;
+  std::unordered_map<const TensorImpl*, int> expected_;
+  const Node* root_ = nullptr;
   uint64_t order_ = 0;
 };
 

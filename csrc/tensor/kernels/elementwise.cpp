@@ -66,7 +66,8 @@ template <class T>
 MS_INLINE T floor_mod(T a, T b) {
   const T rest = sizeof(T) == 4 ? static_cast<T>(::fmodf(static_cast<float>(a), static_cast<float>(b)))
                                 : static_cast<T>(::fmod(static_cast<double>(a), static_cast<double>(b)));
-  return rest != 0 && (rest < 0) != (b < 0) ? rest + b : rest;
+  if (rest == 0) return static_cast<T>(__builtin_copysign(0.0, static_cast<double>(b)));
+  return (rest < 0) != (b < 0) ? rest + b : rest;
 }
 template <class T>
 MS_INLINE T floor_quotient(T a, T b) {
@@ -86,7 +87,7 @@ LIBM2(Copysign, __builtin_copysignf, __builtin_copysign)
 
 UNARY(Neg, -x)
 UNARY(Abs, abs(x))
-UNARY(Sign, select(x > splat<V>(0), splat<V>(1), select(x < splat<V>(0), splat<V>(-1), x)))
+UNARY(Sign, select(x > splat<V>(0), splat<V>(1), select(x < splat<V>(0), splat<V>(-1), select(x == splat<V>(0), splat<V>(0), x))))
 UNARY(Square, x * x)
 UNARY(Reciprocal, 1 / x)
 UNARY(Sqrt, sqrt(x))

@@ -288,7 +288,9 @@ def clip(x: Tensor, /, min: Any = None, max: Any = None) -> Tensor:
     return out.to(x.dtype)
 
 
-def nextafter(x1: Tensor, x2: Tensor, /) -> Tensor:
+def nextafter(x1: Any, x2: Any, /) -> Tensor:
+    kind = result_type(x1, x2)
+    x1, x2 = (x.to(kind) if isinstance(x, Tensor) else mt.tensor(x, dtype=kind) for x in (x1, x2))
     bits = {float32: int32, float64: int64, float16: int16, bfloat16: int16}[x1.dtype]
     x1, x2 = (mt.clone(t) for t in mt.broadcast_tensors([x1, x2]))
     whole = mt.bit_view(x1, bits)
@@ -327,7 +329,12 @@ def tensordot(x1: Tensor, x2: Tensor, /, *, axes: int | tuple[Sequence[int], Seq
 
 def vecdot(x1: Tensor, x2: Tensor, /, *, axis: int = -1) -> Tensor:
     kind = result_type(x1, x2)
-    return mt.sum(x1 * x2, axis).to(kind)
+    if not -builtins.min(x1.ndim, x2.ndim) <= axis < 0:
+        raise mt.IndexOutOfRangeError(f"vecdot: axis {axis} must be negative and within both arrays")
+    if x1.shape[axis] != x2.shape[axis]:
+        raise mt.ShapeError(f"vecdot: {tuple(x1.shape)} and {tuple(x2.shape)} differ along axis {axis}")
+    left, right = mt.movedim(x1.to(kind), axis, -1), mt.movedim(x2.to(kind), axis, -1)
+    return mt.sum(left * right, -1).to(kind)
 
 
 # ---- shapes ----
@@ -347,7 +354,7 @@ def concat(arrays: Sequence[Tensor], /, *, axis: int | None = 0) -> Tensor:
     return mt.cat(list(arrays), axis)
 
 
-def expand_dims(x: Tensor, /, *, axis: int | tuple[int, ...] = 0) -> Tensor:
+def expand_dims(x: Tensor, /, axis: int | tuple[int, ...]) -> Tensor:
     axes = (axis,) if isinstance(axis, int) else axis
     total = x.ndim + len(axes)
     for a in sorted(mt_wrap(a, total) for a in axes):
