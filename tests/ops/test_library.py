@@ -28,6 +28,10 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]]
         (normal(5, 16), normal(5, 16) * 2.0, normal(16), 1e-5),
     ),
     "swiglu": (library.swiglu_op, ops.swiglu, (normal(5, 16),)),
+    "rope": (
+        library.rope_op, ops.rope,
+        (normal(5, 4, 8), normal(5, 2, 8), torch.tensor([0, 3, 1, 7, 2]), 0.1 ** torch.arange(3.0), None, 0.9, True),
+    ),
     "linear": (library.linear_op, ops.linear, (normal(5, 16), normal(8, 16), normal(8), None)),
     "linear without bias": (
         library.linear_op, ops.linear, (normal(5, 16), normal(8, 16), None, torch.float32),
@@ -38,12 +42,12 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]]
 @pytest.mark.parametrize("name", CALLS)
 def test_a_compiler_is_told_the_truth(name: str) -> None:
     operator, _, arguments = CALLS[name]
-    leaves = [a.detach().requires_grad_() if isinstance(a, Tensor) else a for a in arguments]
+    leaves = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in arguments]
     torch.library.opcheck(operator, (*leaves, "fast", "reference"))
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"{p.numerics}-{p.backend}")
-@pytest.mark.parametrize("name", [n for n in CALLS if "bias" not in n])
+@pytest.mark.parametrize("name", [n for n in CALLS if "bias" not in n and n != "rope"])
 def test_traced_code_computes_the_same(name: str, policy: Policy) -> None:
     _, function, arguments = CALLS[name]
     if name == "linear":
@@ -79,6 +83,25 @@ def test_attention_of_whole_sequences_can_be_compiled() -> None:
     results = []
     for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
         leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        run(*leaves).backward()
+        results.append([x.grad for x in leaves])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"{p.numerics}-{p.backend}")
+def test_a_rotation_can_be_compiled(policy: Policy) -> None:
+    q, k, positions, inv_freq = (x for x in CALLS["rope"][2][:4])
+
+    def loss(q: Tensor, k: Tensor) -> Tensor:
+        angles = ops.RopeAngles(positions, inv_freq)
+        rotated = ops.rope(q, k, angles, policy=policy)
+        return (rotated[0] * normal(5, 4, 8, grad=False)).sum() + (rotated[1] ** 3).sum()
+
+    torch.compiler.reset()
+    results = []
+    for run in (loss, torch.compile(loss, backend="aot_eager")):
+        leaves = [x.detach().clone().requires_grad_() for x in (q, k)]
         run(*leaves).backward()
         results.append([x.grad for x in leaves])
     for a, b in zip(*results, strict=True):

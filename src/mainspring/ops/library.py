@@ -7,12 +7,15 @@ while it is traced: an operator's dispatch costs more than a small kernel.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mainspring.ops.policy import Numerics, Policy
+
+if TYPE_CHECKING:
+    from mainspring.ops.rope import RopeAngles
 
 
 def is_traced() -> bool:
@@ -224,3 +227,59 @@ def _linear_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 linear_op.register_autograd(_linear_gradient, setup_context=_linear_keep)
+
+
+# ---- RoPE ----------------------------------------------------------------------------------------------------------
+
+
+def rope(
+    q: Tensor, k: Tensor, angles: RopeAngles, interleaved: bool, policy: Policy
+) -> tuple[Tensor, Tensor]:
+    """ops.rope.rope as an operator."""
+    result: tuple[Tensor, Tensor] = rope_op(
+        q, k, angles.positions, angles.inv_freq, angles.rows, angles.scale, interleaved, policy.numerics,
+        policy.backend,
+    )  # fmt: skip
+    return result
+
+
+@torch.library.custom_op("mainspring::rope", mutates_args=())
+def rope_op(
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor,
+    rows: Tensor | None,
+    scale: float,
+    interleaved: bool,
+    numerics: str,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """q: [T, Hq, D], k: [T, Hkv, D], rotated into new tensors."""
+    from mainspring.ops.rope import RopeAngles, rope
+
+    q, k = (x.clone(memory_format=torch.contiguous_format) for x in (q, k))  # which may be overwritten
+    angles = RopeAngles(positions, inv_freq, rows, scale)
+    with torch.no_grad():
+        return rope(q, k, angles, interleaved=interleaved, policy=_policy(numerics, backend))
+
+
+@rope_op.register_fake
+def _(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    like = torch.contiguous_format
+    return torch.empty_like(q, memory_format=like), torch.empty_like(k, memory_format=like)
+
+
+def _rope_keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _q, _k, positions, inv_freq, rows, *ctx.options = inputs
+    ctx.save_for_backward(positions, inv_freq, rows)
+
+
+def _rope_gradient(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+    """The rotation back: cosines are even and sines odd in the frequencies."""
+    positions, inv_freq, rows = ctx.saved_tensors
+    grads = rope_op(grad_q, grad_k, positions, -inv_freq, rows, *ctx.options)
+    return (*grads, *(None,) * 7)
+
+
+rope_op.register_autograd(_rope_gradient, setup_context=_rope_keep)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mainspring.errors import BackendError
+from mainspring.ops import library
 from mainspring.ops.cpu import rope as cpu
 from mainspring.ops.cpu.support import refuses
 from mainspring.ops.policy import LOCKSTEP, Policy
@@ -61,6 +62,8 @@ def rope(
             f"rope: {angles.inv_freq.shape[-1]} frequencies and {angles.positions.shape[0]} positions do not fit "
             f"q {tuple(q.shape)}"
         )
+    if library.is_traced():
+        return library.rope(q, k, angles, interleaved, policy)
     run = ROPE.select(q, policy, any_requires_grad(q, k))
     return run(q, k, angles, interleaved, policy)
 
