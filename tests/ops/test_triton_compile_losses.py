@@ -50,8 +50,7 @@ def test_log_probs(entropy: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("everything", [False, True])
 def test_cross_entropy(everything: bool, tmp_path: Path) -> None:
-    from mainspring.ops.triton.cross_entropy import WARPS, cross_entropy_kernel
-    from mainspring.ops.triton.log_probs import SEGMENT
+    from mainspring.ops.triton.cross_entropy import SEGMENT, WARPS, cross_entropy_kernel
 
     types = {
         **dict.fromkeys(("logits", "weights", "entropy_weights", "losses"), "*fp32"), "targets": "*i64",

@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mainspring.ops.triton.log_probs import SEGMENT, log_prob_of, merge_states, segment_state
+from mainspring.ops.triton.log_probs import log_prob_of, merge_states, segment_state
 from mainspring.ops.triton.support import ALIGNMENT, check_dtype, on_device, require
 
+SEGMENT = 16384  # elements of a row between two sums over a block
 WARPS = 16
 
 
