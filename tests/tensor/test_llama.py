@@ -18,9 +18,18 @@ from mainspring.tensor.llama import LlamaModel
 from tensor.cases import as_torch
 
 CONFIG = {
-    "architecture": "LlamaForCausalLM", "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_layers": 3,
-    "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "tie_word_embeddings": True, "extra": {"initializer_range": 0.2},
-}  # fmt: skip
+    "architecture": "LlamaForCausalLM",
+    "vocab_size": 67,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_layers": 3,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+    "extra": {"initializer_range": 0.2},
+}
 LLAMA3 = RopeScaling("llama3", 8.0, 16, low_freq_factor=1.0, high_freq_factor=4.0)
 
 

@@ -10,7 +10,7 @@ import builtins
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from mainspring.tensor import _tensor as mt
 from mainspring.tensor._tensor import (
@@ -344,6 +344,10 @@ def broadcast_arrays(*arrays: Tensor) -> list[Tensor]:
     return list(mt.broadcast_tensors(list(arrays)))
 
 
+def broadcast_shapes(*shapes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(mt.broadcast_tensors([mt.zeros(()).expand(s) for s in shapes])[0].shape)
+
+
 def broadcast_to(x: Tensor, /, shape: Sequence[int]) -> Tensor:
     return mt.broadcast_to(x, tuple(shape))
 
@@ -474,33 +478,28 @@ def sort(
     return mt.sort(x, axis, descending, stable)[0]
 
 
-@dataclass(frozen=True)
-class UniqueAll:
+class UniqueAll(NamedTuple):
     values: Tensor
     indices: Tensor
     inverse_indices: Tensor
     counts: Tensor
 
-    def __iter__(self) -> Any:
-        return iter((self.values, self.indices, self.inverse_indices, self.counts))
 
-
-@dataclass(frozen=True)
-class UniqueCounts:
+class UniqueCounts(NamedTuple):
     values: Tensor
     counts: Tensor
 
-    def __iter__(self) -> Any:
-        return iter((self.values, self.counts))
 
-
-@dataclass(frozen=True)
-class UniqueInverse:
+class UniqueInverse(NamedTuple):
     values: Tensor
     inverse_indices: Tensor
 
-    def __iter__(self) -> Any:
-        return iter((self.values, self.inverse_indices))
+
+def isin(x1: Any, x2: Any, /, *, invert: builtins.bool = False) -> Tensor:
+    kind = result_type(x1, x2)
+    left, right = (x.to(kind) if isinstance(x, Tensor) else mt.tensor(x, dtype=kind) for x in (x1, x2))
+    found = mt.any(left.unsqueeze(-1) == right.reshape(-1), -1)
+    return mt.logical_not(found) if invert else found
 
 
 def unique_all(x: Tensor, /) -> UniqueAll:
