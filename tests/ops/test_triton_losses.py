@@ -232,6 +232,26 @@ def test_linear_log_probs_and_entropy(dtype: torch.dtype, monkeypatch: pytest.Mo
     assert_same_bits(ours[0], token_log_probs(logits, targets, temperature, policy=TRITON))
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has no shared memory to run out of")
+@pytest.mark.parametrize(
+    "v", [5003, 8192]
+)  # rows that a tensor descriptor cannot store, and rows that it can
+def test_every_tile_has_room_for_float32_logits(v: int) -> None:
+    from mainspring.ops.triton.linear import _CHOICES
+    from mainspring.ops.triton.linear import linear as triton_linear
+
+    hidden = random_tensor(0, 300, 256, dtype=torch.bfloat16)
+    weight = random_tensor(1, v, 256, dtype=torch.bfloat16)
+    first, *others = (
+        triton_linear(hidden, weight, out_dtype=torch.float32, tile=choice.tile) for choice in _CHOICES
+    )
+    assert_as_exact_as_torch(
+        first, hidden.float() @ weight.float().t(), hidden.double() @ weight.double().t(), roundings=64
+    )
+    for other in others:
+        assert_same_bits(other, first)
+
+
 def test_targets_outside_the_vocabulary() -> None:
     logits, options = random_tensor(0, 3, 9), LossOptions()
     targets = torch.tensor([-100, 9, -1], device=DEVICE)
