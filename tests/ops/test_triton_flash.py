@@ -148,10 +148,10 @@ class Case:
         assert not got[1][empty.T].any()
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES if INTERPRETED else 6, deadline=None)  # each compiles kernels of its own
 @given(
-    seed=st.integers(0, 1 << 20), counts=pairs, sizes=heads, d=head_dims, dtype=st.sampled_from(DTYPES),
-    causal=st.booleans(), window=windows, softcap=caps,
+    seed=st.integers(0, 1 << 20), counts=pairs, sizes=heads, d=head_dims,
+    dtype=st.sampled_from(DTYPES if INTERPRETED else DTYPES[1:]), causal=st.booleans(), window=windows, softcap=caps,
 )  # fmt: skip
 def test_every_option(
     seed: int, counts: list[tuple[int, int]], sizes: tuple[int, int], d: int, dtype: torch.dtype, causal: bool,
@@ -165,8 +165,8 @@ def test_every_option(
 @pytest.mark.parametrize("causal", [True, False])
 def test_self_attention(dtype: torch.dtype, causal: bool) -> None:
     counts = [33, 1, 32] if INTERPRETED else [300, 1, 128, 1000]
-    for d in (16,) if INTERPRETED else (64, 128):
-        Case(counts, counts, causal, scale=d**-0.5).check(3, (4, 2), d, dtype)
+    d = 16 if INTERPRETED else 128 if causal else 64
+    Case(counts, counts, causal, scale=d**-0.5).check(3, (4, 2), d, dtype)
 
 
 def test_large_values() -> None:
