@@ -2,15 +2,18 @@
 // (Dao et al. 2022; Shah et al. 2024 for the overlap on Hopper).
 //
 // A block is persistent: its producer warp fetches tiles of queries and the blocks of keys and values they see by bulk
-// tensor copies, each warpgroup of consumers owns 64 queries of a tile. A warpgroup starts the scores of the next block
-// before the output of the last one, so that the tensor cores multiply while it takes exponentials; warpgroups take turns
-// (named barriers) in starting products, so that one's softmax falls into another's products. Blocks of keys go from the
-// last to the first: those that a mask cuts come first (and, with a window, last), and the loop between knows no mask.
+// tensor copies, each warpgroup of consumers owns 64 queries of a tile. A warpgroup queues the scores of the next block
+// together with the output of the last one; warpgroups take turns (named barriers) in queueing products, so that the
+// softmax of one falls into the products of the others. Blocks of keys go from the last to the first: those that a mask
+// cuts come first (and, with a window, last), and the loop between knows no mask.
 //
-// Defines: MAINSPRING_TYPE, MAINSPRING_HEAD_DIM, MAINSPRING_GROUPS (consumer warpgroups), MAINSPRING_KEYS (of a block),
-// MAINSPRING_STAGES, MAINSPRING_REGISTERS (of a consumer), MAINSPRING_CAUSAL, MAINSPRING_WINDOWED, MAINSPRING_SOFTCAP (0 or 1), and of tuning:
-// MAINSPRING_OVERLAP, MAINSPRING_TURNS (0 or 1), MAINSPRING_ORDER (0 a tile a block, 1 strided, 2 dynamic),
-// MAINSPRING_EMULATED (of eight exponentials, how many by polynomial).
+// In canonical order (docs/design.md) they go from the first to the last, the softmax in units of kUnit keys, each chunk
+// of kChunk keys on its own, chunks merged left to right: the bits of a row are those of ops/triton/attention.py and of
+// paged_attention.cu.
+//
+// Defines: MAINSPRING_TYPE, MAINSPRING_HEAD_DIM, MAINSPRING_CAUSAL, MAINSPRING_WINDOWED, MAINSPRING_SOFTCAP,
+// MAINSPRING_CANONICAL (0 or 1), and of tuning MAINSPRING_GROUPS (consumer warpgroups), MAINSPRING_KEYS (of a block),
+// MAINSPRING_STAGES, MAINSPRING_REGISTERS (of a consumer), MAINSPRING_TURNS (0 or 1).
 #include "flash_schedule.cuh"
 #include "flash_softmax.cuh"
 #include "flash_tiles.cuh"
@@ -29,12 +32,12 @@ constexpr int kStages = MAINSPRING_STAGES;
 constexpr bool kCausal = MAINSPRING_CAUSAL;
 constexpr bool kWindowed = MAINSPRING_WINDOWED;
 constexpr bool kSoftcap = MAINSPRING_SOFTCAP;
-constexpr bool kOverlap = MAINSPRING_OVERLAP;
+constexpr bool kCanonical = MAINSPRING_CANONICAL;
+constexpr int kChunk = 512;
+constexpr int kUnit = !kCanonical ? kKeys : kHeadDim <= 64 ? 128 : 64;  // keys of one step of the online softmax
+constexpr int kUnits = kKeys / kUnit;
+static_assert(kKeys % kUnit == 0 && kUnits <= 2 && (!kCanonical || kChunk % kKeys == 0), "keys make up units and chunks");
 constexpr bool kTurns = MAINSPRING_TURNS;
-constexpr int kEmulated = MAINSPRING_EMULATED;
-constexpr bool kPin = MAINSPRING_PIN;
-constexpr int kDegree = std::is_same<T, __half>::value ? 4 : 3;
-constexpr TileOrder kOrder = static_cast<TileOrder>(MAINSPRING_ORDER);
 // A block starts with 168 (3 warpgroups) or 128 (4) registers a thread; the roles then share the same sum.
 constexpr int kConsumerRegisters = MAINSPRING_REGISTERS;
 constexpr int kProducerRegisters = (kGroups == 2 ? 3 * 168 : 4 * 128) - kGroups * kConsumerRegisters;
@@ -42,12 +45,14 @@ static_assert((kGroups == 2 || kGroups == 3) && kProducerRegisters >= 24, "two o
 constexpr int kThreads = 128 * (kGroups + 1);
 
 using P = Panels<kHeadDim>;
-using Schedule = FlashSchedule<kRows, kKeys, kCausal, kWindowed, kOrder>;
+using Schedule = FlashSchedule<kRows, kKeys, kCausal, kWindowed>;
 
 struct alignas(1024) Shared {
   T q[kGroups][64 * kHeadDim];
   T k[kStages][kKeys * kHeadDim];
   T v[kStages][kKeys * kHeadDim];
+  float4 whole[kCanonical ? kGroups : 1][kCanonical ? kHeadDim / 8 * 128 : 1];  // see merge_chunk
+  float2 states[kCanonical ? kRows : 1];
   FlashTile tile[2];
   uint64_t q_full[kGroups], q_free[kGroups];
   uint64_t k_full[kStages], k_free[kStages], v_full[kStages], v_free[kStages];
@@ -61,7 +66,7 @@ struct Arguments {
   float* lse;   // [heads, tokens]
   int tokens;
   float factor;    // of the scores, before a power of two is taken
-  float slope;     // soft-cap: factor of the scores inside tanh
+  float cap_in, cap_out;  // see capped
   float slack;     // see online_softmax
 };
 
@@ -114,24 +119,28 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& p, cons
         load(shared.v[value.stage], v_map, &shared.v_full[value.stage], &shared.v_free[value.stage], value.parity, block);
         value.advance();
       };
-      for (int block = high - 1; block >= low; --block) {
+      const auto load_key = [&](int block) {
         load(shared.k[key.stage], k_map, &shared.k_full[key.stage], &shared.k_free[key.stage], key.parity, block);
         key.advance();
-        if (block == high - 1) {
+      };
+      int block = kCanonical ? low : high - 1;
+      const int last = kCanonical ? high - 1 : low;
+      load_key(block);
 #pragma unroll
-          for (int g = 0; g < kGroups; ++g) {
-            barrier_wait(&shared.q_free[g], q_parity ^ 1);
-            if (leader) {
-              barrier_expect(&shared.q_full[g], kQueryBytes);
-              tma_load(shared.q[g], q_map, &shared.q_full[g], 0, first + 64 * g, 0, head);
-            }
-            __syncwarp();
-          }
-        } else {
-          load_value(block + 1);
+      for (int g = 0; g < kGroups; ++g) {
+        barrier_wait(&shared.q_free[g], q_parity ^ 1);
+        if (leader) {
+          barrier_expect(&shared.q_full[g], kQueryBytes);
+          tma_load(shared.q[g], q_map, &shared.q_full[g], 0, first + 64 * g, 0, head);
         }
+        __syncwarp();
       }
-      load_value(low);
+      // Values follow one block behind the keys, as the consumers want them.
+      for (; block != last; block += kCanonical ? 1 : -1) {
+        load_key(kCanonical ? block + 1 : block - 1);
+        load_value(block);
+      }
+      load_value(last);
       q_parity ^= 1;
     }
   }
@@ -157,139 +166,176 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& p, int 
   const uint64_t v_tiles = P::descriptor(shared.v[0], kKeys * P::kRowBytes);
   constexpr uint64_t kStageStep = sizeof(shared.k[0]) >> 4;
 
-  float s[kKeys / 2], o[kHeadDim / 2], rescale[2];
+  float s[kKeys / 2], o[kHeadDim / 2], rescale[kUnits][2];
   uint32_t weights[kKeys / 16][4];
   RowState state;
+  float4* const whole = &shared.whole[kCanonical ? group : 0][kCanonical ? thread : 0];
+  float2* const states = &shared.states[kCanonical ? my_row : 0];
   Ring<kStages> key, value;
   Ring<2> slot;
   uint32_t q_parity = 0;
   if (kTurns && group == 0) named_arrive(kTurn, 256);
 
+  const auto start_scores = [&] {
+    wgmma_touch(s);
+    wgmma_fence();
+    multiply_keys<T, kHeadDim, kKeys>(s, q_tile, k_tiles + key.stage * kStageStep);
+    wgmma_commit();
+  };
   while (true) {
     barrier_wait(&shared.tile_full[slot.stage], slot.parity);
-    const FlashTile& tile = shared.tile[slot.stage];  // read again where needed: registers are few
-    if (tile.head < 0) break;
+    const FlashTile& tile = shared.tile[slot.stage];
+    // By a reduction, whose result lies in a uniform register: then conditions and addresses that follow from it do, too,
+    // and no product waits for its descriptors (worth 9 %). For the same reason the first scores stand under no
+    // condition: where the tile sees no key, they are of whatever lies in shared memory and nobody looks at them.
+    const auto uniform = [](int x) { return __reduce_max_sync(~0u, x); };
+    const int head = uniform(tile.head), low = uniform(tile.low), high = uniform(tile.high);
+    const bool some = head >= 0 && high > low;
+    if (some) {
+      barrier_wait(&shared.q_full[group], q_parity);
+      q_parity ^= 1;
+      barrier_wait(&shared.k_full[key.stage], key.parity);
+    }
+    start_scores();
+    wgmma_wait<0>();
+    wgmma_touch(s);
+    if (head < 0) break;
 
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0.0f;
     state.reset();
+    bool first_chunk = true;
 
-    if (tile.high > tile.low) {
-      const int position = tile.position + my_row;  // in keys, of this thread's first row
+    if (some) {
+      const int lead = uniform(tile.position), keys_end = uniform(tile.keys);
+      const int position = lead + my_row;  // in keys, of this thread's first row
 
       // Scores in `s` to weights. Masked: whether a mask may cut this block.
       const auto softmax = [&](int block, auto masked) {
         constexpr bool kMasked = decltype(masked)::value;
         if (kSoftcap) {
 #pragma unroll
-          for (int i = 0; i < kKeys / 2; ++i) s[i] = tanh_by_exp2(s[i] * p.slope);
+          for (int i = 0; i < kKeys / 2; ++i) s[i] = capped(s[i], p.cap_in, p.cap_out);
         }
         if (kMasked) {
           SeenColumns seen;
           const int first = block * kKeys + my_column;
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
-            const int end = kCausal ? min(tile.keys, position + 8 * j + 1) : tile.keys;
+            const int end = kCausal ? min(keys_end, position + 8 * j + 1) : keys_end;
             seen.high[j] = end - first;
             seen.low[j] = kWindowed ? position + 8 * j + 1 - p.lengths.window - first : 0;
           }
           mask_scores<kWindowed>(s, seen);
         }
-        online_softmax<kMasked, kSoftcap ? 0 : kEmulated, kDegree>(s, state, rescale, p.factor, p.slack);
-      };
-      const auto rescale_output = [&] {
-        if (__any_sync(~0u, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
-#pragma unroll
-          for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= rescale[i / 2 % 2];
+        online_softmax<kMasked, kCanonical, 0, kUnit>(s, state, rescale[0], p.factor, p.slack);
+        if constexpr (kUnits == 2) {
+          online_softmax<kMasked, kCanonical, kUnit, kUnit>(s, state, rescale[1], p.factor, p.slack);
         }
       };
-      const auto start_scores = [&] {
-        wgmma_touch(s);
-        wgmma_fence();
-        multiply_keys<T, kHeadDim, kKeys>(s, q_tile, k_tiles + key.stage * kStageStep);
-        wgmma_commit();
+      const auto rescale_output = [&](const float (&by)[2]) {
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 2; ++i) o[i] = __fmul_rn(o[i], by[i / 2 % 2]);
       };
+      const auto moved = [&](const float (&by)[2]) { return __any_sync(~0u, by[0] != 1.0f || by[1] != 1.0f); };
       const auto start_output = [&] {
         wgmma_touch(o);
         wgmma_fence();
-        multiply_values<T, kHeadDim, kKeys>(o, weights, v_tiles + value.stage * kStageStep);
+        const uint64_t v_tile = v_tiles + value.stage * kStageStep;
+        multiply_values<T, kHeadDim, 0, kUnit>(o, weights, v_tile);
+        if constexpr (kUnits == 2) {
+          if (moved(rescale[1])) {
+            wgmma_commit();
+            wgmma_wait<0>();
+            wgmma_touch(o);
+            rescale_output(rescale[1]);
+            wgmma_touch(o);
+            wgmma_fence();
+          }
+          multiply_values<T, kHeadDim, kUnit, kUnit>(o, weights, v_tile);
+        }
         wgmma_commit();
       };
 
       // Keys past a sequence's end belong to the next one: their weights are zero, but zero times NaN is none.
       const auto clear_tail = [&](int block) {
-        const int keys = tile.keys - block * kKeys;
+        const int keys = keys_end - block * kKeys;
         if (keys < kKeys) {
           barrier_wait(&shared.v_full[value.stage], value.parity);
           clear_rows<kHeadDim, kKeys>(shared.v[value.stage], keys, kOwn + group);
         }
       };
 
-      int block = tile.high - 1;
-      barrier_wait(&shared.q_full[group], q_parity);
-      q_parity ^= 1;
-      barrier_wait(&shared.k_full[key.stage], key.parity);
-      start_scores();
-      wgmma_wait<0>();
-      wgmma_touch(s);
+      int block = kCanonical ? low : high - 1;
       release(&shared.k_free[key.stage]);
       key.advance();
       softmax(block, std::true_type());
       to_operand<T>(weights, s);
-      clear_tail(block);
+      if (!kCanonical) clear_tail(block);
 
       // The scores and weights of `block`, and the output of the block before it.
       const auto step = [&](int block, auto masked) {
         barrier_wait(&shared.k_full[key.stage], key.parity);
         my_turn();
-        if (kOverlap) {
-          start_scores();
-          barrier_wait(&shared.v_full[value.stage], value.parity);
-          start_output();
-          next_turn();
-          wgmma_wait<1>();
-          wgmma_touch(s);
-          release(&shared.k_free[key.stage]);
-          key.advance();
-          softmax(block, masked);
-          if (kPin) pin_before_wait(state);
-          wgmma_wait<0>();
-          wgmma_touch(o);
-        } else {
-          barrier_wait(&shared.v_full[value.stage], value.parity);
-          start_output();
-          start_scores();
-          next_turn();
-          wgmma_wait<0>();
-          wgmma_touch(o);
-          wgmma_touch(s);
-          release(&shared.k_free[key.stage]);
-          key.advance();
-          softmax(block, masked);
+        start_scores();
+        barrier_wait(&shared.v_full[value.stage], value.parity);
+        start_output();
+        next_turn();
+        wgmma_wait<1>();
+        wgmma_touch(s);
+        release(&shared.k_free[key.stage]);
+        key.advance();
+        const bool new_chunk = kCanonical && block % (kChunk / kKeys) == 0;
+        RowState chunk;
+        if (new_chunk) {
+          chunk = state;
+          state.reset();
         }
+        softmax(block, masked);
+        wgmma_wait<0>();
+        wgmma_touch(o);
         release(&shared.v_free[value.stage]);
         value.advance();
         to_operand<T>(weights, s);
-        rescale_output();
+        if (new_chunk) {
+          merge_chunk(whole, states, first_chunk, false, o, chunk, p.factor);
+          first_chunk = false;
+        } else if (moved(rescale[0])) {
+          rescale_output(rescale[0]);
+        }
       };
 
-      --block;
-      if (kCausal) {
-        // The first block that the tile's first query sees whole is the last one of the loop without masks.
-        const int cut = max(tile.low, (tile.position + 1) / kKeys);
+      // Blocks from `cut` on the tile's first query does not see whole; those before `open` a window may cut.
+      const int cut = max(low, (lead + 1) / kKeys);
+      const int open =
+          kWindowed ? max(low, (lead + kRows - p.lengths.window + kKeys - 1) / kKeys) : low;
+      if (kCanonical) {
+        const int uncut = kCausal ? min(cut, high) : keys_end / kKeys;
+        ++block;
+        if (kWindowed) {
 #pragma unroll 1
-        for (; block >= cut; --block) step(block, std::true_type());
-      }
-      const int whole = kWindowed ? max(tile.low, (tile.position + kRows - p.lengths.window + kKeys - 1) / kKeys)
-                                  : tile.low;
+          for (; block < min(open, high); ++block) step(block, std::true_type());
+        }
 #pragma unroll 1
-      for (; block >= whole; --block) step(block, std::false_type());
-      if (kWindowed) {
+        for (; block < uncut; ++block) step(block, std::false_type());
 #pragma unroll 1
-        for (; block >= tile.low; --block) step(block, std::true_type());
+        for (; block < high; ++block) step(block, std::true_type());
+      } else {
+        --block;
+        if (kCausal) {
+#pragma unroll 1
+          for (; block >= cut; --block) step(block, std::true_type());
+        }
+#pragma unroll 1
+        for (; block >= open; --block) step(block, std::false_type());
+        if (kWindowed) {
+#pragma unroll 1
+          for (; block >= low; --block) step(block, std::true_type());
+        }
       }
       release(&shared.q_free[group]);
 
+      if (kCanonical) clear_tail(high - 1);
       barrier_wait(&shared.v_full[value.stage], value.parity);
       start_output();
       wgmma_wait<0>();
@@ -298,27 +344,30 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& p, int 
       value.advance();
     }
 
-    float scale[2];
+    float total[2], factor[2];
     T* rows[2];
     bool there[2];
+    if (kCanonical) merge_chunk(whole, states, first_chunk, true, o, state, p.factor);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int row = my_row + 8 * j;
-      const float total = sum_of_quad(state.total[j]);
-      const bool empty = total == 0.0f;
-      scale[j] = empty ? 0.0f : 1.0f / total;
+      total[j] = kCanonical ? state.total[j] : sum_of_quad(state.total[j]);
+      const float peak = state.peak[j];
+      const bool empty = total[j] == 0.0f;
       there[j] = row < tile.rows;
       const int64_t token = tile.first + row;
-      rows[j] = p.out + (token * p.lengths.heads + tile.head) * kHeadDim;
+      rows[j] = p.out + (token * p.lengths.heads + head) * kHeadDim;
       if (there[j] && lane % 4 == 0) {
-        p.lse[static_cast<int64_t>(tile.head) * p.tokens + token] =
-            empty ? -INFINITY : fmaf(state.peak[j], p.factor * kLn2, logf(total));
+        p.lse[static_cast<int64_t>(head) * p.tokens + token] =
+            empty ? -INFINITY : __fmul_rn(__fmaf_rn(peak, p.factor, log2_approx(total[j])), kLn2);
       }
+      if (empty) total[j] = 1.0f;  // of no keys: the sums are zero
+      factor[j] = 1.0f / total[j];
     }
     __syncwarp();
     release(&shared.tile_free[slot.stage]);
     slot.advance();
-    store_rows<T>(o, scale, rows, there);
+    store_rows<T>(o, rows, there, [&](float x, int j) { return kCanonical ? divide(x, total[j]) : x * factor[j]; });
   }
 }
 
@@ -375,13 +424,15 @@ bool map_heads(CUtensorMap* map, const void* x, int tokens, int heads, int64_t t
 
 }  // namespace mainspring
 
-// Strides in elements. counter: 4 bytes of device memory that the dynamic schedule may use. scale: of q kᵀ; softcap: 0 for
-// none. cache_bytes: what keys and values may take of the L2 cache. Returns a cudaError_t.
+// Strides in elements. counter: 4 bytes of device memory for the schedule. factor: of q kᵀ (or of what
+// `capped` makes of it) in the exponents of two; cap_in, cap_out: see capped. cache_bytes: what keys and values may take of
+// the L2 cache. Returns a cudaError_t.
 extern "C" int mainspring_flash_forward(const void* q, const void* k, const void* v, void* out, float* lse,
                                         const int* cu_q, const int* cu_k, int* counter, int tokens_q, int tokens_k,
                                         int heads_q, int heads_k, int sequences, int64_t q_token, int64_t q_head,
-                                        int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head, float scale,
-                                        float softcap, int window, float slack, int cache_bytes, void* stream_handle) {
+                                        int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head, float factor,
+                                        float cap_in, float cap_out, int window, float slack, int cache_bytes,
+                                        void* stream_handle) {
   using namespace mainspring;
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   CUtensorMap q_map, k_map, v_map;
@@ -395,8 +446,9 @@ extern "C" int mainspring_flash_forward(const void* q, const void* k, const void
   p.out = static_cast<T*>(out);
   p.lse = lse;
   p.tokens = tokens_q;
-  p.factor = (kSoftcap ? softcap : scale) * kLog2E;
-  p.slope = kSoftcap ? scale / softcap : 0.0f;
+  p.factor = factor;
+  p.cap_in = cap_in;
+  p.cap_out = cap_out;
   p.slack = slack;
 
   int device = 0, multiprocessors = 0;
@@ -405,11 +457,11 @@ extern "C" int mainspring_flash_forward(const void* q, const void* k, const void
   if (error == cudaSuccess) {
     error = cudaFuncSetAttribute(flash_forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   }
-  if (error == cudaSuccess && kOrder == TileOrder::kDynamic) error = cudaMemsetAsync(counter, 0, 4, stream);
+  if (error == cudaSuccess) error = cudaMemsetAsync(counter, 0, 4, stream);
   if (error != cudaSuccess) return error;
   // As many tiles as there can be, whatever the lengths are.
   const int64_t tiles = (static_cast<int64_t>(tokens_q) / kRows + sequences) * heads_q;
-  const int64_t blocks = kOrder == TileOrder::kOneEach || tiles < multiprocessors ? tiles : multiprocessors;
+  const int64_t blocks = tiles < multiprocessors ? tiles : multiprocessors;
   flash_forward_kernel<<<static_cast<unsigned>(blocks), kThreads, sizeof(Shared), stream>>>(q_map, k_map, v_map, p);
   return cudaGetLastError();
 }

@@ -23,7 +23,7 @@ struct alignas(16) FlashTile {
 struct FlashLengths {
   const int* cu_q;     // [sequences + 1]
   const int* cu_k;     // [sequences + 1]
-  int* counter;        // 0 at the launch: tiles handed out beyond each block's first (dynamic schedule)
+  int* counter;        // 0 at the launch: tiles handed out beyond each block's first
   int sequences;
   int heads;           // of queries
   int group;           // heads of queries a head of keys
@@ -31,10 +31,8 @@ struct FlashLengths {
   int window;          // sliding window in keys
 };
 
-// How a block comes to its next tile.
-enum class TileOrder { kOneEach, kStrided, kDynamic };
-
-template <int Rows, int Keys, bool Causal, bool Windowed, TileOrder Order>
+// Tiles are handed out as blocks come free, by a counter in device memory.
+template <int Rows, int Keys, bool Causal, bool Windowed>
 class FlashSchedule {
  public:
   __device__ __forceinline__ explicit FlashSchedule(const FlashLengths& lengths) : p_(lengths) {}
@@ -42,12 +40,8 @@ class FlashSchedule {
   // The block's next tile; called by all threads of one warp.
   __device__ __forceinline__ FlashTile next() {
     const int index = index_;
-    if (Order == TileOrder::kOneEach) index_ = 1 << 30;
-    if (Order == TileOrder::kStrided) index_ += gridDim.x;
-    if (Order == TileOrder::kDynamic) {
-      if (threadIdx.x % 32 == 0) index_ = gridDim.x + atomicAdd(p_.counter, 1);
-    }
-    return find(Order == TileOrder::kDynamic ? __shfl_sync(~0u, index, 0) : index);
+    if (threadIdx.x % 32 == 0) index_ = gridDim.x + atomicAdd(p_.counter, 1);  // looked at when the next tile is due
+    return find(__shfl_sync(~0u, index, 0));
   }
 
  private:
@@ -103,7 +97,7 @@ class FlashSchedule {
   }
 
   const FlashLengths& p_;
-  int index_ = blockIdx.x;  // of the next tile; in lane 0 (dynamic)
+  int index_ = blockIdx.x;  // of the next tile; in lane 0
   int sequence_ = 0;        // where the search goes on
   int before_ = 0;          // tiles before that sequence
 };

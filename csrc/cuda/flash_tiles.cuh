@@ -36,11 +36,13 @@ __device__ __forceinline__ void multiply_keys(float (&s)[Keys / 2], uint64_t q, 
   }
 }
 
-// O[64, HeadDim] += P[64, Keys] V, P in registers.
-template <typename T, int HeadDim, int Keys>
-__device__ __forceinline__ void multiply_values(float (&o)[HeadDim / 2], const uint32_t (&p)[Keys / 16][4], uint64_t v) {
+// O[64, HeadDim] += P V over the keys First .. First + Count of a block, P in registers.
+template <typename T, int HeadDim, int First, int Count, int Steps>
+__device__ __forceinline__ void multiply_values(float (&o)[HeadDim / 2], const uint32_t (&p)[Steps][4], uint64_t v) {
 #pragma unroll
-  for (int i = 0; i < Keys / 16; ++i) wgmma_rs<T, HeadDim, 1>(o, p[i], v + Panels<HeadDim>::rows_step(16 * i), 1);
+  for (int i = First / 16; i < (First + Count) / 16; ++i) {
+    wgmma_rs<T, HeadDim, 1>(o, p[i], v + Panels<HeadDim>::rows_step(16 * i), 1);
+  }
 }
 
 // A product's fp32 result becomes the next one's 16-bit left operand, in the same thread.
@@ -70,10 +72,11 @@ __device__ __forceinline__ void transpose_in_quad(uint32_t (&w)[4]) {
   }
 }
 
-// A thread's two rows (8 apart) of a product, times scale[j], to device memory in 16-byte stores; row j is there or not.
-template <typename T, int N>
-__device__ __forceinline__ void store_rows(const float (&o)[N], const float (&scale)[2], T* const (&to)[2],
-                                           const bool (&there)[2]) {
+// A thread's two rows (8 apart) of a product, through finish(value, j), to device memory in 16-byte stores; row j is there
+// or not.
+template <typename T, int N, typename Finish>
+__device__ __forceinline__ void store_rows(const float (&o)[N], T* const (&to)[2], const bool (&there)[2],
+                                           const Finish& finish) {
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
 #pragma unroll
@@ -82,7 +85,7 @@ __device__ __forceinline__ void store_rows(const float (&o)[N], const float (&sc
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int at = 16 * g + 4 * i + 2 * j;
-        w[i] = pack(o[at] * scale[j], o[at + 1] * scale[j], T());
+        w[i] = pack(finish(o[at], j), finish(o[at + 1], j), T());
       }
       transpose_in_quad(w);
       if (there[j]) {

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mainspring.ops.cuda import compiler, flash_forward, linear
+from mainspring.ops.cuda import compiler, flash_forward, grouped_linear, linear
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,15 @@ def _flash_forward(head_dim: int, causal: bool) -> Kernel:
     )
 
 
-def _linear(tile: linear.Tile) -> Kernel:
-    defines = linear.defines_of(torch.bfloat16, tile.groups, tile.columns, tile.panels)
-    return Kernel(f"linear-{tile.groups}x{tile.columns}", linear.SOURCE, defines, products=4 * tile.panels)
+def _linear(tile: linear.Tile, segmented: bool = False) -> Kernel:
+    defines = linear.defines_of(torch.bfloat16, tile.groups, tile.columns, tile.panels, segmented)
+    name = f"linear-{tile.groups}x{tile.columns}{'-segmented' if segmented else ''}"
+    return Kernel(name, linear.SOURCE, defines, products=4 * tile.panels)
+
+
+def _grouped(kind: int, columns: int) -> Kernel:
+    defines = grouped_linear.defines_of(torch.bfloat16, kind, columns)
+    return Kernel(f"grouped-{kind}-{columns}", grouped_linear.SOURCE, defines, products=4)
 
 
 KERNELS = (
@@ -49,6 +55,10 @@ KERNELS = (
     _flash_forward(64, causal=False),
     _linear(linear.TILES[0]),
     _linear(linear.TILES[-1]),
+    _linear(linear.SEGMENTED, segmented=True),
+    _grouped(grouped_linear.FORWARD, 176),
+    _grouped(grouped_linear.INPUT_GRADIENT, 256),
+    _grouped(grouped_linear.WEIGHT_GRADIENT, 256),
 )
 
 

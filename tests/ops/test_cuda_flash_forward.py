@@ -41,6 +41,7 @@ def check(
     scale: float | None = None,
     magnitude: float = 1.0,
     tensors: tuple[Tensor, Tensor, Tensor] | None = None,
+    canonical: bool = False,
 ) -> None:
     q, k, v = tensors or (
         random(sum(q_lengths), heads, d, dtype=dtype, scale=magnitude),
@@ -55,7 +56,7 @@ def check(
     try:
         out, lse = flash_attention_forward(
             q, k, v, cu_q, cu_k, max_q=max(q_lengths), max_k=max(k_lengths), scale=scale, causal=causal,
-            window=window, softcap=softcap,
+            window=window, softcap=softcap, canonical=canonical,
         )  # fmt: skip
     finally:
         torch.use_deterministic_algorithms(False)
@@ -126,6 +127,41 @@ class TestOnGpu:
         for keys in (k, k.flip(0)):
             check([512], [512], tensors=(q, keys.bfloat16().contiguous(), v), causal=False, scale=0.1)
 
+    @pytest.mark.parametrize("window", [None, 300])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
+    @pytest.mark.parametrize("d", [64, 96, 128])
+    def test_canonical_order(self, d: int, dtype: torch.dtype, window: int | None) -> None:
+        options = {"d": d, "dtype": dtype, "window": window, "canonical": True}
+        check([1500, 1, 700, 512, 63], [1500, 1, 700, 512, 63], **options)
+        check([1, 100, 0, 513], [513, 1700, 40, 1024], **options)
+        check([300, 40], [77, 3], magnitude=8.0, **options)
+
+    @pytest.mark.parametrize("softcap", [None, 30.0])
+    @pytest.mark.parametrize("d", [64, 128])
+    def test_canonical_rows_have_the_same_bits_everywhere(self, d: int, softcap: float | None) -> None:
+        attention = pytest.importorskip("mainspring.ops.triton.attention").attention
+        lengths = [1500, 1, 700, 512, 63, 513]
+        q = random(sum(lengths), 8, d, dtype=torch.bfloat16, scale=3.0)
+        k, v = (random(sum(lengths), 4, d, dtype=torch.bfloat16, scale=s) for s in (3.0, 1.0))
+
+        def ours(q: Tensor, k: Tensor, v: Tensor, q_lengths: list[int], k_lengths: list[int]) -> Tensor:
+            return flash_attention_forward(
+                q, k, v, ends(q_lengths), ends(k_lengths), max_q=max(q_lengths), max_k=max(k_lengths), scale=0.1,
+                softcap=softcap, canonical=True,
+            )[0]  # fmt: skip
+
+        out = ours(q, k, v, lengths, lengths)
+        contexts = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+        same = attention(
+            q, k, v, ends(lengths), contexts, None, 0.1, softcap=softcap, max_length=1500, max_context=1500
+        )
+        assert torch.equal(out, same)
+        alone = ours(q[:1500], k[:1500], v[:1500], [1500], [1500])
+        assert torch.equal(alone, out[:1500])
+        for first in (1000, 1499):
+            chunk = ours(q[first:1500], k[:1500], v[:1500], [1500 - first], [1500])
+            assert torch.equal(chunk, out[first:1500])
+
     def test_many_short_sequences(self) -> None:
         lengths = [n % 7 for n in range(150)]
         check(lengths, lengths, d=64)
@@ -185,4 +221,5 @@ class TestRefusals:
         self.refused("3 key heads do not divide the 4", (4, 4, 64), (4, 3, 64))
         self.refused("must be", (4, 4, 64), (4, 2, 128))
         self.refused("int32", *good, cu=torch.zeros(2, dtype=torch.int64))
+        self.refused("64, 96, 128 in canonical order, not 256", (4, 4, 256), (4, 2, 256), canonical=True)
         self.refused("not on cpu", *good)

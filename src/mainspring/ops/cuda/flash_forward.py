@@ -1,4 +1,5 @@
-"""FlashAttention forward for Hopper in CUDA C++ (csrc/cuda/flash_forward.cu): packed sequences, free order of sums."""
+"""FlashAttention forward for Hopper in CUDA C++ (csrc/cuda/flash_forward.cu): packed sequences, in free or canonical
+order of sums."""
 
 from __future__ import annotations
 
@@ -17,6 +18,9 @@ from mainspring.ops.cuda.support import HEAD_SIZES
 NAME = "flash_attention_forward"
 SOURCE = "flash_forward.cu"
 TYPES = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
+CANONICAL_HEAD_SIZES = (64, 96, 128)  # the sums of earlier chunks take registers that larger heads have not
+LOG2_E = 1.4426950408889634
+SHORT = 1024  # queries
 ALIGNMENT = 16  # bytes: what the copy engine asks of addresses and strides
 MAX_TOKENS = 1 << 30  # tokens and tiles are counted in 32 bits
 
@@ -24,42 +28,42 @@ MAX_TOKENS = 1 << 30  # tokens and tiles are counted in 32 bits
 @dataclass(frozen=True)
 class Variant:
     """How a block works. groups: warpgroups of 64 queries; keys: of a block; stages: blocks of keys, and of values, in
-    shared memory; registers: of a consumer's thread; overlap: scores of the next block start before the output of the
-    last; turns: warpgroups take turns in starting products; pin: exponentials stay above the wait for the output;
-    order: 0 a tile a block, 1 tiles strided over blocks, 2 handed out as blocks come free; emulated: of eight
-    exponentials, how many by polynomial; slack: powers of two by which a score may exceed the peak it is taken
-    against; cache_bytes: what the keys and values of heads in flight may take of the L2 cache.
+    shared memory; registers: of a consumer's thread; canonical: in canonical order of sums, for which keys must be 64
+    or 128; turns: warpgroups take turns in starting products; slack: powers of two by which a score may exceed the peak
+    it is taken against (part of the canonical order); cache_bytes: what the keys and values of heads in flight may take
+    of the L2 cache.
     """
 
     groups: int
     keys: int
     stages: int = 2
     registers: int = 232
-    overlap: bool = True
+    canonical: bool = False
     turns: bool = True
-    pin: bool = True
-    order: int = 2
-    emulated: int = 0
     slack: float = 8.0
     cache_bytes: int = 32 << 20
 
 
 @lru_cache(maxsize=64)
-def variant_of(head_dim: int, causal: bool, windowed: bool, softcap: bool = False) -> Variant:
+def variant_of(
+    head_dim: int,
+    causal: bool,
+    windowed: bool,
+    softcap: bool = False,
+    canonical: bool = False,
+    max_q: int = 1 << 20,
+) -> Variant:
     """The tiles that were measured fastest (head sizes 64 and 128), or that fit (the others)."""
-    masked = causal or windowed
-    order = 2 if masked else 1
     if head_dim == 64:
-        if windowed or softcap:  # three warpgroups have no registers left for them
-            return Variant(2, 128, order=order)
-        return Variant(3, 128, registers=160, order=order)
-    if head_dim == 96:
-        return Variant(2, 128, order=order)
-    if head_dim == 128:
-        return Variant(2, 128 if masked else 176, order=order)
+        # Three warpgroups have no registers left for masks of windows and caps; tiles of 192 queries waste too much of
+        # short causal sequences.
+        narrow = windowed or softcap or (causal and max_q <= SHORT and not canonical)
+        return Variant(2 if narrow else 3, 128, registers=232 if narrow else 160, canonical=canonical)
+    if head_dim <= 128:
+        return Variant(2, 128, canonical=canonical)
     if head_dim == 192:
-        return Variant(2, 96, order=order)
-    return Variant(2, 64, order=order, turns=False)
+        return Variant(2, 96)
+    return Variant(2, 64, turns=False)
 
 
 @lru_cache(maxsize=256)
@@ -70,8 +74,7 @@ def defines_of(
     values: dict[str, str | int] = {
         "TYPE": TYPES[dtype], "HEAD_DIM": head_dim, "GROUPS": variant.groups, "KEYS": variant.keys,
         "STAGES": variant.stages, "REGISTERS": variant.registers, "CAUSAL": int(causal), "WINDOWED": int(windowed),
-        "SOFTCAP": int(softcap), "OVERLAP": int(variant.overlap), "TURNS": int(variant.turns), "PIN": int(variant.pin),
-        "ORDER": variant.order, "EMULATED": variant.emulated,
+        "SOFTCAP": int(softcap), "CANONICAL": int(variant.canonical), "TURNS": int(variant.turns),
     }  # fmt: skip
     return tuple((f"MAINSPRING_{name}", value) for name, value in values.items())
 
@@ -85,7 +88,7 @@ def _launcher(
     function = library.mainspring_flash_forward
     pointer, word, wide, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
     function.argtypes = [
-        *[pointer] * 8, *[word] * 5, *[wide] * 6, real, real, word, real, word, pointer
+        *[pointer] * 8, *[word] * 5, *[wide] * 6, *[real] * 3, word, real, word, pointer
     ]  # fmt: skip
     function.restype = word
     return library, function
@@ -104,6 +107,7 @@ def flash_attention_forward(
     causal: bool = True,
     window: int | None = None,
     softcap: float | None = None,
+    canonical: bool = False,
     variant: Variant | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(s) v for every sequence, with s = scale · q kᵀ, or softcap · tanh(scale · q kᵀ / softcap); see
@@ -124,6 +128,8 @@ def flash_attention_forward(
         causal: whether a query sees no key after its position.
         window: sliding window in keys, or None or 0 for all.
         softcap: bound of the scores, or None or 0 for none.
+        canonical: whether a row is summed in canonical order (docs/design.md), with the bits of
+            `ops.triton.attention` and of the paged kernels, whatever stands beside it.
         variant: another one than the table's (tests and benchmarks).
 
     Returns:
@@ -134,6 +140,12 @@ def flash_attention_forward(
         BackendError: a dtype, shape, layout, device or scale that the kernel does not take.
     """
     window, softcap = window or 0, softcap or 0.0
+    if canonical and q.shape[-1] not in CANONICAL_HEAD_SIZES:
+        raise _error(
+            f"has head sizes {', '.join(map(str, CANONICAL_HEAD_SIZES))} in canonical order, not {q.shape[-1]}"
+        )
+    if variant is not None and variant.canonical is not canonical:
+        raise _error(f"canonical is {canonical} and the variant's {variant.canonical}")
     check(q, k, v, cu_q, cu_k, max_q, max_k, scale, window, softcap)
     q, k, v = (_described(x) for x in (q, k, v))
     tokens, heads, head_dim = q.shape
@@ -141,14 +153,16 @@ def flash_attention_forward(
     lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
     if tokens == 0 or k.shape[0] == 0 or heads == 0:
         return out.zero_(), lse.fill_(-torch.inf)
-    variant = variant or variant_of(head_dim, causal, window > 0, softcap > 0)
-    counter = torch.empty(1, dtype=torch.int32, device=q.device) if variant.order == 2 else cu_q
+    variant = variant or variant_of(head_dim, causal, window > 0, softcap > 0, canonical, max_q)
+    counter = torch.empty(1, dtype=torch.int32, device=q.device)
+    factor = 1.0 if softcap else scale * LOG2_E
+    caps = (2 * LOG2_E * scale / softcap, LOG2_E * softcap) if softcap else (0.0, 0.0)
     library, function = _launcher(q.dtype, head_dim, causal, window > 0, softcap > 0, variant)
     with torch.cuda.device(q.device):
         code = function(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), cu_q.data_ptr(), cu_k.data_ptr(),
             counter.data_ptr(), tokens, k.shape[0], heads, k.shape[1], cu_q.shape[0] - 1, q.stride(0), q.stride(1),
-            k.stride(0), k.stride(1), v.stride(0), v.stride(1), scale, softcap, window, variant.slack,
+            k.stride(0), k.stride(1), v.stride(0), v.stride(1), factor, *caps, window, variant.slack,
             variant.cache_bytes, torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
     compiler.check(library, NAME, code)
