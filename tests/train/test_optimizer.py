@@ -150,3 +150,31 @@ def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
     assert not torch.isfinite(torch.tensor(optimizer.step(1.0, 1.0)))
     for old, new in zip(before, model.parameters(), strict=True):
         assert torch.equal(old, new)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_moves_weights_as_the_cpu_does(name: str, dtype: torch.dtype) -> None:
+    cpu, gpu = tiny_model(dtype), tiny_model(dtype).to("cuda")
+    settings = OptimizerSection(name=name)  # type: ignore[arg-type]
+    ours, reference = Optimizer(gpu, settings), Optimizer(cpu, settings)
+    for step in range(5):
+        generator = torch.Generator().manual_seed(step)
+        for mine, other in zip(gpu.parameters(), cpu.parameters(), strict=True):
+            other.grad = torch.randn(other.shape, generator=generator).to(dtype)
+            mine.grad = other.grad.to("cuda")
+        for optimizer in (ours, reference):
+            optimizer.accumulate()
+            optimizer.step(1.0, 1.0)
+    theirs = reference.state_tensors()
+    for key, tensor in ours.state_tensors().items():
+        # Muon's directions are computed in bfloat16, here as there.
+        close = (
+            {"rtol": 1e-4, "atol": 1e-5} if name == "adamw" or "muon" in key else {"rtol": 0.05, "atol": 0.01}
+        )
+        torch.testing.assert_close(tensor.cpu(), theirs[key], **close)
+    if dtype is torch.bfloat16:
+        masters = {n.removeprefix("master."): t for n, t in ours.state_tensors().items() if "master." in n}
+        for key, weight in gpu.hf_tensors().items():
+            assert torch.equal(masters[key].to(dtype), weight)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mainspring.errors import CheckpointError
 from mainspring.model.decoder import Decoder
+from mainspring.ops.adamw import AdamWParameter, make_adamw
 from mainspring.ops.muon import Muon, MuonSettings, classic
 from mainspring.train.recipe import OptimizerSection
 
@@ -50,30 +51,24 @@ class Optimizer:
                 weight_decay=settings.muon_weight_decay,
                 newton_schulz=classic(settings.muon_iterations),
             ),
+            weights=[part.view(self._weights[part.parameter]) for part in self._muon_parts]
+            if self._has_masters
+            else None,
         )
         self._adamw_names = [name for name in self._masters if name not in muon_names]
-        self._adamw = self._make_adamw()
+        self._adamw_states = {name: self._adamw_parameter(name) for name in self._adamw_names}
+        self._adamw = make_adamw(list(self._adamw_states.values())) if self._adamw_names else None
+        self._adamw_step = torch.zeros((), dtype=torch.float32)  # steps taken
 
-    def _make_adamw(self) -> torch.optim.AdamW:
-        s = self._settings
-        decayed = [n for n in self._adamw_names if _is_inner_matrix(n, self._masters[n])]
-        plain = [n for n in self._adamw_names if n not in set(decayed)]
-        groups = [
-            {"params": [self._masters[n] for n in names], "weight_decay": decay}
-            for names, decay in ((decayed, s.weight_decay), (plain, 0.0))
-            if names
-        ]
-        adamw = torch.optim.AdamW(groups, lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps, fused=True)
-        for (
-            name
-        ) in self._adamw_names:  # made now, not at the first step, so that a checkpoint can be read into it
-            master = self._masters[name]
-            adamw.state[master] = {
-                "step": torch.zeros((), dtype=torch.float32, device=master.device),
-                "exp_avg": torch.zeros_like(master),
-                "exp_avg_sq": torch.zeros_like(master),
-            }
-        return adamw
+    def _adamw_parameter(self, name: str) -> AdamWParameter:
+        master = self._masters[name]
+        return AdamWParameter(
+            master,
+            torch.zeros_like(master),
+            torch.zeros_like(master),
+            self._settings.weight_decay if _is_inner_matrix(name, master) else 0.0,
+            self._weights[name] if self._has_masters else None,
+        )
 
     def accumulate(self) -> None:
         """Takes the gradients of a backward pass over and clears them."""
@@ -104,14 +99,17 @@ class Optimizer:
         if self._muon_parts:
             pieces = [part.view(gradients[part.parameter]) for part in self._muon_parts]
             self._muon.step(pieces, self._settings.muon_lr * lr_factor)
-        for name in self._adamw_names:
-            self._masters[name].grad = gradients.get(name)
-        for group in self._adamw.param_groups:
-            group["lr"] = self._settings.lr * lr_factor
-        self._adamw.step()
-        self._adamw.zero_grad(set_to_none=True)
-        if self._has_masters:
-            torch._foreach_copy_(list(self._weights.values()), list(self._masters.values()))
+        if self._adamw is not None:
+            self._adamw_step += 1
+            s = self._settings
+            self._adamw.step(
+                [gradients.get(name) for name in self._adamw_names],
+                step=int(self._adamw_step),
+                lr=s.lr * lr_factor,
+                beta1=s.beta1,
+                beta2=s.beta2,
+                eps=s.eps,
+            )
         return norm_value
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -141,17 +139,16 @@ class Optimizer:
             torch._foreach_copy_(list(self._weights.values()), list(self._masters.values()))
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
-        adamw_names = set(self._adamw_names)
         for part in self._parts:
             master = self._masters[part.parameter]
             if self._has_masters:
                 yield f"master.{part.name}", part.view(master)
-            if part.parameter in adamw_names:
-                state = self._adamw.state[master]
-                yield f"adamw.exp_avg.{part.name}", part.view(state["exp_avg"])
-                yield f"adamw.exp_avg_sq.{part.name}", part.view(state["exp_avg_sq"])
+            if part.parameter in self._adamw_states:
+                state = self._adamw_states[part.parameter]
+                yield f"adamw.exp_avg.{part.name}", part.view(state.exp_avg)
+                yield f"adamw.exp_avg_sq.{part.name}", part.view(state.exp_avg_sq)
         for name in self._adamw_names:
-            yield f"adamw.step.{name}", self._adamw.state[self._masters[name]]["step"]
+            yield f"adamw.step.{name}", self._adamw_step
         for part, buffer in zip(self._muon_parts, self._muon.buffers, strict=True):
             yield f"muon.momentum.{part.name}", buffer
 

@@ -7,38 +7,19 @@ moments in float32 or in 8 bits (see moments8.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mainspring.ops.adamw import AdamWParameter
 from mainspring.ops.triton.moments8 import QUANTUM, load_mean, load_square, store_mean, store_square
 from mainspring.ops.triton.support import ALIGNMENT, on_device, require
 
 BLOCK = 1024
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _FIELDS = 7  # of the table of addresses: master, gradient, exp_avg, exp_avg_sq, weight, their two scales
-
-
-@dataclass(frozen=True)
-class AdamWParameter:
-    """A weight and its state, of one shape and contiguous.
-
-    master: float32, updated in place; None if the weight is the parameter itself. exp_avg, exp_avg_sq: running means
-    of the gradient and of its square, both float32, or both uint8 codes with their scales (zeros to begin with).
-    weight: a rounded copy of the master in a narrower dtype that is refreshed with it, or the parameter, or None.
-    exp_avg_scale, exp_avg_sq_scale: float32, one for each 256 elements of a uint8 state.
-    """
-
-    master: Tensor | None
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    weight_decay: float
-    weight: Tensor | None = None
-    exp_avg_scale: Tensor | None = None
-    exp_avg_sq_scale: Tensor | None = None
 
 
 @triton.jit
