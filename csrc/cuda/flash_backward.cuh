@@ -22,9 +22,6 @@
 #ifndef FLASH_STAGES
 #define FLASH_STAGES 2
 #endif
-#ifndef FLASH_ORDER
-#define FLASH_ORDER 0
-#endif
 #ifndef FLASH_CAUSAL
 #define FLASH_CAUSAL 1
 #endif
@@ -39,9 +36,6 @@
 #endif
 #ifndef FLASH_DIRECT_ADD
 #define FLASH_DIRECT_ADD 0
-#endif
-#ifndef FLASH_FROM_ROUNDED
-#define FLASH_FROM_ROUNDED 0
 #endif
 #ifndef FLASH_BOUNDED_WAIT
 #define FLASH_BOUNDED_WAIT 0
@@ -59,10 +53,8 @@ constexpr int kOut = 64 * kOutPanels;
 constexpr int kQueries = FLASH_QUERIES;  // of a step of the loop
 constexpr int kKeys = 128;               // of a block: 64 for each of two warpgroups
 constexpr int kStages = FLASH_STAGES;    // of Q and of dO in flight
-constexpr int kOrder = FLASH_ORDER;
 constexpr bool kCausal = FLASH_CAUSAL, kWindow = FLASH_WINDOW, kSoftcap = FLASH_SOFTCAP;
 constexpr bool kDeterministic = FLASH_DETERMINISTIC;
-constexpr bool kFromRounded = FLASH_FROM_ROUNDED && !kSoftcap;  // dS from rounded P, which saves registers
 constexpr bool kDirectAdd = FLASH_DIRECT_ADD;  // add dQ from registers, not through shared memory
 
 constexpr int kThreads = 384;  // a warpgroup that copies, two that compute
@@ -77,7 +69,7 @@ constexpr int kQueryPanel = kQueries * kRowBytes;
 constexpr int kKeyBytes = kPanels * kKeyPanel;
 constexpr int kQueryBytes = kPanels * kQueryPanel;
 constexpr int kScoreBytes = kKeys / 64 * kQueryPanel;  // dS: queries x keys
-constexpr int kScoreBuffers = kOrder == 0 && kPanels == 4 ? 1 : 2;
+constexpr int kScoreBuffers = kPanels == 4 ? 1 : 2;
 constexpr int kAtK = 0;
 constexpr int kAtV = kAtK + kKeyBytes;
 constexpr int kAtQ = kAtV + kKeyBytes;
@@ -147,14 +139,6 @@ __device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
 #else
   barrier_wait(barrier, parity);
 #endif
-}
-
-// Two values as floats.
-__device__ __forceinline__ float2 unpack(uint32_t pair, __nv_bfloat16) {
-  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
-}
-__device__ __forceinline__ float2 unpack(uint32_t pair, __half) {
-  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
 }
 
 }  // namespace mainspring::flash_backward

@@ -8,6 +8,14 @@ namespace mainspring::flash_backward {
 
 constexpr int kRowThreads = 256;
 
+// Two values as floats.
+__device__ __forceinline__ float2 unpack(uint32_t pair, __nv_bfloat16) {
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
+}
+__device__ __forceinline__ float2 unpack(uint32_t pair, __half) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+}
+
 // grid: (steps of queries, query heads, sequences). lse: [Hq, tokens]. out, dout: tokens out_stride and dout_stride apart.
 __global__ void __launch_bounds__(kRowThreads)
     prepare(const __grid_constant__ Problem problem, const Value* out, const Value* dout, const float* lse,

@@ -25,23 +25,23 @@ DTYPES = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
 class Tile:
     """How a block of 128 keys walks over the queries that see it.
 
-    queries: of a step of the loop; stages: of Q and of dO in flight; order: how products and softmax overlap (see
-    the main kernel); direct_add: dQ is added from registers, not by bulk copies from shared memory.
+    queries: of a step of the loop; stages: of Q and of dO in flight; direct_add: dQ is added from registers, not by
+    bulk copies from shared memory.
     """
 
     queries: int
     stages: int = 2
-    order: int = 0
     direct_add: bool = False
 
 
-def choose_tile(head_size: int, causal: bool, window: bool, softcap: bool) -> Tile:
-    """The fastest tile that was measured, or for head sizes that were not, one that fits."""
+def choose_tile(head_size: int, deterministic: bool) -> Tile:
+    """The fastest tile that was measured (heads of 64 and 128), or one that fits."""
     if head_size <= 64:
         return Tile(128)
     if head_size <= 128:
-        return Tile(64) if causal or window or softcap else Tile(80)
-    return Tile(64, stages=1, direct_add=True)
+        return Tile(64)
+    # Shared memory has no room for dQ's sums beside 64 queries; in order they are added from there.
+    return Tile(32, stages=1) if deterministic else Tile(64, stages=1, direct_add=True)
 
 
 def defines(
@@ -59,7 +59,6 @@ def defines(
         ("FLASH_HEAD_SIZE", head_size),
         ("FLASH_QUERIES", tile.queries),
         ("FLASH_STAGES", tile.stages),
-        ("FLASH_ORDER", tile.order),
         ("FLASH_DIRECT_ADD", int(tile.direct_add)),
         ("FLASH_CAUSAL", int(causal)),
         ("FLASH_WINDOW", int(window)),
@@ -139,9 +138,7 @@ def flash_attention_backward(
     require(
         OPERATION, capability[0] == 9, f"needs compute capability 9.0, not {capability[0]}.{capability[1]}"
     )
-    tile = choose_tile(q.shape[2], causal, bool(window), bool(softcap))
-    if deterministic:
-        tile = _ordered(tile)
+    tile = choose_tile(q.shape[2], deterministic)
     library = compiler.load(
         SOURCE,
         defines(q.dtype, q.shape[2], causal, bool(window), bool(softcap), deterministic, tile),
@@ -159,13 +156,6 @@ def flash_attention_backward(
         window=window or 0,
         softcap=softcap or 0.0,
     )
-
-
-def _ordered(tile: Tile) -> Tile:
-    """A tile whose dQ is added by a warp that can wait for its turn."""
-    if not tile.direct_add:
-        return tile
-    return Tile(32, tile.stages, 0)  # the sums need room in shared memory
 
 
 def _check(
