@@ -25,7 +25,8 @@ inline bool map_tokens(CUtensorMap* map, const void* from, int64_t tokens, int h
   const uint64_t sizes[3] = {kHeadSize, static_cast<uint64_t>(heads), static_cast<uint64_t>(tokens)};
   const uint64_t strides[2] = {kHeadSize * sizeof(Value), stride * sizeof(Value)};
   const uint32_t box[3] = {64, 1, static_cast<uint32_t>(rows)};
-  constexpr auto type = std::is_same_v<Value, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  constexpr bool half = std::is_same_v<Value, __half>;
+  constexpr auto type = half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   return make_tensor_map(map, type, 3, from, sizes, strides, box);
 }
 

@@ -1,5 +1,5 @@
-// What the computing warpgroups of flash attention's backward pass are made of: products, softmax and its derivative, and
-// the ways out of registers.
+// What the computing warpgroups of flash attention's backward pass are made of: products, softmax and its derivative,
+// and the ways out of registers.
 #pragma once
 
 #include "flash_backward_copy.cuh"
@@ -25,8 +25,8 @@ __device__ __forceinline__ void clear_rows(unsigned char* tile, int panel_bytes,
 }
 
 // A warpgroup's 64 rows of dK or dV: to its place in shared memory, and from there to device memory.
-__device__ __forceinline__ void store_rows(unsigned char* staging, const float (&sums)[kOut / 2], float factor, Value* to,
-                                           int64_t row_stride, int rows, int columns, int thread) {
+__device__ __forceinline__ void store_rows(unsigned char* staging, const float (&sums)[kOut / 2], float factor,
+                                           Value* to, int64_t row_stride, int rows, int columns, int thread) {
   const int warp = thread / 32, lane = thread % 32;
   const int row = 16 * warp + 8 * (lane / 8 % 2) + lane % 8;
   const uint32_t base = shared_address(staging) + row * kRowBytes;
@@ -34,7 +34,8 @@ __device__ __forceinline__ void store_rows(unsigned char* staging, const float (
   for (int i = 0; i < kOut / 8; i += 2) {
     uint32_t packed[4];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) packed[k] = pack(sums[4 * i + 2 * k] * factor, sums[4 * i + 2 * k + 1] * factor, Value());
+    for (int k = 0; k < 4; ++k)
+      packed[k] = pack(sums[4 * i + 2 * k] * factor, sums[4 * i + 2 * k + 1] * factor, Value());
     const int chunk = i + lane / 16;
     store_matrix_x4(base + chunk / 8 * kKeyPanel + ((chunk % 8) ^ (lane % 8)) * 16, packed[0], packed[1], packed[2],
                     packed[3]);
@@ -84,8 +85,8 @@ struct Compute {
     const uint64_t a = matrix_descriptor(left + half * 64 * kRowBytes, 0, 1024), b = matrix_descriptor(right, 0, 1024);
 #pragma unroll
     for (int s = 0; s < kHeadSize / 16; ++s)
-      wgmma_ss<Value, kQueries>(d, a + (s / 4 * kKeyPanel + s % 4 * 32) / 16, b + (s / 4 * kQueryPanel + s % 4 * 32) / 16,
-                                s > 0);
+      wgmma_ss<Value, kQueries>(d, a + (s / 4 * kKeyPanel + s % 4 * 32) / 16,
+                                b + (s / 4 * kQueryPanel + s % 4 * 32) / 16, s > 0);
   }
   __device__ __forceinline__ void start_s(float (&d)[kQueries / 2], int stage) const {
     wgmma_fence();
@@ -118,7 +119,8 @@ struct Compute {
     wgmma_fence();
 #pragma unroll
     for (int s = 0; s < kKeys / 16; ++s)
-      wgmma_ss<Value, kDqQueries, 1, 0>(d, a + s * 16 * kRowBytes / 16, b + (s / 4 * kQueryPanel + s % 4 * 32) / 16, s > 0);
+      wgmma_ss<Value, kDqQueries, 1, 0>(d, a + s * 16 * kRowBytes / 16,
+                                        b + (s / 4 * kQueryPanel + s % 4 * 32) / 16, s > 0);
     wgmma_commit();
   }
 

@@ -34,8 +34,8 @@ struct Stage {
   }
 };
 
-__device__ __forceinline__ void load_panels(unsigned char* to, const CUtensorMap& map, uint64_t* barrier, int panel_bytes,
-                                            int head, int row) {
+__device__ __forceinline__ void load_panels(unsigned char* to, const CUtensorMap& map, uint64_t* barrier,
+                                            int panel_bytes, int head, int row) {
 #pragma unroll
   for (int panel = 0; panel < kPanels; ++panel)
     tma_load(to + panel * panel_bytes, &map, barrier, 64 * panel, head, row);

@@ -1,5 +1,5 @@
-// What surrounds the main kernel: `prepare` makes lse and delta rows of whole tiles and clears dQ's sums, `finish` turns
-// the sums into dQ.
+// What surrounds the main kernel: `prepare` makes lse and delta rows of whole tiles and clears dQ's sums, `finish`
+// turns the sums into dQ.
 #pragma once
 
 #include "flash_backward.cuh"
@@ -16,7 +16,7 @@ __device__ __forceinline__ float2 unpack(uint32_t pair, __half) {
   return __half22float2(*reinterpret_cast<const __half2*>(&pair));
 }
 
-// grid: (steps of queries, query heads, sequences). lse: [Hq, tokens]. out, dout: tokens out_stride and dout_stride apart.
+// grid: (steps of queries, query heads, sequences). lse: [Hq, tokens]. out, dout: tokens such strides apart.
 __global__ void __launch_bounds__(kRowThreads)
     prepare(const __grid_constant__ Problem problem, const Value* out, const Value* dout, const float* lse,
             float* lse_rows, float* delta_rows, int64_t out_stride, int64_t dout_stride, int tokens) {
