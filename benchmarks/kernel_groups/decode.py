@@ -1,45 +1,51 @@
-"""Paged decode: keys and values read, as a share of the bandwidth of a copy."""
+"""Paged decode: keys and values read, as a share of the bandwidth of a copy; CUDA C++ against Triton."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 
 import torch
-from torch import Tensor
 
 from kernel_groups.timing import Calls, Row, randn, times
-from mainspring.ops.triton import attention as triton_attention
+from mainspring.ops.cuda.paged_attention import paged_decode, tickets_per_sequence
+from mainspring.ops.triton.attention import attention
+
+KV_HEADS, GROUP, BLOCK = 8, 4, 16
+FP8 = torch.float8_e4m3fn
 
 
 def decode_rows() -> Iterator[Row]:
-    """Paged, blocks of 16 in random order, 32 query and 8 key heads of 128 (and 32, 8 of 64)."""
-    tile = triton_attention.Tile
-    others = {64: (tile(64, 64, 4, 3),), 128: (tile(64, 64, 4, 4), tile(64, 128, 8, 2), tile(64, 128, 4, 2))}
+    """Blocks of 16 keys in random order, 32 query and 8 key heads."""
     for d, (seqs, context) in itertools.product((128, 64), ((64, 2048), (256, 600), (8, 8192), (1, 32768))):
-        blocks_each = -(-context // 16)
+        blocks_each = -(-context // BLOCK)
         blocks = seqs * blocks_each
-        k, v = randn(blocks, 16, 8, d), randn(blocks, 16, 8, d)
+        k, v = (randn(blocks, BLOCK, KV_HEADS, d) for _ in range(2))
         tables = torch.randperm(blocks, device="cuda").to(torch.int32).view(seqs, blocks_each)
-        q = randn(seqs, 32, d)
-        ends, contexts = (
-            torch.arange(seqs + 1, dtype=torch.int32, device="cuda"),
-            torch.full((seqs,), context, dtype=torch.int32, device="cuda"),
+        q = randn(seqs, KV_HEADS * GROUP, d)
+        ends = torch.arange(seqs + 1, dtype=torch.int32, device="cuda")
+        contexts = torch.full((seqs,), context, dtype=torch.int32, device="cuda")
+        tickets = torch.zeros(
+            seqs * tickets_per_sequence(KV_HEADS, GROUP, 1), dtype=torch.int32, device="cuda"
         )
-
-        def ours(
-            tile: triton_attention.Tile | None = None, q: Tensor = q, k: Tensor = k, v: Tensor = v,
-            ends: Tensor = ends, contexts: Tensor = contexts, tables: Tensor = tables, context: int = context,
-        ) -> Calls:  # fmt: skip
-            return [
-                lambda: triton_attention.attention(
-                    q, k, v, ends, contexts, tables, 0.1, max_length=1, max_context=context, tile=tile
+        ones = torch.ones(KV_HEADS, device="cuda")
+        rest = ends, contexts, tables, d**-0.5
+        lengths = {"max_length": 1, "max_context": context}
+        cases: dict[str, Calls] = {
+            "cuda": [partial(paged_decode, q, k, v, *rest, **lengths, tickets=tickets)],
+            "triton": [partial(attention, q, k, v, *rest, **lengths)],
+            "cuda fp8": [
+                partial(
+                    paged_decode, q, k.to(FP8), v.to(FP8), *rest, **lengths, tickets=tickets, k_scale=ones,
+                    v_scale=ones,
                 )
-            ]
-
-        amount = 2 * seqs * context * 8 * d * 2 / 1e9
-        found = times([ours(), *(ours(t) for t in others[d])], replays=11)
-        yield Row("decode", f"d{d} {seqs}x{context}", amount, "GB", *found[0])
-        for t, figures in zip(others[d], found[1:], strict=True):
-            name = f"d{d} {seqs}x{context} (keys {t.keys}, {t.warps} warps, {t.stages} stages)"
-            yield Row("decode", name, amount, "GB", *figures)
+            ],
+        }  # fmt: skip
+        found = dict(zip(cases, times(list(cases.values()), replays=11), strict=True))
+        amount = 2 * seqs * context * KV_HEADS * d * 2 / 1e9
+        name = f"d{d} {seqs}x{context}"
+        yield Row("decode", f"cuda {name}", amount, "GB", *found["cuda"], *found["triton"], "own Triton")
+        yield Row(
+            "decode", f"cuda fp8 {name}", amount / 2, "GB", *found["cuda fp8"], *found["cuda"], "own bf16"
+        )
