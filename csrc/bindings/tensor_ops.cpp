@@ -159,7 +159,10 @@ void parse_signature(Signature& s, const char* op, const char* text) {
     s.names[s.count] = PyUnicode_InternFromString(one.substr(0, equals).c_str());
     s.defaults[s.count] = nullptr;
     if (equals != std::string::npos) {
-      const nb::object literal = nb::module_::import_("ast").attr("literal_eval")(one.substr(equals + 1));
+      // A literal of our own table; importing `ast` for it would double the time of `import mainspring.tensor`.
+      const nb::dict empty;
+      const nb::object literal = nb::steal(PyRun_String(one.substr(equals + 1).c_str(), Py_eval_input, empty.ptr(), empty.ptr()));
+      if (!literal.is_valid()) throw nb::python_error();
       s.defaults[s.count] = literal.inc_ref().ptr();
     }
     ++s.count;

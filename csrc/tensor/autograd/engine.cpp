@@ -8,7 +8,7 @@
 
 namespace mainspring::tensor {
 
-extern thread_local const Node* running_node;
+extern constinit thread_local const Node* running_node;
 
 namespace {
 

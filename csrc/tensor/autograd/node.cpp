@@ -11,7 +11,7 @@ thread_local std::vector<Node*>* doomed = nullptr;
 
 }  // namespace
 
-thread_local const Node* running_node = nullptr;
+constinit thread_local const Node* running_node = nullptr;
 
 bool grad_enabled() { return enabled; }
 void set_grad_enabled(bool value) { enabled = value; }

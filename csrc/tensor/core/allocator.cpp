@@ -30,6 +30,7 @@ struct FreeBlock {
 struct ThreadCache {
   FreeBlock* head[kSmallClasses];
   int count[kSmallClasses];
+  bool watched;  // by a CloseAtExit
   bool closed;
 };
 thread_local ThreadCache cache;
@@ -53,11 +54,13 @@ struct CloseAtExit {
   }
 };
 
-void* small_refill(size_t bytes) {
+// A thread that only frees what others took has a cache to give back too.
+__attribute__((noinline)) void watch_exit() {
   thread_local CloseAtExit close;
   (void)close;
-  return system_allocate(bytes);
+  cache.watched = true;
 }
+
 
 // Four sizes for each doubling: at most a fifth of a block is unused.
 size_t round_large(size_t bytes, int& index) {
@@ -130,7 +133,7 @@ void* allocate(size_t bytes) {
   if (bytes > kSmallLimit) return large_allocate(bytes);
   const size_t index = (bytes - 1) / kAlign;
   FreeBlock* block = cache.head[index];
-  if (block == nullptr) return small_refill((index + 1) * kAlign);
+  if (block == nullptr) return system_allocate((index + 1) * kAlign);
   cache.head[index] = block->next;
   --cache.count[index];
   return block;
@@ -141,6 +144,7 @@ void deallocate(void* p, size_t bytes) {
   if (bytes > kSmallLimit) return large_deallocate(p, bytes);
   const size_t index = (bytes - 1) / kAlign;
   if (cache.count[index] >= kKeepPerClass || cache.closed) return std::free(p);
+  if (!cache.watched) watch_exit();
   auto* block = static_cast<FreeBlock*>(p);
   block->next = cache.head[index];
   cache.head[index] = block;
