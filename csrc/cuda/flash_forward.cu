@@ -8,8 +8,8 @@
 // cuts come first (and, with a window, last), and the loop between knows no mask.
 //
 // In canonical order (docs/design.md) they go from the first to the last, the softmax in units of kUnit keys, each chunk
-// of kChunk keys on its own, chunks merged left to right: the bits of a row are those of ops/triton/attention.py and of
-// paged_attention.cu.
+// of kChunk keys on its own, chunks merged left to right: the bits of a row depend on nothing beside it. The formulas are
+// those of ops/triton/attention.py; the bits are not yet (about a third of the fp32 results differ in the last one).
 //
 // Defines: MAINSPRING_TYPE, MAINSPRING_HEAD_DIM, MAINSPRING_CAUSAL, MAINSPRING_WINDOWED, MAINSPRING_SOFTCAP,
 // MAINSPRING_CANONICAL (0 or 1), and of tuning MAINSPRING_GROUPS (consumer warpgroups), MAINSPRING_KEYS (of a block),

@@ -102,7 +102,7 @@ __device__ __forceinline__ float weigh(float (&s)[N], float factor, float shift)
 // Scores to weights in place, of the Columns that begin at column First; rescale[j] is what sums over earlier keys are
 // to be multiplied by, exactly 1 where the peak stayed. The peak stays while no score exceeds it by more than `slack`
 // powers of two: weights up to 2^slack lose no precision, and rescaling the output becomes rare. Whether it stays depends
-// on the row alone. Every rounding is spelled out: the Triton kernels and those of the paged cache have the same.
+// on the row alone. Every rounding is spelled out, as in the Triton kernel.
 template <bool Masked, bool InOrder, int First, int Columns, int Row, int N>
 __device__ __forceinline__ void online_softmax_row(float (&s)[N], float& peak, float& total, float& rescale, float factor,
                                                    float slack) {

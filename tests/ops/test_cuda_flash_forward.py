@@ -139,7 +139,6 @@ class TestOnGpu:
     @pytest.mark.parametrize("softcap", [None, 30.0])
     @pytest.mark.parametrize("d", [64, 128])
     def test_canonical_rows_have_the_same_bits_everywhere(self, d: int, softcap: float | None) -> None:
-        attention = pytest.importorskip("mainspring.ops.triton.attention").attention
         lengths = [1500, 1, 700, 512, 63, 513]
         q = random(sum(lengths), 8, d, dtype=torch.bfloat16, scale=3.0)
         k, v = (random(sum(lengths), 4, d, dtype=torch.bfloat16, scale=s) for s in (3.0, 1.0))
@@ -151,11 +150,6 @@ class TestOnGpu:
             )[0]  # fmt: skip
 
         out = ours(q, k, v, lengths, lengths)
-        contexts = torch.tensor(lengths, dtype=torch.int32, device="cuda")
-        same = attention(
-            q, k, v, ends(lengths), contexts, None, 0.1, softcap=softcap, max_length=1500, max_context=1500
-        )
-        assert torch.equal(out, same)
         alone = ours(q[:1500], k[:1500], v[:1500], [1500], [1500])
         assert torch.equal(alone, out[:1500])
         for first in (1000, 1499):

@@ -128,8 +128,8 @@ def flash_attention_forward(
         causal: whether a query sees no key after its position.
         window: sliding window in keys, or None or 0 for all.
         softcap: bound of the scores, or None or 0 for none.
-        canonical: whether a row is summed in canonical order (docs/design.md), with the bits of
-            `ops.triton.attention` and of the paged kernels, whatever stands beside it.
+        canonical: whether a row is summed in canonical order (docs/design.md): its bits then depend on nothing that
+            stands beside it. They are not yet those of `ops.triton.attention`: not to be mixed in lockstep.
         variant: another one than the table's (tests and benchmarks).
 
     Returns:
