@@ -6,7 +6,7 @@ Every function takes `policy`: its numerics ("lockstep" or "fast") and, for test
 from mainspring.ops.attention import attention
 from mainspring.ops.batch import KVCache, TokenBatch
 from mainspring.ops.checks import check_block_tables
-from mainspring.ops.cross_entropy import IGNORE_INDEX, cross_entropy
+from mainspring.ops.cross_entropy import cross_entropy
 from mainspring.ops.grouped_linear import grouped_linear
 from mainspring.ops.linear import linear
 from mainspring.ops.linear_tp_invariant import join_tp_partials, linear_tp_invariant, linear_tp_partial
@@ -16,6 +16,7 @@ from mainspring.ops.log_probs import (
     token_log_probs,
     token_log_probs_and_entropy,
 )
+from mainspring.ops.logit_loss import IGNORE_INDEX
 from mainspring.ops.norm import add_rms_norm, rms_norm
 from mainspring.ops.policy import FAST, LOCKSTEP, Numerics, Policy
 from mainspring.ops.rope import RopeAngles, rope
