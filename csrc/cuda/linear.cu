@@ -5,26 +5,18 @@
 // A producer warp keeps a ring of stages of shared memory full by bulk tensor copies; one or two warpgroups of 64 rows
 // each multiply. Tiles are so narrow (8 to 256 columns) that a product of few rows still fills the chip in one wave:
 // then the time is that of reading W once. Defines: MAINSPRING_TYPE, MAINSPRING_GROUPS, MAINSPRING_COLUMNS,
-// MAINSPRING_PANELS.
-#include "hopper.cuh"
-#include "tensor_map.h"
+// MAINSPRING_PANELS; MAINSPRING_SEGMENTED: a block sums all chunks itself and joins them by a binary tree.
+#include "linear_tile.cuh"
 #include "wgmma.cuh"
-
-#include <type_traits>
 
 namespace mainspring {
 
-constexpr int kPanel = 64;         // values of k in a panel: a row of 128 bytes, which is what the swizzle spans
-constexpr int kRowBytes = 128;
-constexpr int kGroupRows = 64;     // rows of a warpgroup's product
 constexpr int kMaxStages = 32;
 constexpr int kMaxChunks = 8;  // a portable cluster
-constexpr int kSharedLimit = 227 * 1024;
 
 struct LinearArguments {
-  const void* bias;  // [n], or null
-  void* out;         // [m, n]
-  int m, n;
+  Target target;
+  int segments;    // chunks of K that a block sums itself
   int steps;       // steps of a chunk of K
   int all_steps;   // steps of K
   int stages;
@@ -32,7 +24,6 @@ struct LinearArguments {
   int chunks;      // of K: the blocks of a cluster
   int prefetch;    // steps of W to bring into the L2 cache before the kernels ahead of this one have ended
   bool tree;       // the chunks are added by a binary tree instead of one after the other
-  bool wide;       // out is fp32
   bool late;       // successors start when this block's last copies are on their way, not at once
 };
 
@@ -50,10 +41,16 @@ __device__ __forceinline__ uint32_t address_in(uint32_t address, uint32_t block)
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(out) : "r"(address), "r"(block));
   return out;
 }
-__device__ __forceinline__ float load_in(uint32_t address) {
-  float value;
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-  return value;
+__device__ __forceinline__ float4 load_in(uint32_t address) {
+  float4 v;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ float4 operator+(float4 a, float4 b) {
+  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
 __device__ __forceinline__ void tma_prefetch(const CUtensorMap* map, int c0, int c1) {
   asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(c0), "r"(c1)
@@ -62,90 +59,6 @@ __device__ __forceinline__ void tma_prefetch(const CUtensorMap* map, int c0, int
 // With programmatic launch: the kernels before this one have finished / the next one may be set up.
 __device__ __forceinline__ void wait_for_predecessors() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_successors_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
-template <typename T>
-__device__ __forceinline__ float bias_at(const void* bias, int column, int n) {
-  return bias != nullptr && column < n ? static_cast<float>(static_cast<const T*>(bias)[column]) : 0.0f;
-}
-
-// Swaps words of the four lanes of a quad: lane t's words become word t of lanes 0 to 3.
-__device__ __forceinline__ void transpose_quad(uint32_t (&w)[4], int t) {
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const uint32_t got = __shfl_xor_sync(~0u, t & 1 ? w[i] : w[i + 1], 1);
-    (t & 1 ? w[i] : w[i + 1]) = got;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t got = __shfl_xor_sync(~0u, t & 2 ? w[i] : w[i + 2], 2);
-    (t & 2 ? w[i] : w[i + 2]) = got;
-  }
-}
-
-// A warpgroup's sums to out, as wgmma leaves them. row: of this thread's first element.
-template <typename T, int Columns>
-__device__ __forceinline__ void store_tile(const LinearArguments& p, float (&acc)[Columns / 2], int row, int column) {
-  const int t = threadIdx.x % 4;
-  if (p.bias != nullptr) {
-#pragma unroll
-    for (int i = 0; i < Columns / 8; ++i) {
-#pragma unroll
-      for (int l = 0; l < 2; ++l) {
-        const float b = bias_at<T>(p.bias, column + 8 * i + 2 * t + l, p.n);
-        acc[4 * i + l] += b;
-        acc[4 * i + 2 + l] += b;
-      }
-    }
-  }
-  const bool vectors = p.n % 8 == 0;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int r = row + 8 * half;
-    if (p.wide) {
-      float* to = static_cast<float*>(p.out) + static_cast<int64_t>(r) * p.n;
-#pragma unroll
-      for (int i = 0; i < Columns / 8; ++i) {
-        const int c = column + 8 * i + 2 * t;
-        const float first = acc[4 * i + 2 * half], second = acc[4 * i + 2 * half + 1];
-        if (r < p.m && vectors && c < p.n) {
-          *reinterpret_cast<float2*>(to + c) = make_float2(first, second);
-        } else if (r < p.m) {
-          if (c < p.n) to[c] = first;
-          if (c + 1 < p.n) to[c + 1] = second;
-        }
-      }
-      continue;
-    }
-    T* to = static_cast<T*>(p.out) + static_cast<int64_t>(r) * p.n;
-    constexpr int kQuads = Columns / 32;
-    if (vectors) {
-#pragma unroll
-      for (int b = 0; b < kQuads; ++b) {
-        uint32_t words[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int i = 4 * (4 * b + j) + 2 * half;
-          words[j] = pack(acc[i], acc[i + 1], T{});
-        }
-        transpose_quad(words, t);
-        const int c = column + 32 * b + 8 * t;
-        if (r < p.m && c < p.n) *reinterpret_cast<uint4*>(to + c) = make_uint4(words[0], words[1], words[2], words[3]);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < Columns / 8; ++i) {
-      if (vectors && i < 4 * kQuads) continue;
-      const int c = column + 8 * i + 2 * t;
-      const uint32_t word = pack(acc[4 * i + 2 * half], acc[4 * i + 2 * half + 1], T{});
-      if (r < p.m && vectors && c < p.n) {
-        *reinterpret_cast<uint32_t*>(to + c) = word;
-      } else if (r < p.m) {
-        if (c < p.n) reinterpret_cast<uint16_t*>(to)[c] = static_cast<uint16_t>(word);
-        if (c + 1 < p.n) reinterpret_cast<uint16_t*>(to)[c + 1] = static_cast<uint16_t>(word >> 16);
-      }
-    }
-  }
-}
 
 // The blocks of a cluster add their sums, in the order of their chunks or by a tree; each writes every chunks-th row.
 template <typename T, int Groups, int Columns>
@@ -161,40 +74,64 @@ __device__ __forceinline__ void combine_chunks(const LinearArguments& p, float (
     }
   }
   cluster_sync();
-  const int rows = min(64 * Groups, p.m - row), rank = cluster_rank();
-  for (int r = rank; r < rows; r += p.chunks) {
-    for (int c = thread; c < Columns && column + c < p.n; c += Groups * 128 + 32) {
-      const uint32_t place = shared_address(sums + r * kStride + c);
-      float part[kMaxChunks];
+  const int rank = cluster_rank(), mine_rows = (min(64 * Groups, p.target.m - row) - rank + p.chunks - 1) / p.chunks;
+  for (int item = thread; item < mine_rows * (Columns / 4); item += Groups * 128 + 32) {
+    const int r = rank + item / (Columns / 4) * p.chunks, first = item % (Columns / 4) * 4;
+    const uint32_t place = shared_address(sums + r * kStride + first);
+    float4 part[kMaxChunks];
 #pragma unroll
-      for (int i = 0; i < kMaxChunks; ++i) part[i] = i < p.chunks ? load_in(address_in(place, i)) : 0.0f;
-      float total;
-      if (p.tree) {
+    for (int i = 0; i < kMaxChunks; ++i) {
+      part[i] = i < p.chunks ? load_in(address_in(place, i)) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+    float4 sum = part[0];
+    if (p.tree) {
 #pragma unroll
-        for (int width = 1; width < kMaxChunks; width *= 2) {
+      for (int width = 1; width < kMaxChunks; width *= 2) {
 #pragma unroll
-          for (int i = 0; i < kMaxChunks; i += 2 * width) part[i] += part[i + width];
-        }
-        total = part[0];
-      } else {
-        total = part[0];
-#pragma unroll
-        for (int i = 1; i < kMaxChunks; ++i) total = i < p.chunks ? total + part[i] : total;
+        for (int i = 0; i < kMaxChunks; i += 2 * width) part[i] = part[i] + part[i + width];
       }
-      if (p.bias != nullptr) total += bias_at<T>(p.bias, column + c, p.n);
-      const int64_t to = static_cast<int64_t>(row + r) * p.n + column + c;
-      if (p.wide) {
-        static_cast<float*>(p.out)[to] = total;
+      sum = part[0];
+    } else {
+#pragma unroll
+      for (int i = 1; i < kMaxChunks; ++i) {
+        if (i < p.chunks) sum = sum + part[i];
+      }
+    }
+    const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int c = column + first + j;
+      if (c >= p.target.n) break;
+      const float total = p.target.bias != nullptr ? values[j] + bias_at<T>(p.target.bias, c, p.target.n) : values[j];
+      const int64_t to = static_cast<int64_t>(row + r) * p.target.n + c;
+      if (p.target.wide) {
+        static_cast<float*>(p.target.out)[to] = total;
       } else {
-        static_cast<T*>(p.out)[to] = static_cast<T>(total);
+        static_cast<T*>(p.target.out)[to] = static_cast<T>(total);
       }
     }
   }
   cluster_sync();
 }
 
-template <typename T, int Groups, int Columns, int Panels>
-__global__ void __launch_bounds__(Groups * 128 + 32, 1)
+template <int N>
+__device__ __forceinline__ void copy(float (&to)[N], const float (&from)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) to[i] = from[i];
+}
+// sum = left + sum, in each element
+template <int N>
+__device__ __forceinline__ void add(float (&sum)[N], const float (&left)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) sum[i] = left[i] + sum[i];
+}
+
+// Sums of several levels take more registers than an equal share: then the producer is a warpgroup that gives its own away.
+template <int Groups, bool Segmented>
+constexpr int kThreads = Groups * 128 + (Segmented ? 128 : 32);
+
+template <typename T, int Groups, int Columns, int Panels, bool Segmented>
+__global__ void __launch_bounds__(kThreads<Groups, Segmented>, 1)
     linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
                   const __grid_constant__ LinearArguments p) {
   extern __shared__ uint8_t unaligned[];
@@ -204,7 +141,7 @@ __global__ void __launch_bounds__(Groups * 128 + 32, 1)
   const int warp = threadIdx.x / 32, group = threadIdx.x / 128;
   const int row = blockIdx.x * (kGroupRows * Groups), column = blockIdx.y * Columns;
   const int first_step = blockIdx.z * p.steps;
-  const int steps = min(p.steps, p.all_steps - first_step);
+  const int steps = Segmented ? p.all_steps : min(p.steps, p.all_steps - first_step);
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < p.stages; ++s) {
@@ -216,8 +153,9 @@ __global__ void __launch_bounds__(Groups * 128 + 32, 1)
   __syncthreads();
 
   float acc[Columns / 2] = {};
-  if (warp == Groups * 4) {
-    if (threadIdx.x % 32 == 0) {
+  if (group == Groups) {
+    if constexpr (Segmented) registers_decrease<24>();
+    if (warp == Groups * 4 && threadIdx.x % 32 == 0) {
       prefetch_tensor_map(&x_map);
       prefetch_tensor_map(&w_map);
       // Weights may come into the L2 cache before the kernels ahead of this one end; values are read after that.
@@ -248,11 +186,12 @@ __global__ void __launch_bounds__(Groups * 128 + 32, 1)
     }
     __syncwarp();
   } else {
+    if constexpr (Segmented) registers_increase<240>();
     wait_for_predecessors();
     const uint64_t x_start = matrix_descriptor(shared_address(ring) + group * kGroupRows * kRowBytes, 0, 1024);
     const uint64_t w_start = matrix_descriptor(shared_address(ring) + Panels * x_panel, 0, 1024);
     int stage = 0, parity = 0, previous = 0;
-    for (int step = 0; step < steps; ++step) {
+    auto multiply = [&](int step) {
       barrier_wait(&full[stage], parity);
       wgmma_fence();
       const uint64_t x_stage = x_start + (stage * stage_bytes >> 4), w_stage = w_start + (stage * stage_bytes >> 4);
@@ -269,27 +208,48 @@ __global__ void __launch_bounds__(Groups * 128 + 32, 1)
       if (step > 0 && threadIdx.x % 128 == 0) barrier_arrive(&empty[previous]);
       previous = stage;
       if (++stage == p.stages) stage = 0, parity ^= 1;
+    };
+    if constexpr (Segmented) {
+      // Sums of one, two and four segments that wait for their right neighbours.
+      float one[Columns / 2], two[Columns / 2], four[Columns / 2];
+      for (int segment = 0; segment < p.segments; ++segment) {
+#pragma unroll
+        for (int i = 0; i < Columns / 2; ++i) acc[i] = 0.0f;
+        for (int step = 0; step < p.steps; ++step) multiply(step);
+        wgmma_wait<0>();
+        wgmma_touch(acc);
+        if (threadIdx.x % 128 == 0) barrier_arrive(&empty[previous]);
+        if (segment % 2 == 0) {
+          if (segment + 1 < p.segments) copy<Columns / 2>(one, acc);
+          continue;
+        }
+        add<Columns / 2>(acc, one);
+        if (segment % 4 == 1) {
+          if (segment + 1 < p.segments) copy<Columns / 2>(two, acc);
+          continue;
+        }
+        add<Columns / 2>(acc, two);
+        if (segment % 8 == 3) {
+          if (segment + 1 < p.segments) copy<Columns / 2>(four, acc);
+          continue;
+        }
+        add<Columns / 2>(acc, four);
+      }
+      store_tile<T, Columns>(p.target, acc, row + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column);
+    } else {
+      for (int step = 0; step < steps; ++step) multiply(step);
+      wgmma_wait<0>();
+      wgmma_touch(acc);
     }
-    wgmma_wait<0>();
-    wgmma_touch(acc);
   }
+  if constexpr (Segmented) return;
 
   if (p.chunks > 1) {
     __syncthreads();  // nobody reads the ring any more: it takes the sums
     combine_chunks<T, Groups, Columns>(p, acc, reinterpret_cast<float*>(ring), row, column);
   } else if (group < Groups) {
-    store_tile<T, Columns>(p, acc, row + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column);
+    store_tile<T, Columns>(p.target, acc, row + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column);
   }
-}
-
-template <typename T>
-bool map_rows(CUtensorMap* map, const void* address, int64_t rows, int64_t k, int64_t stride, int box_rows) {
-  const uint64_t sizes[2] = {static_cast<uint64_t>(k), static_cast<uint64_t>(rows)};
-  const uint64_t strides[1] = {static_cast<uint64_t>(stride) * sizeof(T)};
-  const uint32_t box[2] = {kPanel, static_cast<uint32_t>(box_rows)};
-  const auto type =
-      std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  return make_tensor_map(map, type, 2, address, sizes, strides, box);
 }
 
 }  // namespace mainspring
@@ -304,8 +264,13 @@ extern "C" int mainspring_linear(const void* x, int64_t x_stride, const void* we
   using T = MAINSPRING_TYPE;
   constexpr int Groups = MAINSPRING_GROUPS, Columns = MAINSPRING_COLUMNS, Panels = MAINSPRING_PANELS;
   constexpr int kDepth = Panels * kPanel;
-  auto* kernel = linear_kernel<T, Groups, Columns, Panels>;
-  const int chunks = (k + chunk - 1) / chunk;
+#ifdef MAINSPRING_SEGMENTED
+  constexpr bool kSegmented = true;
+#else
+  constexpr bool kSegmented = false;
+#endif
+  auto* kernel = linear_kernel<T, Groups, Columns, Panels, kSegmented>;
+  int chunks = (k + chunk - 1) / chunk;
   if (chunks > 1 && (chunk % kDepth || chunks > kMaxChunks)) return cudaErrorInvalidValue;
   if (tree && (chunks & (chunks - 1) || k % chunk)) return cudaErrorInvalidValue;
   const int x_rows = m < kGroupRows && Groups == 1 ? (m + 7) / 8 * 8 : kGroupRows * Groups;
@@ -314,9 +279,11 @@ extern "C" int mainspring_linear(const void* x, int64_t x_stride, const void* we
     return cudaErrorInvalidValue;
   }
   LinearArguments p{};
-  p.bias = bias, p.out = out, p.m = m, p.n = n, p.wide = wide, p.tree = tree, p.late = late;
+  p.target = {bias, out, m, n, wide != 0}, p.tree = tree, p.late = late;
   p.all_steps = (k + kDepth - 1) / kDepth;
+  p.segments = kSegmented ? chunks : 1;
   p.steps = chunks > 1 ? chunk / kDepth : p.all_steps;
+  if (kSegmented) chunks = 1;
   p.x_rows = x_rows, p.chunks = chunks;
   p.prefetch = programmatic > 1 ? programmatic - 1 : 0;
   // A warpgroup multiplies 64 rows even where the ring has fewer: what it reads past them must be shared memory too.
@@ -324,7 +291,7 @@ extern "C" int mainspring_linear(const void* x, int64_t x_stride, const void* we
   const int stage_bytes = Panels * (x_rows + Columns) * kRowBytes;
   const int available = kSharedLimit / blocks - 2048;  // the runtime takes 1 KB of a block, the barriers a part of one
   p.stages = (available - spare) / stage_bytes;
-  for (const int limit : {kMaxStages, stages, p.steps}) {
+  for (const int limit : {kMaxStages, stages, kSegmented ? p.all_steps : p.steps}) {
     if (p.stages > limit) p.stages = limit;
   }
   // A step's stage is free only when the next step's has come.
@@ -341,7 +308,7 @@ extern "C" int mainspring_linear(const void* x, int64_t x_stride, const void* we
 
   cudaLaunchConfig_t config{};
   config.gridDim = dim3((m + kGroupRows * Groups - 1) / (kGroupRows * Groups), (n + Columns - 1) / Columns, chunks);
-  config.blockDim = dim3(Groups * 128 + 32);
+  config.blockDim = dim3(kThreads<Groups, kSegmented>);
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
   cudaLaunchAttribute attributes[2];

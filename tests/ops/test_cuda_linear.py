@@ -97,10 +97,10 @@ def test_a_graph_of_dependent_calls_replays_what_eager_calls_give(n: int, k: int
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "k"), [(1024, 1024), (97, 512), (2048, 3072)])
 def test_segments_have_the_bits_of_triton(dtype: torch.dtype, n: int, k: int) -> None:
-    x, weight = random_tensor(0, 300, k, dtype=dtype), random_tensor(1, n, k, dtype=dtype)
+    x, weight = random_tensor(0, 2000, k, dtype=dtype), random_tensor(1, n, k, dtype=dtype)
     bias = random_tensor(2, n, dtype=dtype)
     whole = ops.linear_tp_invariant(x, weight, bias, policy=TRITON)
-    for m in (1, 17, 64, 300):
+    for m in (1, 17, 64, 300, 2000):
         assert_same_bits(ops.linear_tp_invariant(x[:m], weight, bias, policy=CUDA), whole[:m])
         for degree in (2, 4, 8):
             parts = list(zip(x[:m].chunk(degree, 1), weight.chunk(degree, 1), strict=True))
@@ -109,3 +109,18 @@ def test_segments_have_the_bits_of_triton(dtype: torch.dtype, n: int, k: int) ->
                 for a, b in parts
             ]
             assert_same_bits(ops.join_tp_partials(partials, bias, dtype), whole[:m])
+
+
+def test_segments_in_a_cluster_and_in_a_block_have_the_same_bits() -> None:
+    from mainspring.ops.cuda.linear import SEGMENTED, TILES, launch
+
+    x = random_tensor(0, 200, 1024, dtype=torch.bfloat16)
+    weight = random_tensor(1, 1000, 1024, dtype=torch.bfloat16)
+    for segments in (2, 4, 8):
+        chunk = 1024 // segments
+        outs = []
+        for tile in (SEGMENTED, *(replace(t, blocks=2) for t in TILES if chunk % (64 * t.panels) == 0)):
+            outs.append(torch.full((200, 1000), torch.nan, device="cuda"))
+            launch(x, weight, None, outs[-1], chunk, tile, tree=True)
+        for out in outs[1:]:
+            assert_same_bits(out, outs[0])

@@ -12,6 +12,7 @@ from torch import Tensor
 from mainspring.errors import BackendError
 from mainspring.ops.cpu.grouped_linear import grouped_linear as cpu_grouped_linear
 from mainspring.ops.cpu.support import refuses
+from mainspring.ops.cuda.support import refuses as cuda_refuses
 from mainspring.ops.linear import linear
 from mainspring.ops.policy import LOCKSTEP, Policy
 from mainspring.ops.registry import Implementation, Operation, accepts_all, any_requires_grad
@@ -77,26 +78,31 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor, index: Tensor | None, places: Tensor | None
+        ctx: Any,
+        kernels: Any,
+        x: Tensor,
+        weight: Tensor,
+        offsets: Tensor,
+        index: Tensor | None,
+        places: Tensor | None,
     ) -> Tensor:
-        from mainspring.ops.triton import grouped_linear as kernels
-
+        ctx.kernels = kernels
         ctx.save_for_backward(x, weight, offsets, index, places)
-        return kernels.grouped_linear(x, weight, offsets, index)
+        out: Tensor = kernels.grouped_linear(x, weight, offsets, index)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        from mainspring.ops.triton import grouped_linear as kernels
         from mainspring.ops.triton.routing import combine
 
         x, weight, offsets, index, places = ctx.saved_tensors
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_x = kernels.grouped_linear(grad, weight, offsets, transposed=True)
-            grad_x = grad_x if places is None else combine(grad_x, None, places)
+        grad, grad_x, grad_weight = grad.contiguous(), None, None
         if ctx.needs_input_grad[1]:
-            grad_weight = kernels.grouped_weight_gradient(x, grad, offsets, index)
-        return grad_x, grad_weight, None, None, None
+            grad_x = ctx.kernels.grouped_linear(grad, weight, offsets, transposed=True)
+            grad_x = grad_x if places is None else combine(grad_x, None, places)
+        if ctx.needs_input_grad[2]:
+            grad_weight = ctx.kernels.grouped_weight_gradient(x, grad, offsets, index)
+        return None, grad_x, grad_weight, None, None, None
 
 
 def _cpu(x: Tensor, weight: Tensor, counts: Counts, gather: Routing | None, policy: Policy) -> Tensor:
@@ -106,15 +112,28 @@ def _cpu(x: Tensor, weight: Tensor, counts: Counts, gather: Routing | None, poli
     return cpu_grouped_linear(rows, weight, offsets_of(counts, x.device))
 
 
-def _triton(x: Tensor, weight: Tensor, counts: Counts, gather: Routing | None, policy: Policy) -> Tensor:
+def _by(kernels: Any, x: Tensor, weight: Tensor, counts: Counts, gather: Routing | None) -> Tensor:
     index, places = (None, None) if gather is None else (gather.tokens, gather.places)
-    out: Tensor = _Grouped.apply(x, weight, offsets_of(counts, x.device), index, places)
+    out: Tensor = _Grouped.apply(kernels, x, weight, offsets_of(counts, x.device), index, places)
     return out
+
+
+def _cuda(x: Tensor, weight: Tensor, counts: Counts, gather: Routing | None, policy: Policy) -> Tensor:
+    from mainspring.ops.cuda import grouped_linear as kernels
+
+    return _by(kernels, x, weight, counts, gather)
+
+
+def _triton(x: Tensor, weight: Tensor, counts: Counts, gather: Routing | None, policy: Policy) -> Tensor:
+    from mainspring.ops.triton import grouped_linear as kernels
+
+    return _by(kernels, x, weight, counts, gather)
 
 
 GROUPED_LINEAR = Operation(
     "grouped_linear",
     Implementation("cpu", _cpu, refuses),
+    Implementation("cuda", _cuda, cuda_refuses),  # what it does not serve it hands to Triton's
     # Also where numerics are fast: the reference's loop waits for the host, and cuBLAS for its small products.
     Implementation("triton", _triton, triton_refuses),
     Implementation("reference", reference, accepts_all),

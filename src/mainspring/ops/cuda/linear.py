@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -37,50 +37,80 @@ class Tile:
     groups: int
     columns: int
     panels: int
-    stages: int = 32
+    stages: int = 8
     blocks: int = 1
     prefetch: int | None = 0
-    late: bool = False
+    late: bool = True
 
 
 TILES = (
-    Tile(1, 8, 4), Tile(1, 16, 4), Tile(1, 24, 4), Tile(1, 32, 2), Tile(1, 48, 2), Tile(1, 64, 2), Tile(1, 96, 1),
-    Tile(1, 128, 1), Tile(1, 192, 1), Tile(2, 32, 2), Tile(2, 48, 2), Tile(2, 64, 1), Tile(2, 96, 1), Tile(2, 128, 1),
-    Tile(2, 192, 1), Tile(2, 256, 1),
+    Tile(2, 32, 2), Tile(2, 48, 2), Tile(2, 64, 2), Tile(2, 96, 1), Tile(2, 128, 1), Tile(2, 192, 1), Tile(2, 256, 1),
+    Tile(1, 16, 4), Tile(1, 24, 4), Tile(1, 32, 4), Tile(1, 48, 2), Tile(1, 64, 2), Tile(1, 96, 1), Tile(1, 128, 1),
+    Tile(1, 192, 1), Tile(1, 256, 1),
 )  # fmt: skip
+
+
+SEGMENTED = Tile(
+    2, 96, 1
+)  # of the kernel whose blocks join the segments of K themselves: four sums fit its registers
+CLUSTER = 150_000  # what it costs a wave of clusters to add their blocks' sums, in rows of operands times k
+
+
+def _cost(tile: Tile, m: int, n: int, chunks: int, processors: int) -> float:
+    """The time of a step of k in a simple model, in rows of operands (figures of an H200).
+
+    A tile takes the longer of what its operands take to arrive (a multiprocessor takes in so many bytes a cycle) and
+    what its products take, times the waves of blocks.
+    """
+    rows = GROUP_ROWS * tile.groups
+    blocks = -(-m // rows) * -(-n // tile.columns) * chunks
+    arriving = (min(rows, -(-m // 8) * 8) if tile.groups == 1 else rows) + tile.columns
+    lone = 20 if tile.groups == 1 and tile.columns > 64 else 0  # nothing runs while one warpgroup waits
+    return -(-blocks // processors) * (16 + max(arriving + lone, rows * tile.columns / 77))
+
+
+def _best(m: int, n: int, chunk: int, chunks: int, processors: int) -> Tile | None:
+    fitting = [t for t in TILES if chunks == 1 or chunk % (GROUP_ROWS * t.panels) == 0]
+    return min(fitting, key=lambda t: _cost(t, m, n, chunks, processors), default=None)
 
 
 @lru_cache(maxsize=4096)
 def choose_tile(m: int, n: int, k: int, chunk: int, processors: int) -> Tile | None:
-    """The tile with the least time by a simple model, or None where Triton's kernel is faster.
-
-    A tile takes the longer of what its operands take to arrive (a multiprocessor takes in so many bytes a cycle) and
-    what its products take, times the waves of blocks; figures of an H200, a unit is a row of operands.
-    """
+    """The tile with the least time, or None where Triton's kernel is faster."""
     chunks = -(-k // chunk)
-    if chunks > MAX_CHUNKS:
+    tile = _best(m, n, chunk, chunks, processors) if chunks <= MAX_CHUNKS else None
+    if tile is None:
         return None
+    blocks = -(-m // (GROUP_ROWS * tile.groups)) * -(-n // tile.columns) * chunks
+    few = blocks <= processors or (m <= 1024 and blocks <= 2 * processors)
+    if chunks > 1:  # a cluster needs its multiprocessors side by side: halves of them are easier to find
+        return replace(tile, blocks=2) if few else None
+    return tile if m <= GROUP_ROWS or few else None
+
+
+@lru_cache(maxsize=4096)
+def choose_segmented_tile(m: int, n: int, k: int, segments: int, processors: int) -> Tile:
+    """SEGMENTED where a block is to join the segments itself, or the tile of a cluster of so many blocks."""
+    segment = k // segments
 
     def cost(tile: Tile) -> float:
-        rows = GROUP_ROWS * tile.groups
-        blocks = -(-m // rows) * -(-n // tile.columns) * chunks
-        arriving = (min(rows, -(-m // 8) * 8) if tile.groups == 1 else rows) + tile.columns
-        waves = -(-blocks // processors)
-        return waves * max(arriving, rows * tile.columns / 77)
+        if tile == SEGMENTED:
+            return k * _cost(tile, m, n, 1, processors)
+        blocks = -(-m // (GROUP_ROWS * tile.groups)) * -(-n // tile.columns) * segments
+        return segment * _cost(tile, m, n, segments, processors) + CLUSTER * -(-blocks // processors)
 
-    fitting = [t for t in TILES if chunks == 1 or chunk % (GROUP_ROWS * t.panels) == 0]
-    if not fitting:
-        return None
-    tile = min(fitting, key=cost)
-    blocks = -(-m // (GROUP_ROWS * tile.groups)) * -(-n // tile.columns) * chunks
-    return tile if m <= GROUP_ROWS or blocks <= 2 * processors else None
+    clusters = [replace(t, blocks=2) for t in TILES if segment % (GROUP_ROWS * t.panels) == 0]
+    return min([SEGMENTED, *clusters], key=cost)
 
 
-def defines_of(dtype: torch.dtype, groups: int, columns: int, panels: int) -> compiler.Defines:
-    return (
+def defines_of(
+    dtype: torch.dtype, groups: int, columns: int, panels: int, segmented: bool = False
+) -> compiler.Defines:
+    shape = (
         ("MAINSPRING_TYPE", TYPES[dtype]), ("MAINSPRING_GROUPS", groups), ("MAINSPRING_COLUMNS", columns),
         ("MAINSPRING_PANELS", panels),
     )  # fmt: skip
+    return (*shape, ("MAINSPRING_SEGMENTED", 1)) if segmented else shape
 
 
 @lru_cache(maxsize=2)
@@ -92,9 +122,12 @@ def _build_all(dtype: torch.dtype) -> None:
 
 
 @lru_cache(maxsize=256)
-def _launcher(dtype: torch.dtype, groups: int, columns: int, panels: int) -> tuple[ctypes.CDLL, Any]:
-    _build_all(dtype)
-    library = compiler.load(SOURCE, defines_of(dtype, groups, columns, panels))
+def _launcher(
+    dtype: torch.dtype, groups: int, columns: int, panels: int, segmented: bool
+) -> tuple[ctypes.CDLL, Any]:
+    if not segmented:
+        _build_all(dtype)
+    library = compiler.load(SOURCE, defines_of(dtype, groups, columns, panels, segmented))
     function = library.mainspring_linear
     pointer, wide, word = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     function.argtypes = [pointer, wide, pointer, wide, pointer, pointer, *[word] * 10, pointer]
@@ -107,7 +140,8 @@ def launch(
 ) -> None:
     """One launch. x: [M, K], weight: [N, K], rows 16-byte aligned; out: [M, N], contiguous; on the current device."""
     (m, k), n = x.shape, weight.shape[0]
-    library, function = _launcher(x.dtype, tile.groups, tile.columns, tile.panels)
+    segmented = tree and tile == SEGMENTED
+    library, function = _launcher(x.dtype, tile.groups, tile.columns, tile.panels, segmented)
     code = function(
         x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), None if bias is None else bias.data_ptr(),
         out.data_ptr(), m, n, k, chunk, tree, out.dtype == torch.float32, tile.stages, tile.blocks,
@@ -140,20 +174,17 @@ def segmented_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype, segments: int
 ) -> Tensor:
     """As `mainspring.ops.triton.linear_tp_invariant.segmented_linear`."""
-    from mainspring.ops.triton.linear import check
+    from mainspring.ops.triton.linear import check, k_chunk
     from mainspring.ops.triton.linear_tp_invariant import segmented_linear as triton_segmented_linear
 
     out_dtype = check("linear_tp_invariant", x, weight, bias, out_dtype)
     (m, k), n = x.shape, weight.shape[0]
+    if segments == 1 and k_chunk(n, k) >= k:
+        return linear(x, weight, bias, out_dtype)
     served = m > 0 and n > 0 and segments in (2, 4, 8) and k % (segments * GROUP_ROWS) == 0
-    served = served and x.dtype in TYPES and aligned(x) and aligned(weight)
-    processors = multiprocessors(x.device)
-    tile = choose_tile(m, n, k, k // segments, processors) if served else None
-    if (
-        tile is None
-        or -(-m // (GROUP_ROWS * tile.groups)) * -(-n // tile.columns) * segments > 4 * processors
-    ):
+    if not served or x.dtype not in TYPES or not aligned(x) or not aligned(weight):
         return triton_segmented_linear(x, weight, bias, out_dtype, segments)
+    tile = choose_segmented_tile(m, n, k, segments, multiprocessors(x.device))
     out = torch.empty((m, n), dtype=out_dtype, device=x.device)
     with on_device(x):
         launch(x, weight, None if bias is None else bias.contiguous(), out, k // segments, tile, tree=True)

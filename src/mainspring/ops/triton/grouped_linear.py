@@ -1,8 +1,7 @@
 """One linear layer per expert in one launch: rows sorted by expert, offsets on the device, no host sync.
 
-A tile's expert follows from the offsets without a prefix sum: expert e's tiles begin at slot offsets[e] // ROWS + e,
-and the next expert's no sooner than they end; at most one slot an expert stays empty. A row's sum over K is the one
-of `linear` with its expert's weight: the same chunks, the same chain of products.
+A block finds the expert of each of its tiles from the offsets. A row's sum over K is the one of `linear` with its
+expert's weight: the same chunks, the same chain of products.
 """
 
 from __future__ import annotations
@@ -34,14 +33,22 @@ FP32 = Tile(64, 64, 16, 4, 2)
 
 
 @triton.jit
-def _expert_of(slot, offsets, experts, total, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
-    """(expert, first row, end of the expert's rows) of a tile; it is empty if the first is not before the end."""
+def _row_tiles(offsets, experts, total, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
+    """Tiles of rows of each expert, [EXPERTS]. No offset leads out of the tensors' `total` rows."""
     index = tl.arange(0, EXPERTS)
-    start = tl.load(offsets + index, index < experts, 0) // ROWS + index
-    expert = tl.sum(((start <= slot) & (index < experts)).to(tl.int32), 0) - 1
-    first = tl.load(offsets + expert)
-    end = tl.minimum(tl.load(offsets + expert + 1), total)  # so that no offset leads out of the tensors
-    return expert, first + (slot - (first // ROWS + expert)) * ROWS, end
+    first = tl.minimum(tl.load(offsets + index, index < experts, 0), total)
+    end = tl.minimum(tl.load(offsets + index + 1, index < experts, 0), total)
+    return tl.cdiv(tl.maximum(end - first, 0), ROWS)
+
+
+@triton.jit
+def _expert_of(slot, offsets, experts, total, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
+    """(expert, first row, end of the expert's rows) of a tile of rows."""
+    tiles = _row_tiles(offsets, experts, total, ROWS, EXPERTS)
+    expert = tl.sum((tl.cumsum(tiles, 0) <= slot).to(tl.int32), 0)
+    before = tl.sum(tl.where(tl.arange(0, EXPERTS) < expert, tiles, 0), 0)
+    end = tl.minimum(tl.load(offsets + expert + 1), total)
+    return expert, tl.load(offsets + expert) + (slot - before) * ROWS, end
 
 
 @triton.jit
@@ -138,7 +145,8 @@ def grouped_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Persistent: each block walks over tiles. target: a descriptor of out, for tiles that are all inside."""
-    slots, column_tiles = total // ROWS + experts, tl.cdiv(n, COLUMNS)
+    slots = tl.sum(_row_tiles(offsets, experts, total, ROWS, EXPERTS), 0)
+    column_tiles = tl.cdiv(n, COLUMNS)
     for tile in tl.range(tl.program_id(0), slots * column_tiles, tl.num_programs(0)):
         band = tile // (GROUP * column_tiles)
         band_slots = min(slots - band * GROUP, GROUP)
@@ -147,27 +155,26 @@ def grouped_kernel(
             band * GROUP + inside % band_slots, offsets, experts, total, ROWS, EXPERTS
         )
         column = inside // band_slots * COLUMNS
-        if row < end:
-            if CHUNKED:
-                acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-                for first in range(0, depth, chunk):
-                    acc += _chain(
-                        x, w, index, expert, row, end, column, first, min(first + chunk, depth), n, depth, stride,
-                        ROWS, COLUMNS, STEP, GATHER, TRANSPOSED, TMA, PRECISION,
-                    )  # fmt: skip
-            else:
-                acc = _chain(
-                    x, w, index, expert, row, end, column, 0, depth, n, depth, stride,
+        if CHUNKED:
+            acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+            for first in range(0, depth, chunk):
+                acc += _chain(
+                    x, w, index, expert, row, end, column, first, min(first + chunk, depth), n, depth, stride,
                     ROWS, COLUMNS, STEP, GATHER, TRANSPOSED, TMA, PRECISION,
                 )  # fmt: skip
-            whole = row + ROWS <= end
-            # In two halves: what a tile's output takes of shared memory is a stage of the inputs less.
-            halves = tl.permute(tl.reshape(acc, (ROWS, 2, COLUMNS // 2)), (0, 2, 1))
-            left, right = tl.split(halves)
-            _store_part(target, out, left, row, end, column, n, whole, ROWS, COLUMNS // 2, TMA_OUT)
-            _store_part(
-                target, out, right, row, end, column + COLUMNS // 2, n, whole, ROWS, COLUMNS // 2, TMA_OUT
-            )
+        else:
+            acc = _chain(
+                x, w, index, expert, row, end, column, 0, depth, n, depth, stride,
+                ROWS, COLUMNS, STEP, GATHER, TRANSPOSED, TMA, PRECISION,
+            )  # fmt: skip
+        whole = row + ROWS <= end
+        # In two halves: what a tile's output takes of shared memory is a stage of the inputs less.
+        halves = tl.permute(tl.reshape(acc, (ROWS, 2, COLUMNS // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        _store_part(target, out, left, row, end, column, n, whole, ROWS, COLUMNS // 2, TMA_OUT)
+        _store_part(
+            target, out, right, row, end, column + COLUMNS // 2, n, whole, ROWS, COLUMNS // 2, TMA_OUT
+        )
 
 
 @triton.jit(do_not_specialize=["total"])
@@ -241,6 +248,30 @@ def _check(operation: str, x: Tensor, offsets: Tensor, index: Tensor | None) -> 
     )
 
 
+def check(x: Tensor, weight: Tensor, offsets: Tensor, index: Tensor | None, transposed: bool) -> int:
+    """N. Raises BackendError for arguments that do not fit each other or the kernels."""
+    _check("grouped_linear", x, offsets, index)
+    k, experts = x.shape[1], offsets.shape[0] - 1
+    require(
+        "grouped_linear",
+        weight.dtype is x.dtype and weight.dim() == 3 and weight.device == x.device and k > 0
+        and weight.shape[0] == experts and weight.shape[1 if transposed else 2] == k,
+        f"weight {weight.dtype} {tuple(weight.shape)} does not fit x {x.dtype} {tuple(x.shape)} and {experts} experts",
+    )  # fmt: skip
+    return weight.shape[2 if transposed else 1]
+
+
+def check_gradient(x: Tensor, grad: Tensor, offsets: Tensor, index: Tensor | None) -> None:
+    """Raises BackendError for arguments that do not fit each other or the kernels."""
+    _check("grouped_weight_gradient", x, offsets, index)
+    rows = x.shape[0] if index is None else index.shape[0]
+    require(
+        "grouped_weight_gradient",
+        grad.dtype is x.dtype and grad.dim() == 2 and grad.shape[0] == rows,
+        f"grad {grad.dtype} {tuple(grad.shape)} must be [{rows}, N] of {x.dtype}",
+    )
+
+
 def _tile(rows: int, experts: int, n: int, dtype: torch.dtype) -> Tile:
     """By rows of an average expert, so that few of a tile's are idle."""
     if dtype == torch.float32:
@@ -275,15 +306,8 @@ def grouped_linear(
     Raises:
         BackendError: a dtype, shape or device that the kernel does not take.
     """
-    _check("grouped_linear", x, offsets, index)
+    n = check(x, weight, offsets, index, transposed)
     k, experts = x.shape[1], offsets.shape[0] - 1
-    require(
-        "grouped_linear",
-        weight.dtype is x.dtype and weight.dim() == 3 and weight.device == x.device and k > 0
-        and weight.shape[0] == experts and weight.shape[1 if transposed else 2] == k,
-        f"weight {weight.dtype} {tuple(weight.shape)} does not fit x {x.dtype} {tuple(x.shape)} and {experts} experts",
-    )  # fmt: skip
-    n = weight.shape[2 if transposed else 1]
     rows = x.shape[0] if index is None else index.shape[0]
     out = torch.empty((rows, n), dtype=x.dtype, device=x.device)
     if not rows or not n:
@@ -328,13 +352,8 @@ def grouped_weight_gradient(
     Raises:
         BackendError: a dtype, shape or device that the kernel does not take.
     """
-    _check("grouped_weight_gradient", x, offsets, index)
-    rows = x.shape[0] if index is None else index.shape[0]
-    require(
-        "grouped_weight_gradient",
-        grad.dtype is x.dtype and grad.dim() == 2 and grad.shape[0] == rows,
-        f"grad {grad.dtype} {tuple(grad.shape)} must be [{rows}, N] of {x.dtype}",
-    )
+    check_gradient(x, grad, offsets, index)
+    rows = grad.shape[0]
     experts, n, k = offsets.shape[0] - 1, grad.shape[1], x.shape[1]
     if not rows or not n or not k:
         return torch.zeros((experts, n, k), dtype=x.dtype, device=x.device)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mainspring.ops.triton.linear import Tile, _chain, _tile_origin, check, chunk_kernel
+from mainspring.ops.triton.linear import Tile, _chain, _tile_origin, check, chunk_kernel, k_chunk, linear
 from mainspring.ops.triton.support import (
     aligned,
     has_tma,
@@ -103,6 +103,8 @@ def segmented_linear(
     (m, k), n = x.shape, weight.shape[0]
     require(name, segments in (1, 2, 4, MAX_SEGMENTS), f"segments must be 1, 2, 4 or 8, not {segments}")
     require(name, k > 0 and k % segments == 0, f"K = {k} cannot be cut into {segments} equal segments")
+    if segments == 1 and k_chunk(n, k) >= k:
+        return linear(x, weight, bias, out_dtype)  # the same chain
     out = torch.empty((m, n), dtype=out_dtype, device=x.device)
     if m and n:
         x = x if x.stride(1) == 1 else x.contiguous()
