@@ -22,7 +22,6 @@ from mainspring.ops.triton.support import (
 MAX_WIDTH = 32768
 _BLOCK_ELEMENTS = 2048  # short rows share a program
 _SUM_COLUMNS = 32
-_MAX_STAGES = 4
 
 
 @triton.jit(do_not_specialize=["rows", "inner"])
@@ -169,8 +168,7 @@ def rms_norm_backward(
     grad_x = torch.empty_like(x)
     if rows == 0:
         return grad_x, torch.zeros_like(weight)
-    loaded = x.element_size() * (2 if grad_total is None else 3)
-    shape = _backward_shape(h, loaded, x.device)
+    shape = _backward_shape(h, 2 if grad_total is None else 3, x.element_size(), x.device)
     programs = min(triton.cdiv(rows, shape.rows), shape.programs * multiprocessors(x.device))
     partial = torch.empty((programs, h), dtype=torch.float32, device=x.device)
     grad_weight = torch.empty_like(weight)
@@ -215,12 +213,20 @@ class _BackwardShape:
     programs: int
 
 
-def _backward_shape(h: int, loaded: int, device: torch.device) -> _BackwardShape:
-    """What an H200 found fastest; the order of these sums need not follow from H alone. loaded: bytes of an element."""
+def _backward_shape(h: int, tensors: int, size: int, device: torch.device) -> _BackwardShape:
+    """What an H200 found fastest; the order of these sums need not follow from H alone.
+
+    tensors: that are loaded, of elements of `size` bytes.
+    """
     rows, block, warps = _shape(h)
+    stages = 4
+    if block <= 1024:
+        stages = 3
+    elif block == 4096 and tensors == 2:
+        rows, stages = 2, 3
     budget = 160 << 10 if has_tma(device) else 80 << 10
-    stages = max(1, min(_MAX_STAGES, 1 + budget // (rows * block * loaded)))
-    return _BackwardShape(rows, block, warps, stages, 2 if block <= 1024 else 1)
+    stages = max(1, min(stages, 1 + budget // (rows * block * tensors * size)))
+    return _BackwardShape(rows, block, warps, stages, 3 if block <= 1024 else 2 if block <= 2048 else 1)
 
 
 def _forward(
