@@ -7,10 +7,9 @@
 // 8 query rows wide, which four to eight heads of a group fill.
 //
 // Work: unit = (chunk of a sequence, key head, tile of query rows). The rows of a tile are the query heads of a group,
-// token by token. Warps take units in turn; each has shared memory for a block of keys and one of values, which the copy
-// engine fills with the next block (perhaps of the next unit) as soon as it has been multiplied: no warp waits for
-// another. The warp that finishes a row's last chunk merges them, or leaves that, where it is long, to all warps of its
-// block.
+// token by token. Warps take units in turn; each has shared memory for a stage of keys and one of values, which the copy
+// engine fills with the next stage (perhaps of the next unit) as soon as it has been multiplied: no warp waits for another.
+// The warp that finishes a row's last chunk merges them, or leaves that, where it is long, to all warps of its thread block.
 //
 // With FP8 the cache holds e4m3, which becomes half precision on its way from shared memory to the products (half has all
 // its values); the scale of a head's keys joins that of the scores, that of its values the result.
@@ -29,6 +28,9 @@
 #ifndef FP8
 #define FP8 0
 #endif
+#ifndef STAGES
+#define STAGES 2
+#endif
 
 namespace mainspring {
 
@@ -44,13 +46,15 @@ constexpr int ROW_BYTES = D * sizeof(Cached);
 constexpr int PANEL_BYTES = ROW_BYTES % 128 == 0 ? 128 : ROW_BYTES % 64 == 0 ? 64 : 32;  // of a row: what is swizzled
 constexpr int PANELS = ROW_BYTES / PANEL_BYTES;
 constexpr int PIECE_BYTES = PIECE * ROW_BYTES;     // panel by panel
-constexpr int BLOCK_BYTES = PIECES * PIECE_BYTES;  // of keys, or of values
+constexpr int STAGE_PIECES = PIECES / STAGES;      // pieces of keys, or of values, that are there at a time
+constexpr int STAGE_BYTES = STAGE_PIECES * PIECE_BYTES;
 constexpr int STEPS = PANEL_BYTES / 32;            // matrix loads (of 32 bytes a row) of a panel
-constexpr int MAX_WARPS = 225 * 1024 / (2 * BLOCK_BYTES) < 10 ? 225 * 1024 / (2 * BLOCK_BYTES) : 10;
+constexpr int FITTING_WARPS = 225 * 1024 / (2 * STAGE_BYTES);
+constexpr int MAX_WARPS = FITTING_WARPS < 8 ? FITTING_WARPS : 8;
 constexpr int MAX_LATER = 16;                      // merges that a block leaves to its end
 constexpr int LONG = 16;                           // chunks from which on a merge is left
 constexpr float MAX_GROWTH = 8.0f;                 // log2: how far a block's peak may exceed the reference
-static_assert(D % (FP8 ? 32 : 16) == 0 && D <= 256 && BLOCK_BYTES % 1024 == 0);
+static_assert(D % (FP8 ? 32 : 16) == 0 && D <= 256 && STAGE_BYTES % 1024 == 0);
 
 struct Arguments {
   const Element* q;         // [T, q_heads, D], tokens q_stride apart
@@ -239,9 +243,10 @@ __device__ __forceinline__ void find_unit(Unit& u, const Arguments& a, const int
   u.index = INT_MAX;
 }
 
-// Asks for the keys (or values) u.first .. u.first + KEYS, as far as the unit has any. Lane i knows where piece i of the chunk is.
-__device__ __forceinline__ void fetch(uint8_t* to, uint64_t* barrier, const CUtensorMap* map, const Unit& u, int lane) {
-  const int pieces = (min(u.high - u.first, KEYS) + PIECE - 1) / PIECE, piece = lane - u.first % CHUNK / PIECE;
+// Asks for a stage of keys (or values) from `first` on, as far as the unit has any. Lane i knows where piece i of the chunk is.
+__device__ __forceinline__ void fetch(uint8_t* to, uint64_t* barrier, const CUtensorMap* map, const Unit& u, int first,
+                                      int lane) {
+  const int pieces = max(min((u.high - first + PIECE - 1) / PIECE, STAGE_PIECES), 0), piece = lane - first % CHUNK / PIECE;
   if (lane == 0) barrier_expect(barrier, pieces * PIECE_BYTES);
   if (piece >= 0 && piece < pieces) tma_load(to + piece * PIECE_BYTES, map, barrier, 0, u.cache_row, u.key_head * PANELS);
 }
@@ -358,7 +363,7 @@ __device__ __forceinline__ void store_lse(const Arguments& a, const Unit& u, int
 
 // Merges the chunks of one row, left to right: a warp's work.
 __device__ __forceinline__ void merge_row(const Arguments& a, const Unit& u, int row, int lane) {
-  constexpr int AHEAD = 8, WIDTH = (D + 31) / 32;
+  constexpr int AHEAD = D <= 128 ? 16 : 8, WIDTH = (D + 31) / 32;
   const int heads = a.kv_heads * a.tiles;
   const int64_t stride = static_cast<int64_t>(heads) * a.rows * (D + 2);
   const float* from = a.partial + ((u.index - static_cast<int64_t>(u.chunk) * heads) * a.rows + row) * (D + 2);
@@ -467,9 +472,9 @@ __global__ void __launch_bounds__(32 * MAX_WARPS, 1)
   extern __shared__ __align__(1024) uint8_t memory[];
   const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-  uint8_t* const key_block = memory + warp * 2 * BLOCK_BYTES;
-  uint8_t* const value_block = key_block + BLOCK_BYTES;
-  Shared& shared = *reinterpret_cast<Shared*>(memory + warps * 2 * BLOCK_BYTES);
+  uint8_t* const key_block = memory + warp * 2 * STAGE_BYTES;
+  uint8_t* const value_block = key_block + STAGE_BYTES;
+  Shared& shared = *reinterpret_cast<Shared*>(memory + warps * 2 * STAGE_BYTES);
   int* ends = reinterpret_cast<int*>(&shared + 1);
   uint64_t* filled = shared.filled[warp];
   if (lane == 0) {
@@ -492,14 +497,14 @@ __global__ void __launch_bounds__(32 * MAX_WARPS, 1)
   Unit unit;
   find_unit(unit, a, ends, warp * gridDim.x + blockIdx.x, stride, lane);
   if (unit.index != INT_MAX) {
-    fetch(key_block, &filled[0], &k_map, unit, lane);
-    fetch(value_block, &filled[1], &v_map, unit, lane);
+    fetch(key_block, &filled[0], &k_map, unit, unit.first, lane);
+    fetch(value_block, &filled[1], &v_map, unit, unit.first, lane);
   }
   uint32_t queries[Tiles][D / 16][2];
   float sums[Tiles][D / 16][4];
   float reference[Tiles][2], lanes[Tiles][2];
   bool fresh = true;
-  int parity = 0;
+  int key_parity = 0, value_parity = 0;
   while (unit.index != INT_MAX) {
     if (fresh) {
       load_queries<Tiles>(queries, unit, a, lane);
@@ -520,15 +525,24 @@ __global__ void __launch_bounds__(32 * MAX_WARPS, 1)
     const bool more = next.index != INT_MAX;
 
     float scores[PIECES][Tiles][4];
-    barrier_wait(&filled[0], parity);
 #pragma unroll
-    for (int t = 0; t < PIECES; ++t) {
+    for (int stage = 0; stage < STAGES; ++stage) {
+      barrier_wait(&filled[0], key_parity);
+      key_parity ^= 1;
 #pragma unroll
-      for (int n = 0; n < Tiles; ++n) scores[t][n][0] = scores[t][n][1] = scores[t][n][2] = scores[t][n][3] = 0.0f;
-      if (first + t * PIECE < unit.high) multiply_keys<Tiles>(scores[t], queries, key_address, t * PIECE_BYTES);
+      for (int piece = 0; piece < STAGE_PIECES; ++piece) {
+        const int t = stage * STAGE_PIECES + piece;
+#pragma unroll
+        for (int n = 0; n < Tiles; ++n) scores[t][n][0] = scores[t][n][1] = scores[t][n][2] = scores[t][n][3] = 0.0f;
+        if (first + t * PIECE < unit.high) multiply_keys<Tiles>(scores[t], queries, key_address, piece * PIECE_BYTES);
+      }
+      __syncwarp();
+      if (stage + 1 < STAGES) {
+        fetch(key_block, &filled[0], &k_map, unit, first + (stage + 1) * STAGE_PIECES * PIECE, lane);
+      } else if (more) {
+        fetch(key_block, &filled[0], &k_map, next, next.first, lane);
+      }
     }
-    __syncwarp();
-    if (more) fetch(key_block, &filled[0], &k_map, next, lane);
 
     const float scale = score_scale(a, unit);
     const int first_position = unit.lead + unit.tile * 8 * Tiles / a.group;
@@ -587,26 +601,35 @@ __global__ void __launch_bounds__(32 * MAX_WARPS, 1)
       }
     }
 
-    barrier_wait(&filled[1], parity);
-    if (unit.high - first < KEYS && unit.high % PIECE) {
-      clear_rows(value_block + (unit.high - first) / PIECE * PIECE_BYTES, unit.high % PIECE, lane);
-    }
 #pragma unroll
-    for (int t = 0; t < PIECES; ++t) {
-      uint32_t weights[Tiles][2];
-#pragma unroll
-      for (int n = 0; n < Tiles; ++n) {
-        weights[n][0] = transpose(pack(scores[t][n][0], scores[t][n][1], Product{}));
-        weights[n][1] = transpose(pack(scores[t][n][2], scores[t][n][3], Product{}));
+    for (int stage = 0; stage < STAGES; ++stage) {
+      const int start = first + stage * STAGE_PIECES * PIECE, left = unit.high - start;
+      barrier_wait(&filled[1], value_parity);
+      value_parity ^= 1;
+      if (left > 0 && left < STAGE_PIECES * PIECE && left % PIECE) {
+        clear_rows(value_block + left / PIECE * PIECE_BYTES, left % PIECE, lane);
       }
-      if (first + t * PIECE < unit.high) multiply_values<Tiles>(sums, weights, value_address, t * PIECE_BYTES);
+#pragma unroll
+      for (int piece = 0; piece < STAGE_PIECES; ++piece) {
+        const int t = stage * STAGE_PIECES + piece;
+        uint32_t weights[Tiles][2];
+#pragma unroll
+        for (int n = 0; n < Tiles; ++n) {
+          weights[n][0] = transpose(pack(scores[t][n][0], scores[t][n][1], Product{}));
+          weights[n][1] = transpose(pack(scores[t][n][2], scores[t][n][3], Product{}));
+        }
+        if (first + t * PIECE < unit.high) multiply_values<Tiles>(sums, weights, value_address, piece * PIECE_BYTES);
+      }
+      __syncwarp();
+      if (stage + 1 < STAGES) {
+        fetch(value_block, &filled[1], &v_map, unit, start + STAGE_PIECES * PIECE, lane);
+      } else if (more) {
+        fetch(value_block, &filled[1], &v_map, next, next.first, lane);
+      }
     }
-    __syncwarp();
-    if (more) fetch(value_block, &filled[1], &v_map, next, lane);
     if (last) finish<Tiles>(a, unit, sums, reference, lanes, shared, lane);
     fresh = last;
     unit = next;
-    parity ^= 1;
   }
 
   __syncthreads();
@@ -636,9 +659,9 @@ cudaError_t launch(const Arguments& a, int multiprocessors, int shared_bytes, in
   CUtensorMap k_map, v_map;
   if (!make_map(&k_map, a.k_cache, a) || !make_map(&v_map, a.v_cache, a)) return cudaErrorInvalidValue;
   const int extra = sizeof(Shared) + sizeof(int) * a.num_seqs;
-  const int warps = min(min(max_warps, MAX_WARPS), (shared_bytes - extra) / (2 * BLOCK_BYTES));
+  const int warps = min(min(max_warps, MAX_WARPS), (shared_bytes - extra) / (2 * STAGE_BYTES));
   if (warps < 1) return cudaErrorInvalidConfiguration;
-  const int bytes = warps * 2 * BLOCK_BYTES + extra;
+  const int bytes = warps * 2 * STAGE_BYTES + extra;
   const auto kernel = decode_kernel<Tiles, Capped>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
