@@ -9,7 +9,7 @@
 //
 // In canonical order (docs/design.md) they go from the first to the last, the softmax in units of kUnit keys, each chunk
 // of kChunk keys on its own, chunks merged left to right: the bits of a row depend on nothing beside it. The formulas are
-// those of ops/triton/attention.py; the bits are not yet (about a third of the fp32 results differ in the last one).
+// those of ops/triton/attention.py; the bits are not yet (some tens of 16-bit results in a million differ).
 //
 // Defines: MAINSPRING_TYPE, MAINSPRING_HEAD_DIM, MAINSPRING_CAUSAL, MAINSPRING_WINDOWED, MAINSPRING_SOFTCAP,
 // MAINSPRING_CANONICAL (0 or 1), and of tuning MAINSPRING_GROUPS (consumer warpgroups), MAINSPRING_KEYS (of a block),
@@ -186,7 +186,7 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& p, int 
     barrier_wait(&shared.tile_full[slot.stage], slot.parity);
     const FlashTile& tile = shared.tile[slot.stage];
     // By a reduction, whose result lies in a uniform register: then conditions and addresses that follow from it do, too,
-    // and no product waits for its descriptors (worth 9 %). For the same reason the first scores stand under no
+    // and products' descriptors need no moves from vector registers. For the same reason the first scores stand under no
     // condition: where the tile sees no key, they are of whatever lies in shared memory and nobody looks at them.
     const auto uniform = [](int x) { return __reduce_max_sync(~0u, x); };
     const int head = uniform(tile.head), low = uniform(tile.low), high = uniform(tile.high);
