@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mainspring.ops.cuda import compiler, flash_forward, grouped_linear, linear
+from mainspring.ops.cuda import compiler, flash_forward, grouped_linear, linear, paged_attention
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,18 @@ def _grouped(kind: int, columns: int) -> Kernel:
     return Kernel(f"grouped-{kind}-{columns}", grouped_linear.SOURCE, defines, products=4)
 
 
+def _paged_decode(head_dim: int) -> Kernel:
+    defines = (("HEAD_DIM", head_dim), ("ELEMENT", "__nv_bfloat16"), ("FP8", 0))
+    return Kernel(f"paged-{head_dim}", paged_attention.SOURCE, defines)
+
+
 KERNELS = (
     _flash_forward(128, causal=True),
     _flash_forward(64, causal=False),
     _linear(linear.TILES[0]),
     _linear(linear.TILES[-1]),
+    _paged_decode(64),
+    _paged_decode(128),
     _linear(linear.SEGMENTED, segmented=True),
     _grouped(grouped_linear.FORWARD, 176),
     _grouped(grouped_linear.INPUT_GRADIENT, 256),
