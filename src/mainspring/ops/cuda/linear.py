@@ -1,8 +1,8 @@
 """y = x Wᵀ + b for Hopper (csrc/cuda/linear.cu), with the bits of `triton.linear`: the same chains of products.
 
 Its tiles fill the chip in one wave where rows are few; products of many rows are left to the Triton kernel, whose
-blocks walk over several tiles each. It also serves `linear_tp_invariant` where rows are few: a cluster's blocks sum the
-segments of K and add their sums by the tree.
+blocks walk over several tiles each. It also serves `linear_tp_invariant` where rows are many: a block sums the
+segments of K and joins them by the tree.
 """
 
 from __future__ import annotations
@@ -48,12 +48,8 @@ TILES = (
     Tile(1, 16, 4), Tile(1, 24, 4), Tile(1, 32, 4), Tile(1, 48, 2), Tile(1, 64, 2), Tile(1, 96, 1), Tile(1, 128, 1),
     Tile(1, 192, 1), Tile(1, 256, 1),
 )  # fmt: skip
-
-
-SEGMENTED = Tile(
-    2, 96, 1
-)  # of the kernel whose blocks join the segments of K themselves: four sums fit its registers
-CLUSTER = 150_000  # what it costs a wave of clusters to add their blocks' sums, in rows of operands times k
+# Of the kernel whose blocks join the segments of K themselves: four sums of this size fit its registers.
+SEGMENTED = Tile(2, 96, 1)
 
 
 def _cost(tile: Tile, m: int, n: int, chunks: int, processors: int) -> float:
@@ -86,21 +82,6 @@ def choose_tile(m: int, n: int, k: int, chunk: int, processors: int) -> Tile | N
     if chunks > 1:  # a cluster needs its multiprocessors side by side: halves of them are easier to find
         return replace(tile, blocks=2) if few else None
     return tile if m <= GROUP_ROWS or few else None
-
-
-@lru_cache(maxsize=4096)
-def choose_segmented_tile(m: int, n: int, k: int, segments: int, processors: int) -> Tile:
-    """SEGMENTED where a block is to join the segments itself, or the tile of a cluster of so many blocks."""
-    segment = k // segments
-
-    def cost(tile: Tile) -> float:
-        if tile == SEGMENTED:
-            return k * _cost(tile, m, n, 1, processors)
-        blocks = -(-m // (GROUP_ROWS * tile.groups)) * -(-n // tile.columns) * segments
-        return segment * _cost(tile, m, n, segments, processors) + CLUSTER * -(-blocks // processors)
-
-    clusters = [replace(t, blocks=2) for t in TILES if segment % (GROUP_ROWS * t.panels) == 0]
-    return min([SEGMENTED, *clusters], key=cost)
 
 
 def defines_of(
@@ -176,16 +157,21 @@ def segmented_linear(
     """As `mainspring.ops.triton.linear_tp_invariant.segmented_linear`."""
     from mainspring.ops.triton.linear import check, k_chunk
     from mainspring.ops.triton.linear_tp_invariant import segmented_linear as triton_segmented_linear
+    from mainspring.ops.triton.linear_tp_invariant import splits
 
     out_dtype = check("linear_tp_invariant", x, weight, bias, out_dtype)
     (m, k), n = x.shape, weight.shape[0]
     if segments == 1 and k_chunk(n, k) >= k:
         return linear(x, weight, bias, out_dtype)
     served = m > 0 and n > 0 and segments in (2, 4, 8) and k % (segments * GROUP_ROWS) == 0
-    if not served or x.dtype not in TYPES or not aligned(x) or not aligned(weight):
+    served = served and x.dtype in TYPES and aligned(x) and aligned(weight)
+    # Few rows: Triton's kernel has a block for each segment, and adds them in another launch. (As a cluster's blocks,
+    # which `launch` also knows, they take 1.0 to 1.8 times as long.)
+    if not served or splits(m, n, multiprocessors(x.device)):
         return triton_segmented_linear(x, weight, bias, out_dtype, segments)
-    tile = choose_segmented_tile(m, n, k, segments, multiprocessors(x.device))
     out = torch.empty((m, n), dtype=out_dtype, device=x.device)
     with on_device(x):
-        launch(x, weight, None if bias is None else bias.contiguous(), out, k // segments, tile, tree=True)
+        launch(
+            x, weight, None if bias is None else bias.contiguous(), out, k // segments, SEGMENTED, tree=True
+        )
     return out

@@ -1,7 +1,7 @@
 """y = x Wᵀ whose K is cut into equal segments that a binary tree joins, so that ranks which own subtrees agree.
 
 Each segment is one chain of matrix instructions, as in `linear`. Where rows are few the segments are blocks of their
-own (on Hopper: of one cluster, which joins them); where they are many a block adds them as it goes.
+own; where they are many a block adds them as it goes.
 """
 
 from __future__ import annotations
@@ -80,6 +80,11 @@ def join_kernel(
     tl.store(out + index, whole.to(out.dtype.element_ty), inside)
 
 
+def splits(m: int, n: int, processors: int) -> bool:
+    """Whether there are so few tiles that segments become blocks of their own."""
+    return triton.cdiv(m, _SMALL.rows) * triton.cdiv(n, _SMALL.columns) * 2 <= processors
+
+
 def segmented_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype, segments: int
 ) -> Tensor:
@@ -122,7 +127,7 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, segment
     small = _FP32 if wide else _SMALL
     tiles = triton.cdiv(m, small.rows) * triton.cdiv(n, small.columns)
     step = next((s for s in (64, 32, 16) if segment % s == 0 and s <= small.k), 0)
-    split = segments > 1 and step > 0 and tiles * 2 <= processors
+    split = segments > 1 and step > 0 and splits(m, n, processors)
     tile = small if split or wide else _LARGE
     tma = has_tma(x.device) and not wide and aligned(weight) and step > 0
     if tma and not aligned(x):
