@@ -82,7 +82,8 @@ def join_kernel(
 
 def splits(m: int, n: int, processors: int) -> bool:
     """Whether there are so few tiles that segments become blocks of their own."""
-    return triton.cdiv(m, _SMALL.rows) * triton.cdiv(n, _SMALL.columns) * 2 <= processors
+    tiles = -(-m // _SMALL.rows) * -(-n // _SMALL.columns)
+    return tiles * 2 <= processors
 
 
 def segmented_linear(
