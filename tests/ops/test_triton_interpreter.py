@@ -11,10 +11,10 @@ import pytest
 
 from support.triton_kernels import AVAILABLE, INTERPRETED
 
-FILES = [
-    f"test_triton_{name}.py"
-    for name in ("adamw", "attention", "grouped_linear", "linear", "muon", "losses", "rope", "routing", "rowwise")
-]
+NAMES = (
+    "adamw", "attention", "flash", "grouped_linear", "linear", "losses", "muon", "rope", "routing", "rowwise",
+)  # fmt: skip
+FILES = [f"test_triton_{name}.py" for name in NAMES]
 
 
 @pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed")
