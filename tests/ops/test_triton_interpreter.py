@@ -12,7 +12,8 @@ import pytest
 from support.triton_kernels import AVAILABLE, INTERPRETED
 
 NAMES = (
-    "adamw", "attention", "flash", "grouped_linear", "linear", "linear_tp_invariant", "losses", "muon", "rope", "routing", "rowwise",
+    "adamw", "attention", "flash", "grouped_linear", "linear", "linear_tp_invariant", "losses", "muon", "rope",
+    "routing", "rowwise",
 )  # fmt: skip
 FILES = [f"test_triton_{name}.py" for name in NAMES]
 
