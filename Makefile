@@ -25,10 +25,10 @@ run: $(VENV)/.serve
 	@exec $(VENV)/bin/mainspring serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
 test: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest -n auto
+	$(VENV)/bin/python -m pytest -n auto --dist worksteal
 
 test-all: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest -n auto -m "not gpu"
+	$(VENV)/bin/python -m pytest -n auto --dist worksteal -m "not gpu"
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -22,7 +22,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 AVAILABLE = importlib.util.find_spec("triton") is not None
 # The interpreter has no bf16 arithmetic: it computes garbage, silently.
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
-EXAMPLES = 4 if INTERPRETED else 16
+EXAMPLES = 3 if INTERPRETED else 16
 
 needs_triton = [
     pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed"),
