@@ -122,18 +122,14 @@ def flash_attention_backward_op(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, from the result and the logarithms of its sums."""
-    if backend is None and deterministic and causal and not _triton_refuses_backward(q):
-        backend = (
-            "triton"  # has no order to keep among blocks: on an H200 up to 1.8 times as fast as CUDA C++ then
-        )
+    call = Call(q.device.type, q.dtype, FAST, True, q.shape[2])
+    if backend is None and deterministic and causal and triton_refuses(call) is None:
+        # Its two kernels keep no order among blocks: on an H200 up to 1.8 times as fast as CUDA C++'s ordered sums.
+        backend = "triton"
     run = FLASH_ATTENTION_BACKWARD.select(q, Policy("fast", backend), size=q.shape[2])
     return run(
         grad.contiguous(), q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale, causal, window, softcap, deterministic
     )  # fmt: skip
-
-
-def _triton_refuses_backward(q: Tensor) -> bool:
-    return triton_refuses(Call(q.device.type, q.dtype, FAST, True, q.shape[2])) is not None
 
 
 @flash_attention_backward_op.register_fake
