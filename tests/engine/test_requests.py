@@ -12,7 +12,7 @@ import pytest
 from mainspring.engine.admission import check_request, make_request
 from mainspring.engine.config import EngineConfig
 from mainspring.engine.messages import EngineLimits, EngineRequest
-from mainspring.engine.sampling_params import SamplingParams
+from mainspring.engine.sampling_params import SamplingParams, StructuredOutputsParams
 from mainspring.errors import ConfigError, InvalidRequestError, RequestTooLongError
 
 LIMITS = EngineLimits(max_model_len=100, max_cache_tokens=64, vocab_size=50, max_logprobs=5)
@@ -39,6 +39,19 @@ LIMITS = EngineLimits(max_model_len=100, max_cache_tokens=64, vocab_size=50, max
         ({"stop_token_ids": [-1]}, "stop_token_ids", "-1"),
         ({"logprobs": -1}, "logprobs", "-1"),
         ({"prompt_logprobs": True}, "prompt_logprobs", "True"),
+        ({"n": 0}, "n", "between 1 and 128"),
+        ({"n": 129}, "n", "128"),
+        ({"presence_penalty": 2.1}, "presence_penalty", "2.1"),
+        ({"frequency_penalty": -3}, "frequency_penalty", "-3"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "above 0"),
+        ({"logit_bias": [1]}, "logit_bias", "[1]"),
+        ({"logit_bias": {-1: 2.0}}, "logit_bias", "-1"),
+        ({"logit_bias": {1: 100.5}}, "logit_bias", "100.5"),
+        ({"allowed_token_ids": []}, "allowed_token_ids", "at least one"),
+        ({"allowed_token_ids": [1, -4]}, "allowed_token_ids", "-4"),
+        ({"bad_words": "no"}, "bad_words", "'no'"),
+        ({"bad_words": ["a", ""]}, "bad_words", "non-empty"),
+        ({"structured_outputs": {"regex": "a"}}, "structured_outputs", "StructuredOutputsParams"),
     ],
 )
 def test_sampling_params_refuse(values: dict[str, Any], param: str, words: str) -> None:
@@ -57,6 +70,41 @@ def test_sampling_params_travel_unchanged_and_are_checked_on_arrival() -> None:
     bad = msgspec.msgpack.encode({"temperature": -1.0})
     with pytest.raises(InvalidRequestError, match="temperature is -1"):
         msgspec.msgpack.decode(bad, type=SamplingParams)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({}, "exactly one"),
+        ({"regex": "a", "json_object": True}, "exactly one"),
+        ({"json_object": False}, "leave it out"),
+        ({"regex": ""}, "regex"),
+        ({"grammar": 3}, "grammar"),
+        ({"json": "{"}, "not a JSON schema"),
+        ({"json": "[1]"}, "must hold a schema"),
+        ({"json": {"const": object()}}, "not a JSON schema"),
+        ({"choice": []}, "choice"),
+        ({"choice": "yes"}, "choice"),
+        ({"choice": ["yes", ""]}, "choice"),
+    ],
+)
+def test_structured_outputs_refuse(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidRequestError, match=words) as caught:
+        StructuredOutputsParams(**values)
+    assert caught.value.param == "structured_outputs"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"json": {"type": "object"}}, {"json": '{"type": "object"}'}, {"regex": "a+"}, {"choice": ["a", "b"]},
+     {"grammar": 'root ::= "a"'}, {"json_object": True}],
+)  # fmt: skip
+def test_structured_outputs_and_token_fields_travel_unchanged(values: dict[str, Any]) -> None:
+    params = SamplingParams(
+        structured_outputs=StructuredOutputsParams(**values), logit_bias={3: -1.5}, allowed_token_ids=[1, 2],
+        bad_words=["x"], n=3, presence_penalty=1,
+    )  # fmt: skip
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
 
 
 def test_max_tokens_is_resolved_against_context_and_cache() -> None:
