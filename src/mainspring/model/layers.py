@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mainspring import ops
 from mainspring.formats.model_config import ModelConfig
 from mainspring.ops import Policy, RopeAngles, TokenBatch
+from mainspring.ops.precision import accumulator
 
 
 class Linear(nn.Module):
@@ -119,7 +120,7 @@ class Mlp(nn.Module):
 class MixtureOfExperts(nn.Module):
     """Top-k routed gated MLPs (Mixtral, arXiv 2401.04088; Qwen3-MoE, arXiv 2505.09388).
 
-    Each token's expert outputs are added in the order of its own routing, never by atomics.
+    Each token's expert outputs are added in the order of its own routing, in fp32, never by atomics.
     """
 
     def __init__(
@@ -138,30 +139,20 @@ class MixtureOfExperts(nn.Module):
         self.down = nn.Parameter(torch.empty(config.num_experts, hidden, inner, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [T, hidden] -> [T, hidden]."""
-        weights, experts = self.route(x)
-        order = experts.flatten().argsort(stable=True)  # [T · k], rows sorted by expert
-        counts = torch.bincount(experts.flatten(), minlength=self.num_experts).tolist()
-        rows = x[order // self.top_k]
-        inner = ops.swiglu(
-            ops.grouped_linear(rows, self.gate_up, counts, policy=self.policy), policy=self.policy
+        """x: [T, hidden] -> [T, hidden]. Nothing here waits for the device: how many rows an expert has stays there."""
+        routing = ops.route(
+            self.router(x),
+            self.top_k,
+            normalise=self.normalise,
+            weights_dtype=accumulator(
+                x.dtype
+            ),  # in which `combine` adds: rounded weights would lose for nothing
+            policy=self.policy,
         )
-        out = ops.grouped_linear(inner, self.down, counts, policy=self.policy)
-        place = torch.empty_like(order)
-        place[order] = torch.arange(order.shape[0], device=order.device)
-        out = out[place].unflatten(0, (-1, self.top_k))  # [T, k, hidden]
-        mixed: Tensor = out[:, 0] * weights[:, :1]
-        for k in range(1, self.top_k):
-            mixed = mixed + out[:, k] * weights[:, k : k + 1]
-        return mixed
-
-    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(weights [T, k] in x's dtype, experts [T, k] int64), the heaviest first."""
-        probabilities = torch.softmax(self.router(x), dim=-1, dtype=torch.float32)
-        weights, experts = probabilities.topk(self.top_k, dim=-1)
-        if self.normalise:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return weights.to(x.dtype), experts
+        gate_up = ops.grouped_linear(x, self.gate_up, routing.offsets, gather=routing, policy=self.policy)
+        inner = ops.swiglu(gate_up, policy=self.policy)
+        rows = ops.grouped_linear(inner, self.down, routing.offsets, policy=self.policy)
+        return ops.combine(rows, routing, policy=self.policy)
 
 
 class DecoderLayer(nn.Module):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mainspring.errors import BackendError
+from mainspring.ops.cpu.support import refuses as cpu_refuses
 from mainspring.ops.policy import LOCKSTEP, Policy
 from mainspring.ops.registry import Implementation, Operation, accepts_all, any_requires_grad
 from mainspring.ops.triton.support import refuses as triton_refuses
@@ -156,11 +157,13 @@ def _triton_combine(rows: Tensor, routing: Routing) -> Tensor:
 
 ROUTE = Operation(
     "route",
+    Implementation("cpu", reference, cpu_refuses),
     Implementation("triton", _triton, triton_refuses),
     Implementation("reference", reference, accepts_all),
 )
 COMBINE = Operation(
     "combine",
+    Implementation("cpu", combine_reference, cpu_refuses),
     Implementation("triton", _triton_combine, triton_refuses),
     Implementation("reference", combine_reference, accepts_all),
 )
