@@ -140,13 +140,13 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, hidden] -> [T, hidden]. Nothing here waits for the device: how many rows an expert has stays there."""
+        # Weights in the dtype in which `combine` adds: rounding them first would lose something for nothing.
+        weights_dtype = accumulator(x.dtype)
         routing = ops.route(
             self.router(x),
             self.top_k,
             normalise=self.normalise,
-            weights_dtype=accumulator(
-                x.dtype
-            ),  # in which `combine` adds: rounded weights would lose for nothing
+            weights_dtype=weights_dtype,
             policy=self.policy,
         )
         gate_up = ops.grouped_linear(x, self.gate_up, routing.offsets, gather=routing, policy=self.policy)
