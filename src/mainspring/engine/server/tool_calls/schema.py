@@ -1,0 +1,62 @@
+"""The JSON schema that holds a model to calls: for tool_choice "required" and for a named function."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_DEFINITIONS = ("$defs", "definitions")
+
+
+def calls_schema(
+    functions: Sequence[tuple[str, Mapping[str, Any] | None]], *, parallel: bool
+) -> dict[str, Any]:
+    """A list of at least one call of these functions, each a name and the schema of its parameters.
+
+    Each function's own definitions move to the root of the whole, under a name of their own, and its
+    references with them. Without `parallel` the list holds exactly one call.
+    """
+    definitions: dict[str, Any] = {}
+    choices: list[dict[str, Any]] = []
+    for number, (name, parameters) in enumerate(functions):
+        schema = dict(parameters) if parameters else {"type": "object"}
+        renamed: dict[str, str] = {}
+        for place in _DEFINITIONS:
+            for key, value in (schema.pop(place, None) or {}).items():
+                renamed[f"#/{place}/{key}"] = f"#/$defs/{number}.{key}"
+                definitions[f"{number}.{key}"] = value
+        for key in [key for key in definitions if key.startswith(f"{number}.")]:
+            definitions[key] = _with_references(definitions[key], renamed)
+        choices.append(
+            {
+                "type": "object",
+                "properties": {"name": {"const": name}, "arguments": _with_references(schema, renamed)},
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+        )
+    whole: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": choices}}
+    if not parallel:
+        whole["maxItems"] = 1
+    if definitions:
+        whole["$defs"] = definitions
+    return whole
+
+
+def arguments_schema(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The schema of one function's arguments."""
+    return dict(parameters) if parameters else {"type": "object"}
+
+
+def _with_references(schema: Any, renamed: Mapping[str, str]) -> Any:
+    """The schema with its references renamed."""
+    if isinstance(schema, list):
+        return [_with_references(item, renamed) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: renamed.get(value, value)
+        if key == "$ref" and isinstance(value, str)
+        else _with_references(value, renamed)
+        for key, value in schema.items()
+    }
