@@ -136,7 +136,7 @@ def test_losses_have_the_gradients_of_finite_differences(policy: Policy) -> None
 
 def test_cross_entropy_in_chunks_equals_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "mainspring.ops.log_probs.LOGIT_CHUNK_ELEMENTS", 1
+        "mainspring.ops.logit_loss.LOGIT_CHUNK_ELEMENTS", 1
     )  # chunks of the least size, 16 rows
     hidden, weight = _random(50, 6), _random(11, 6, seed=1)
     targets = torch.randint(0, 11, (50,), generator=torch.Generator().manual_seed(0))

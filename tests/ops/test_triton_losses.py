@@ -166,6 +166,12 @@ def assert_gradients(ours: list[Tensor], theirs: list[Tensor], exact: list[Tenso
         assert_as_exact_as_torch(a, b, c, roundings=slack)
 
 
+def set_rows_per_chunk(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    for name in ("cross_entropy", "log_probs", "logit_loss"):
+        module = importlib.import_module(f"mainspring.ops.{name}")  # a function hides the module of its name
+        monkeypatch.setattr(module, "rows_per_chunk", lambda v, device=None: rows)
+
+
 @pytest.mark.parametrize("numerics", ["lockstep", "fast"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -173,12 +179,7 @@ def assert_gradients(ours: list[Tensor], theirs: list[Tensor], exact: list[Tenso
 def test_linear_cross_entropy(
     chunk: int, reduction: str, dtype: torch.dtype, numerics: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in (
-        "cross_entropy",
-        "log_probs",
-    ):  # by import_module, for a function hides the module of its name
-        module = importlib.import_module(f"mainspring.ops.{name}")
-        monkeypatch.setattr(module, "rows_per_chunk", lambda v, device=None: chunk)
+    set_rows_per_chunk(monkeypatch, chunk)
     m, h, v = 50, 32, 201
     hidden, weight = random_tensor(0, m, h, dtype=dtype), random_tensor(1, v, h, dtype=dtype, scale=0.3)
     targets = random_targets(2, m, v)
@@ -207,7 +208,7 @@ def test_linear_cross_entropy(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear_log_probs_and_entropy(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mainspring.ops.log_probs.rows_per_chunk", lambda v, device=None: 32)
+    set_rows_per_chunk(monkeypatch, 32)
     m, h, v, temperature = 50, 32, 201, 0.8
     hidden, weight = random_tensor(0, m, h, dtype=dtype), random_tensor(1, v, h, dtype=dtype, scale=0.3)
     targets = random_targets(2, m, v)

@@ -8,17 +8,20 @@ import torch
 from torch import Tensor
 
 from mainspring.errors import BackendError
-from mainspring.ops.log_probs import recomputed_gradients, rows_per_chunk
+from mainspring.ops import library
+from mainspring.ops.log_probs import recomputed_gradients
 from mainspring.ops.logit_loss import (
     IGNORE_INDEX,
     LossOptions,
-    WeightGradient,
     logit_loss,
     product_for,
+    rows_per_chunk,
     scaled,
+    weight_gradient_of,
 )
 from mainspring.ops.policy import LOCKSTEP, Policy
 from mainspring.ops.precision import accumulator
+from mainspring.ops.registry import any_requires_grad
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -48,7 +51,11 @@ def cross_entropy(
         softcap=softcap, label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index
     )
     _check(hidden, weight, targets, reduction)
-    wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    if library.is_traced():
+        if reduction == "none":
+            return library.row_cross_entropy(hidden, weight, targets, options, policy)
+        return library.linear_cross_entropy(hidden, weight, targets, options, reduction == "mean", policy)
+    wants_grad = any_requires_grad(hidden, weight)
     result: Tensor
     if reduction == "none":
         result = _RowLosses.apply(hidden, weight, targets, options, policy, wants_grad)
@@ -95,6 +102,58 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> N
         )
 
 
+def loss_and_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    options: LossOptions,
+    mean: bool,
+    policy: Policy,
+    wants_grad: bool,
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+    """(loss [], the mean's divisor [] or None, gradients of the sum by hidden and weight or None).
+
+    The weight's gradient is in `weight_gradient_of`'s dtype. Nothing is recorded.
+    """
+    wide = accumulator(hidden.dtype)
+    rows = rows_per_chunk(weight.shape[0], hidden.device)
+    count = (targets != options.ignore_index).sum().clamp_min(1).to(wide) if mean else None
+    losses = torch.empty(targets.shape, dtype=wide, device=hidden.device)
+    grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if wants_grad else None
+    grad_weight = weight_gradient_of(hidden, weight)
+    for first in range(0, hidden.shape[0], rows):
+        chunk = slice(first, first + rows)
+        logits = product_for(hidden[chunk], weight, policy, wants_grad)
+        losses[chunk], d_logits = logit_loss(
+            logits, targets[chunk], options, None, None, hidden.dtype if wants_grad else None, policy
+        )
+        del logits
+        if grad_hidden is not None and d_logits is not None:
+            torch.mm(d_logits, weight, out=grad_hidden[chunk])
+            grad_weight.add(d_logits, hidden[chunk])
+            del d_logits
+    loss = losses.sum() if count is None else losses.sum() / count
+    if grad_hidden is None:
+        return loss, count, None
+    total = grad_weight.total
+    if total is None:
+        total = torch.zeros(weight.shape, dtype=grad_weight.dtype, device=weight.device)
+    return loss, count, (grad_hidden, total)
+
+
+def row_losses(
+    hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOptions, policy: Policy, wants_grad: bool
+) -> Tensor:
+    """Each row's loss [T]. Nothing is recorded."""
+    rows = rows_per_chunk(weight.shape[0], hidden.device)
+    losses = torch.empty(targets.shape, dtype=accumulator(hidden.dtype), device=hidden.device)
+    for first in range(0, hidden.shape[0], rows):
+        chunk = slice(first, first + rows)
+        logits = product_for(hidden[chunk], weight, policy, wants_grad)
+        losses[chunk] = logit_loss(logits, targets[chunk], options, None, None, None, policy)[0]
+    return losses
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """The sum or mean. Gradients of the sum are kept; how they count is known in the backward pass, in float32."""
 
@@ -109,28 +168,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         policy: Policy,
         wants_grad: bool,
     ) -> Tensor:
-        wide = accumulator(hidden.dtype)
-        rows = rows_per_chunk(weight.shape[0], hidden.device)
-        count = (targets != options.ignore_index).sum().clamp_min(1).to(wide) if mean else None
-        losses = torch.empty(targets.shape, dtype=wide, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if wants_grad else None
-        grad_weight = WeightGradient(weight.dtype, -(-hidden.shape[0] // rows))
-        for first in range(0, hidden.shape[0], rows):
-            chunk = slice(first, first + rows)
-            logits = product_for(hidden[chunk], weight, policy, wants_grad)
-            losses[chunk], d_logits = logit_loss(
-                logits, targets[chunk], options, None, None, hidden.dtype if wants_grad else None, policy
-            )
-            del logits
-            if grad_hidden is not None and d_logits is not None:
-                torch.mm(d_logits, weight, out=grad_hidden[chunk])
-                grad_weight.add(d_logits, hidden[chunk])
-                del d_logits
-        if grad_hidden is not None:
-            total = grad_weight.total
-            ctx.save_for_backward(grad_hidden, torch.zeros_like(weight) if total is None else total, count)
+        loss, count, grads = loss_and_gradients(hidden, weight, targets, options, mean, policy, wants_grad)
+        if grads is not None:
+            ctx.save_for_backward(*grads, count)
             ctx.dtype, ctx.policy = weight.dtype, policy
-        return losses.sum() if count is None else losses.sum() / count
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -162,13 +204,7 @@ class _RowLosses(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, targets)
         ctx.options, ctx.policy = options, policy
-        rows = rows_per_chunk(weight.shape[0], hidden.device)
-        losses = torch.empty(targets.shape, dtype=accumulator(hidden.dtype), device=hidden.device)
-        for first in range(0, hidden.shape[0], rows):
-            chunk = slice(first, first + rows)
-            logits = product_for(hidden[chunk], weight, policy, wants_grad)
-            losses[chunk] = logit_loss(logits, targets[chunk], options, None, None, None, policy)[0]
-        return losses
+        return row_losses(hidden, weight, targets, options, policy, wants_grad)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

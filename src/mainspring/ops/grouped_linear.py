@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from mainspring.errors import BackendError
+from mainspring.ops import library
 from mainspring.ops.cpu.grouped_linear import grouped_linear as cpu_grouped_linear
 from mainspring.ops.cpu.support import refuses
 from mainspring.ops.cuda.support import refuses as cuda_refuses
 from mainspring.ops.linear import linear
 from mainspring.ops.policy import LOCKSTEP, Policy
 from mainspring.ops.registry import Implementation, Operation, accepts_all, any_requires_grad
-from mainspring.ops.routing import Routing
+from mainspring.ops.routing import Routing, combine_reference
 from mainspring.ops.triton.support import refuses as triton_refuses
 
 Counts = Sequence[int] | Tensor
@@ -46,88 +47,143 @@ def grouped_linear(
                 f"grouped_linear: offsets must be [{weight.shape[0] + 1}] int32 on {x.device}, not "
                 f"{tuple(counts.shape)} of {counts.dtype} on {counts.device}"
             )
-    elif len(counts) != weight.shape[0] or sum(counts) != rows or min(counts, default=0) < 0:
-        raise BackendError(
-            f"grouped_linear: counts must be {weight.shape[0]} numbers of {rows} rows in all, not {counts}"
-        )
-    run = GROUPED_LINEAR.select(x, policy, any_requires_grad(x, weight))
-    return run(x, weight, counts, gather, policy)
+        offsets = counts
+    else:
+        if len(counts) != weight.shape[0] or sum(counts) != rows or min(counts, default=0) < 0:
+            raise BackendError(
+                f"grouped_linear: counts must be {weight.shape[0]} numbers of {rows} rows in all, not {counts}"
+            )
+        offsets = torch.tensor(list(accumulate(counts, initial=0)), dtype=torch.int32, device=x.device)
+    index, places = (None, None) if gather is None else (gather.tokens, gather.places)
+    if library.is_traced():
+        return library.grouped_linear(x, weight, offsets, index, places, policy)
+    needs_grad = any_requires_grad(x, weight)
+    run = GROUPED_LINEAR.select(x, policy, needs_grad)
+    if not needs_grad:
+        return run(x, weight, offsets, index, policy)
+    out: Tensor = _Grouped.apply(run, x, weight, offsets, index, places, policy)
+    return out
 
 
-def reference(x: Tensor, weight: Tensor, counts: Counts, gather: Routing | None, policy: Policy) -> Tensor:
-    if gather is not None:
-        x = x[gather.tokens]
-    sizes = counts.diff().tolist() if isinstance(counts, Tensor) else list(counts)
+def reference(x: Tensor, weight: Tensor, offsets: Tensor, index: Tensor | None, policy: Policy) -> Tensor:
+    """`linear` for each expert's rows; offsets: [E + 1], index: [R], the row of x that each row is, or None."""
     pieces = [
         linear(rows, weight[expert], policy=policy)
-        for expert, rows in enumerate(x.split(sizes))
+        for expert, rows in enumerate(_experts_rows(x, offsets, index))
         if rows.shape[0]
     ]
     return torch.cat(pieces) if pieces else x.new_empty((0, weight.shape[1]))
 
 
-def offsets_of(counts: Counts, device: torch.device) -> Tensor:
-    """[E + 1] int32, the first row of each expert."""
-    if isinstance(counts, Tensor):
-        return counts
-    return torch.tensor(list(accumulate(counts, initial=0)), dtype=torch.int32, device=device)
+def backward_reference(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    index: Tensor | None,
+    places: Tensor | None,
+    needs_x: bool,
+    needs_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(gradient of x, gradient of weight), those that are needed; a gathered row's pieces are added in fp32."""
+    grads = _experts_rows(grad, offsets, None)
+    grad_x = grad_weight = None
+    if needs_x:
+        grad_x = torch.cat([g @ weight[expert] for expert, g in enumerate(grads)])
+        grad_x = grad_x if places is None else combine_reference(grad_x, None, places)
+    if needs_weight:
+        rows = _experts_rows(x, offsets, index)
+        grad_weight = torch.stack([g.t() @ r for g, r in zip(grads, rows, strict=True)])
+    return grad_x, grad_weight
+
+
+def _experts_rows(x: Tensor, offsets: Tensor, index: Tensor | None) -> tuple[Tensor, ...]:
+    """Each expert's rows. Reads the offsets on the host."""
+    rows: tuple[Tensor, ...] = (x if index is None else x[index]).split(offsets.diff().tolist())
+    return rows
 
 
 class _Grouped(torch.autograd.Function):
-    """Forward and both gradients in one launch each (the gradient of gathered rows takes one more, to add them)."""
+    """Forward and both gradients, by kernels in one launch each; gathered rows' gradients take one more, to be added."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        kernels: Any,
+        run: Callable[[Tensor, Tensor, Tensor, Tensor | None, Policy], Tensor],
         x: Tensor,
         weight: Tensor,
         offsets: Tensor,
         index: Tensor | None,
         places: Tensor | None,
+        policy: Policy,
     ) -> Tensor:
-        ctx.kernels = kernels
+        ctx.policy = policy
         ctx.save_for_backward(x, weight, offsets, index, places)
-        out: Tensor = kernels.grouped_linear(x, weight, offsets, index)
-        return out
+        return run(x, weight, offsets, index, policy)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        from mainspring.ops.triton.routing import combine
-
         x, weight, offsets, index, places = ctx.saved_tensors
-        grad, grad_x, grad_weight = grad.contiguous(), None, None
-        if ctx.needs_input_grad[1]:
-            grad_x = ctx.kernels.grouped_linear(grad, weight, offsets, transposed=True)
-            grad_x = grad_x if places is None else combine(grad_x, None, places)
-        if ctx.needs_input_grad[2]:
-            grad_weight = ctx.kernels.grouped_weight_gradient(x, grad, offsets, index)
-        return None, grad_x, grad_weight, None, None, None
+        run = GROUPED_LINEAR_BACKWARD.select(x, ctx.policy)
+        needs = ctx.needs_input_grad
+        gradients = run(grad.contiguous(), x, weight, offsets, index, places, needs[1], needs[2])
+        return None, *gradients, None, None, None, None
 
 
-def _cpu(x: Tensor, weight: Tensor, counts: Counts, gather: Routing | None, policy: Policy) -> Tensor:
-    if any_requires_grad(x, weight):  # the same bits, expert by expert, with linear's gradient
-        return reference(x, weight, counts, gather, policy)
-    rows = x if gather is None else x[gather.tokens]
-    return cpu_grouped_linear(rows, weight, offsets_of(counts, x.device))
+def _backward_by(
+    kernels: Any,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    index: Tensor | None,
+    places: Tensor | None,
+    needs_x: bool,
+    needs_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    from mainspring.ops.triton.routing import combine
+
+    grad_x = grad_weight = None
+    if needs_x:
+        grad_x = kernels.grouped_linear(grad, weight, offsets, transposed=True)
+        grad_x = grad_x if places is None else combine(grad_x, None, places)
+    if needs_weight:
+        grad_weight = kernels.grouped_weight_gradient(x, grad, offsets, index)
+    return grad_x, grad_weight
 
 
-def _by(kernels: Any, x: Tensor, weight: Tensor, counts: Counts, gather: Routing | None) -> Tensor:
-    index, places = (None, None) if gather is None else (gather.tokens, gather.places)
-    out: Tensor = _Grouped.apply(kernels, x, weight, offsets_of(counts, x.device), index, places)
-    return out
+def _cpu(x: Tensor, weight: Tensor, offsets: Tensor, index: Tensor | None, policy: Policy) -> Tensor:
+    return cpu_grouped_linear(x if index is None else x[index], weight, offsets)
 
 
-def _cuda(x: Tensor, weight: Tensor, counts: Counts, gather: Routing | None, policy: Policy) -> Tensor:
+def _cuda(x: Tensor, weight: Tensor, offsets: Tensor, index: Tensor | None, policy: Policy) -> Tensor:
     from mainspring.ops.cuda import grouped_linear as kernels
 
-    return _by(kernels, x, weight, counts, gather)
+    return kernels.grouped_linear(x, weight, offsets, index)
 
 
-def _triton(x: Tensor, weight: Tensor, counts: Counts, gather: Routing | None, policy: Policy) -> Tensor:
+def _cuda_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, index: Tensor | None, places: Tensor | None,
+    needs_x: bool, needs_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    from mainspring.ops.cuda import grouped_linear as kernels
+
+    return _backward_by(kernels, grad, x, weight, offsets, index, places, needs_x, needs_weight)
+
+
+def _triton(x: Tensor, weight: Tensor, offsets: Tensor, index: Tensor | None, policy: Policy) -> Tensor:
     from mainspring.ops.triton import grouped_linear as kernels
 
-    return _by(kernels, x, weight, counts, gather)
+    return kernels.grouped_linear(x, weight, offsets, index)
+
+
+def _triton_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, index: Tensor | None, places: Tensor | None,
+    needs_x: bool, needs_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    from mainspring.ops.triton import grouped_linear as kernels
+
+    return _backward_by(kernels, grad, x, weight, offsets, index, places, needs_x, needs_weight)
 
 
 GROUPED_LINEAR = Operation(
@@ -137,4 +193,11 @@ GROUPED_LINEAR = Operation(
     # Also where numerics are fast: the reference's loop waits for the host, and cuBLAS for its small products.
     Implementation("triton", _triton, triton_refuses),
     Implementation("reference", reference, accepts_all),
+)
+GROUPED_LINEAR_BACKWARD = Operation(
+    "grouped_linear_backward",
+    Implementation("cpu", backward_reference, refuses),
+    Implementation("cuda", _cuda_backward, cuda_refuses),
+    Implementation("triton", _triton_backward, triton_refuses),
+    Implementation("reference", backward_reference, accepts_all),
 )

@@ -7,29 +7,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mainspring.ops import library
 from mainspring.ops.cpu import log_probs as cpu
 from mainspring.ops.cpu.support import refuses
-from mainspring.ops.logit_loss import LossOptions, WeightGradient, logit_loss, product_for
+from mainspring.ops.logit_loss import (
+    LossOptions,
+    logit_loss,
+    product_for,
+    rows_per_chunk,
+    weight_gradient_of,
+)
 from mainspring.ops.policy import LOCKSTEP, Policy
 from mainspring.ops.precision import accumulator
-from mainspring.ops.registry import Implementation, Operation, accepts_all
+from mainspring.ops.registry import Implementation, Operation, accepts_all, any_requires_grad
 from mainspring.ops.triton.support import refuses as triton_refuses
-
-LOGIT_CHUNK_ELEMENTS = 1 << 24  # logits held at once, 64 MB of fp32
 
 
 def token_log_probs(
     logits: Tensor, targets: Tensor, temperature: float = 1.0, *, policy: Policy = LOCKSTEP
 ) -> Tensor:
-    """logits: [M, V] float32, targets: [M] int64 -> [M] float32: log softmax(logits / temperature)[target]."""
-    return TOKEN_LOG_PROBS.select(logits, policy)(logits, targets, temperature)
+    """logits: [M, V] float32, targets: [M] int64 -> [M] float32: log softmax(logits / temperature)[target].
+
+    Differentiable once.
+    """
+    if library.is_traced():
+        return library.token_log_probs(logits, targets, temperature, policy)
+    if not any_requires_grad(logits):
+        return TOKEN_LOG_PROBS.select(logits, policy)(logits, targets, temperature)
+    result: Tensor = _TokenLogProbs.apply(logits, targets, temperature, False, policy)[0]
+    return result
 
 
 def token_log_probs_and_entropy(
     logits: Tensor, targets: Tensor, temperature: float = 1.0, *, policy: Policy = LOCKSTEP
 ) -> tuple[Tensor, Tensor]:
-    """(token_log_probs to the same bits, entropy in nats of softmax(logits / temperature)), each [M] float32."""
-    return TOKEN_LOG_PROBS_AND_ENTROPY.select(logits, policy)(logits, targets, temperature)
+    """(token_log_probs to the same bits, entropy in nats of softmax(logits / temperature)), each [M] float32.
+
+    Both are differentiable once.
+    """
+    if library.is_traced():
+        return library.token_log_probs_and_entropy(logits, targets, temperature, policy)
+    if not any_requires_grad(logits):
+        return TOKEN_LOG_PROBS_AND_ENTROPY.select(logits, policy)(logits, targets, temperature)
+    result: tuple[Tensor, Tensor] = _TokenLogProbs.apply(logits, targets, temperature, True, policy)
+    return result
 
 
 def linear_log_probs(
@@ -39,7 +60,10 @@ def linear_log_probs(
 
     hidden: [M, H], weight: [V, H], targets: [M] int64 -> [M] float32, differentiable once.
     """
-    result: Tensor = _LinearLogProbs.apply(hidden, weight, targets, temperature, False, policy)[0]
+    if library.is_traced():
+        return library.linear_log_probs(hidden, weight, targets, temperature, policy)
+    needs_grad = any_requires_grad(hidden, weight)
+    result: Tensor = _LinearLogProbs.apply(hidden, weight, targets, temperature, False, policy, needs_grad)[0]
     return result
 
 
@@ -50,17 +74,13 @@ def linear_log_probs_and_entropy(
 
     hidden: [M, H], weight: [V, H], targets: [M] int64 -> two of [M] float32, both differentiable once.
     """
-    result: tuple[Tensor, Tensor] = _LinearLogProbs.apply(hidden, weight, targets, temperature, True, policy)
+    if library.is_traced():
+        return library.linear_log_probs_and_entropy(hidden, weight, targets, temperature, policy)
+    needs_grad = any_requires_grad(hidden, weight)
+    result: tuple[Tensor, Tensor] = _LinearLogProbs.apply(
+        hidden, weight, targets, temperature, True, policy, needs_grad
+    )
     return result
-
-
-def rows_per_chunk(vocab_size: int, device: torch.device | None = None) -> int:
-    """How many rows of logits are held at once: on a GPU a 32nd of its memory, for a chunk's products are then
-    large and its weight gradients few."""
-    elements = LOGIT_CHUNK_ELEMENTS
-    if device is not None and device.type == "cuda":
-        elements = max(elements, torch.cuda.get_device_properties(device).total_memory // (32 * 4))
-    return max(16, elements // vocab_size)
 
 
 def reference(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -78,12 +98,52 @@ def _entropy(logits: Tensor, temperature: float) -> Tensor:
     return terms.sum(-1)
 
 
-class _LinearLogProbs(torch.autograd.Function):
-    """Backward recomputes each chunk's logits, which become their gradient.
+def options_at(temperature: float) -> LossOptions:
+    """A log-probability as a negative loss, no target of which is left out: by an index that none can have."""
+    return LossOptions(temperature=temperature, ignore_index=-1 << 31)
 
-    With x = z / t, p = softmax(x) and H the entropy: d log p[target] / dz = (onehot - p) / t and
-    dH / dz = -p (log p + H) / t.
-    """
+
+def logits_gradient(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    grad: Tensor,
+    grad_entropy: Tensor | None,
+    policy: Policy,
+) -> Tensor:
+    """The gradient of logits [M, V] from those of their tokens' log-probabilities and of the entropies, [M] each."""
+    grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
+    copy = logits.clone(memory_format=torch.contiguous_format)  # which is used up
+    options = options_at(temperature)
+    gradient = logit_loss(copy, targets, options, -grad, grad_entropy, logits.dtype, policy)[1]
+    assert gradient is not None  # a dtype was given
+    return gradient
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """With x = z / t, p = softmax(x) and H the entropy: d log p[target] / dz = (onehot - p) / t and
+    dH / dz = -p (log p + H) / t."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, temperature: float, with_entropy: bool, policy: Policy
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.save_for_backward(logits, targets)
+        ctx.temperature, ctx.policy, ctx.with_entropy = temperature, policy, with_entropy
+        if with_entropy:
+            return TOKEN_LOG_PROBS_AND_ENTROPY.select(logits, policy)(logits, targets, temperature)
+        return TOKEN_LOG_PROBS.select(logits, policy)(logits, targets, temperature), None
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        logits, targets = ctx.saved_tensors
+        of_entropy = grad_entropy if ctx.with_entropy else None
+        gradient = logits_gradient(logits, targets, ctx.temperature, grad, of_entropy, ctx.policy)
+        return gradient, None, None, None, None
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    """Backward recomputes each chunk's logits, which become their gradient (that of `_TokenLogProbs`)."""
 
     @staticmethod
     def forward(
@@ -92,24 +152,14 @@ class _LinearLogProbs(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         temperature: float,
-        entropy: bool,
+        with_entropy: bool,
         policy: Policy,
+        needs_grad: bool,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.save_for_backward(hidden, weight, targets)
-        ctx.temperature, ctx.policy, ctx.with_entropy = temperature, policy, entropy
+        ctx.temperature, ctx.policy = temperature, policy
         ctx.set_materialize_grads(False)
-        needs_grad = any(ctx.needs_input_grad)
-        rows = rows_per_chunk(weight.shape[0], hidden.device)
-        log_probs, entropies = [], []
-        for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
-            logits = product_for(h, weight, policy, needs_grad)
-            if entropy:
-                both = token_log_probs_and_entropy(logits, t, temperature, policy=policy)
-                log_probs.append(both[0])
-                entropies.append(both[1])
-            else:
-                log_probs.append(token_log_probs(logits, t, temperature, policy=policy))
-        return torch.cat(log_probs), torch.cat(entropies) if entropy else None
+        return chunked_log_probs(hidden, weight, targets, temperature, with_entropy, policy, needs_grad)
 
     @staticmethod
     def backward(
@@ -117,13 +167,35 @@ class _LinearLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, targets = ctx.saved_tensors
         if grad is None and grad_entropy is None:
-            return None, None, None, None, None, None
+            return (None,) * 7
         wide = accumulator(hidden.dtype)
         row_weights = torch.zeros(targets.shape, dtype=wide, device=hidden.device) if grad is None else -grad
-        # No target of a log-probability is left out: an index that none can have.
-        options = LossOptions(temperature=ctx.temperature, ignore_index=-1 << 31)
+        options = options_at(ctx.temperature)
         grads = recomputed_gradients(hidden, weight, targets, options, row_weights, grad_entropy, ctx.policy)
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
+
+
+def chunked_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    with_entropy: bool,
+    policy: Policy,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(log-probabilities, entropies or None) of the rows, a chunk of logits at a time; nothing is recorded."""
+    rows = rows_per_chunk(weight.shape[0], hidden.device)
+    log_probs, entropies = [], []
+    for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
+        logits = product_for(h, weight, policy, needs_grad)
+        if with_entropy:
+            both = TOKEN_LOG_PROBS_AND_ENTROPY.select(logits, policy)(logits, t, temperature)
+            log_probs.append(both[0])
+            entropies.append(both[1])
+        else:
+            log_probs.append(TOKEN_LOG_PROBS.select(logits, policy)(logits, t, temperature))
+    return torch.cat(log_probs), torch.cat(entropies) if with_entropy else None
 
 
 def recomputed_gradients(
@@ -137,8 +209,8 @@ def recomputed_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Gradients by hidden and weight of sum row_weights · loss + entropy_weights · entropy (see `logit_loss`)."""
     rows = rows_per_chunk(weight.shape[0], hidden.device)
-    grad_hidden = torch.empty_like(hidden)
-    grad_weight = WeightGradient(weight.dtype, -(-hidden.shape[0] // rows))
+    grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    grad_weight = weight_gradient_of(hidden, weight)
     for first in range(0, hidden.shape[0], rows):
         chunk = slice(first, first + rows)
         logits = product_for(hidden[chunk], weight, policy, True)
@@ -156,7 +228,7 @@ def recomputed_gradients(
         torch.mm(d_logits, weight, out=grad_hidden[chunk])
         grad_weight.add(d_logits, hidden[chunk])
     if grad_weight.total is None:
-        return grad_hidden, torch.zeros_like(weight)
+        return grad_hidden, torch.zeros_like(weight, memory_format=torch.contiguous_format)
     return grad_hidden, grad_weight.total.to(weight.dtype)
 
 

@@ -16,6 +16,7 @@ from mainspring.ops.registry import Implementation, Operation, accepts_all
 from mainspring.ops.triton.support import refuses as triton_refuses
 
 IGNORE_INDEX = -100
+LOGIT_CHUNK_ELEMENTS = 1 << 24  # logits held at once, 64 MB of fp32
 
 
 @dataclass(frozen=True)
@@ -76,25 +77,39 @@ class WeightGradient:
 
     def __init__(self, dtype: torch.dtype, chunks: int) -> None:
         # Unscaled sums of float16 products can exceed its largest value.
-        keep = chunks == 1 and dtype is not torch.float16
-        self._dtype = dtype if keep else accumulator(dtype)
+        keep = chunks <= 1 and dtype is not torch.float16
+        self.dtype = dtype if keep else accumulator(dtype)
         self.total: Tensor | None = None
 
     def add(self, d_logits: Tensor, hidden: Tensor) -> None:
         a = d_logits.t()
-        if self._dtype is hidden.dtype:
+        if self.dtype is hidden.dtype:
             if self.total is None:
                 self.total = a @ hidden
             else:
                 self.total.addmm_(a, hidden)
         elif _narrow_on_cuda(hidden):
             if self.total is None:
-                self.total = torch.mm(a, hidden, out_dtype=self._dtype)
+                self.total = torch.mm(a, hidden, out_dtype=self.dtype)
             else:
-                torch.addmm(self.total, a, hidden, out_dtype=self._dtype, out=self.total)
+                torch.addmm(self.total, a, hidden, out_dtype=self.dtype, out=self.total)
         else:
             piece = a @ hidden
-            self.total = piece.to(self._dtype) if self.total is None else self.total.add_(piece)
+            self.total = piece.to(self.dtype) if self.total is None else self.total.add_(piece)
+
+
+def rows_per_chunk(vocab_size: int, device: torch.device | None = None) -> int:
+    """How many rows of logits are held at once: on a GPU a 32nd of its memory, for a chunk's products are then
+    large and its weight gradients few."""
+    elements = LOGIT_CHUNK_ELEMENTS
+    if device is not None and device.type == "cuda":
+        elements = max(elements, torch.cuda.get_device_properties(device).total_memory // (32 * 4))
+    return max(16, elements // vocab_size)
+
+
+def weight_gradient_of(hidden: Tensor, weight: Tensor) -> WeightGradient:
+    """The sum for this product's chunks: its dtype depends on how many they are."""
+    return WeightGradient(weight.dtype, -(-hidden.shape[0] // rows_per_chunk(weight.shape[0], hidden.device)))
 
 
 def _narrow_on_cuda(tensor: Tensor) -> bool:

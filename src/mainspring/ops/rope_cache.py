@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mainspring.errors import BackendError
+from mainspring.ops import library
 from mainspring.ops.batch import TokenBatch
 from mainspring.ops.checks import check_block_tables, debugging
 from mainspring.ops.policy import LOCKSTEP, Policy
@@ -42,6 +43,20 @@ def rope_write_cache(
     cache = batch.cache
     k_scale = None if cache.k_scale is None else cache.k_scale[layer]
     v_scale = None if cache.v_scale is None else cache.v_scale[layer]
+    if library.is_traced():
+        return library.rope_write_cache(
+            q,
+            k,
+            v,
+            angles,
+            batch.slots,
+            cache.k[layer],
+            cache.v[layer],
+            k_scale,
+            v_scale,
+            interleaved,
+            policy,
+        )
     run = ROPE_WRITE_CACHE.select(q, policy)
     return run(
         q, k, v, angles, batch.slots, cache.k[layer], cache.v[layer], k_scale, v_scale, interleaved, policy

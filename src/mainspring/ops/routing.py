@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor
 
 from mainspring.errors import BackendError
+from mainspring.ops import library
 from mainspring.ops.cpu.support import refuses as cpu_refuses
 from mainspring.ops.policy import LOCKSTEP, Policy
+from mainspring.ops.precision import accumulator
 from mainspring.ops.registry import Implementation, Operation, accepts_all, any_requires_grad
 from mainspring.ops.triton.support import refuses as triton_refuses
 
@@ -58,8 +61,14 @@ def route(
         raise BackendError(
             f"route: top_k is {top_k} for logits {tuple(logits.shape)}; it must be 1 to E of [T, E]"
         )
-    run = ROUTE.select(logits, policy, any_requires_grad(logits))
-    return run(logits, top_k, normalise, logits.dtype if weights_dtype is None else weights_dtype)
+    dtype = logits.dtype if weights_dtype is None else weights_dtype
+    if library.is_traced():
+        return Routing(*library.route(logits, top_k, normalise, dtype, policy))
+    needs_grad = any_requires_grad(logits)
+    run = ROUTE.select(logits, policy, needs_grad)
+    if not needs_grad:
+        return Routing(*run(logits, top_k, normalise, dtype))
+    return Routing(*_Route.apply(run, logits, top_k, normalise, dtype, policy))
 
 
 def combine(rows: Tensor, routing: Routing, *, policy: Policy = LOCKSTEP) -> Tensor:
@@ -74,16 +83,26 @@ def combine(rows: Tensor, routing: Routing, *, policy: Policy = LOCKSTEP) -> Ten
         raise BackendError(
             f"combine: rows must be [{routing.order.shape[0]}, H], one for each slot, not {tuple(rows.shape)}"
         )
-    run = COMBINE.select(rows, policy, any_requires_grad(rows, routing.weights))
-    return run(rows, routing)
+    weights, places, order = routing.weights, routing.places, routing.order
+    if library.is_traced():
+        return library.combine(rows, weights, places, order, policy)
+    needs_grad = any_requires_grad(rows, weights)
+    run = COMBINE.select(rows, policy, needs_grad)
+    if not needs_grad:
+        return run(rows, weights, places)
+    combined: Tensor = _Combine.apply(run, rows, weights, places, order, policy)
+    return combined
 
 
-def reference(logits: Tensor, top_k: int, normalise: bool, weights_dtype: torch.dtype) -> Routing:
+# weights [T, k], experts [T, k], order [T · k], places [T, k], offsets [E + 1]: what `Routing` holds
+Routed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def reference(logits: Tensor, top_k: int, normalise: bool, weights_dtype: torch.dtype) -> Routed:
     tokens, num_experts = logits.shape
-    detached = logits.detach().float()
-    ranked = detached.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    ranked = logits.float().nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     experts = ranked.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-    precise = logits if logits.dtype == torch.float64 else logits.float()
+    precise = logits.to(accumulator(logits.dtype))
     if normalise:
         weights = torch.softmax(precise.gather(1, experts), -1)
     else:
@@ -95,64 +114,119 @@ def reference(logits: Tensor, top_k: int, normalise: bool, weights_dtype: torch.
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=logits.device)
     counts[1:] = (flat[:, None] == torch.arange(num_experts, device=logits.device)).sum(0)
     int32 = torch.int32
-    return Routing(
+    return (
         weights.to(weights_dtype), experts.to(int32), order.to(int32), places.view(tokens, top_k).to(int32),
         counts.cumsum(0).to(int32),
     )  # fmt: skip
 
 
-def combine_reference(rows: Tensor, routing: Routing) -> Tensor:
-    precise = rows if rows.dtype == torch.float64 else rows.float()
-    total = torch.zeros(routing.places.shape[0], rows.shape[1], dtype=precise.dtype, device=rows.device)
-    for j in range(routing.places.shape[1]):
-        total = total + precise[routing.places[:, j].long()] * routing.weights[:, j : j + 1].to(precise.dtype)
+def backward_reference(logits: Tensor, experts: Tensor, grad: Tensor, normalise: bool) -> Tensor:
+    """Of w = softmax(l)[experts]: dl = p (g - sum(w g)), g at the chosen experts and 0 elsewhere; where the weights are
+    normalised the softmax is that of the chosen logits alone, and so is dl. grad: [T, k] -> [T, E] in logits' dtype."""
+    wide = accumulator(logits.dtype)
+    precise, grad, experts = logits.to(wide), grad.to(wide), experts.long()
+    if normalise:
+        share = torch.softmax(precise.gather(1, experts), -1)
+        slope = share * (grad - (share * grad).sum(-1, keepdim=True))
+        return torch.zeros_like(precise).scatter_(1, experts, slope).to(logits.dtype)
+    share = torch.softmax(precise, -1)
+    upstream = torch.zeros_like(precise).scatter_(1, experts, grad)
+    return (share * (upstream - (share * upstream).sum(-1, keepdim=True))).to(logits.dtype)
+
+
+def combine_reference(rows: Tensor, weights: Tensor | None, places: Tensor) -> Tensor:
+    """rows: [T · k, H], weights: [T, k] or None for ones, places: [T, k] -> [T, H]."""
+    wide = accumulator(rows.dtype)
+    total = torch.zeros(places.shape[0], rows.shape[1], dtype=wide, device=rows.device)
+    for j in range(places.shape[1]):
+        row = rows[places[:, j].long()].to(wide)
+        total = total + (row if weights is None else row * weights[:, j : j + 1].to(wide))
     return total.to(rows.dtype)
+
+
+def combine_backward_reference(
+    rows: Tensor, weights: Tensor, order: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of one sorted row: d row = w · g of its token, d w = <row, g>."""
+    wide = accumulator(rows.dtype)
+    slots = order.long()
+    upstream = grad.to(wide)[slots // weights.shape[1]]
+    grad_rows = (upstream * weights.flatten()[slots].to(wide)[:, None]).to(rows.dtype)
+    grad_weights = torch.empty_like(weights, memory_format=torch.contiguous_format)
+    grad_weights.view(-1)[slots] = (upstream * rows).sum(-1).to(weights.dtype)
+    return grad_rows, grad_weights
 
 
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, top_k: int, normalise: bool, weights_dtype: torch.dtype
-    ) -> tuple[Tensor, ...]:
-        from mainspring.ops.triton import routing as kernels
-
-        weights, experts, *rest = kernels.route(logits, top_k, normalise, weights_dtype)
-        ctx.normalise = normalise
-        ctx.save_for_backward(logits, experts)
-        ctx.mark_non_differentiable(experts, *rest)
-        return weights, experts, *rest
+        ctx: Any,
+        run: Callable[[Tensor, int, bool, torch.dtype], Routed],
+        logits: Tensor,
+        top_k: int,
+        normalise: bool,
+        weights_dtype: torch.dtype,
+        policy: Policy,
+    ) -> Routed:
+        routed = run(logits, top_k, normalise, weights_dtype)
+        ctx.normalise, ctx.policy = normalise, policy
+        ctx.save_for_backward(logits, routed[1])
+        ctx.mark_non_differentiable(*routed[1:])
+        return routed
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        from mainspring.ops.triton import routing as kernels
-
         logits, experts = ctx.saved_tensors
-        return kernels.route_backward(logits, experts, grad, ctx.normalise), None, None, None
+        gradient = ROUTE_BACKWARD.select(logits, ctx.policy)(logits, experts, grad, ctx.normalise)
+        return None, gradient, None, None, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, places: Tensor, order: Tensor) -> Tensor:
-        from mainspring.ops.triton import routing as kernels
-
+    def forward(
+        ctx: Any,
+        run: Callable[[Tensor, Tensor | None, Tensor], Tensor],
+        rows: Tensor,
+        weights: Tensor,
+        places: Tensor,
+        order: Tensor,
+        policy: Policy,
+    ) -> Tensor:
+        ctx.policy = policy
         ctx.save_for_backward(rows, weights, order)
-        return kernels.combine(rows, weights, places)
+        return run(rows, weights, places)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        from mainspring.ops.triton import routing as kernels
-
         rows, weights, order = ctx.saved_tensors
-        return (*kernels.combine_backward(rows, weights, order, grad), None, None)
+        gradients = COMBINE_BACKWARD.select(rows, ctx.policy)(rows, weights, order, grad)
+        return None, *gradients, None, None, None
 
 
-def _triton(logits: Tensor, top_k: int, normalise: bool, weights_dtype: torch.dtype) -> Routing:
-    return Routing(*_Route.apply(logits, top_k, normalise, weights_dtype))
+def _triton(logits: Tensor, top_k: int, normalise: bool, weights_dtype: torch.dtype) -> Routed:
+    from mainspring.ops.triton import routing as kernels
+
+    return kernels.route(logits, top_k, normalise, weights_dtype)
 
 
-def _triton_combine(rows: Tensor, routing: Routing) -> Tensor:
-    combined: Tensor = _Combine.apply(rows, routing.weights, routing.places, routing.order)
-    return combined
+def _triton_backward(logits: Tensor, experts: Tensor, grad: Tensor, normalise: bool) -> Tensor:
+    from mainspring.ops.triton import routing as kernels
+
+    return kernels.route_backward(logits, experts, grad, normalise)
+
+
+def _triton_combine(rows: Tensor, weights: Tensor | None, places: Tensor) -> Tensor:
+    from mainspring.ops.triton import routing as kernels
+
+    return kernels.combine(rows, weights, places)
+
+
+def _triton_combine_backward(
+    rows: Tensor, weights: Tensor, order: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    from mainspring.ops.triton import routing as kernels
+
+    return kernels.combine_backward(rows, weights, order, grad)
 
 
 ROUTE = Operation(
@@ -161,9 +235,21 @@ ROUTE = Operation(
     Implementation("triton", _triton, triton_refuses),
     Implementation("reference", reference, accepts_all),
 )
+ROUTE_BACKWARD = Operation(
+    "route_backward",
+    Implementation("cpu", backward_reference, cpu_refuses),
+    Implementation("triton", _triton_backward, triton_refuses),
+    Implementation("reference", backward_reference, accepts_all),
+)
 COMBINE = Operation(
     "combine",
     Implementation("cpu", combine_reference, cpu_refuses),
     Implementation("triton", _triton_combine, triton_refuses),
     Implementation("reference", combine_reference, accepts_all),
+)
+COMBINE_BACKWARD = Operation(
+    "combine_backward",
+    Implementation("cpu", combine_backward_reference, cpu_refuses),
+    Implementation("triton", _triton_combine_backward, triton_refuses),
+    Implementation("reference", combine_backward_reference, accepts_all),
 )

@@ -1,9 +1,4 @@
-"""The operations as PyTorch operators (`mainspring::...`): what torch.compile and torch.export see of them.
-
-Each is opaque to the compiler, has shapes for fake tensors and a gradient for autograd, and calls the operation
-of the same name, whose table then chooses the backend by the real tensors. A public function takes this way only
-while it is traced: an operator's dispatch costs more than a small kernel.
-"""
+"""Norms, SwiGLU and RoPE as PyTorch operators."""
 
 from __future__ import annotations
 
@@ -12,20 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mainspring.ops.policy import Numerics, Policy
+from mainspring.ops.library.support import policy_of
+from mainspring.ops.policy import Policy
+from mainspring.ops.registry import any_requires_grad
 
 if TYPE_CHECKING:
     from mainspring.ops.rope import RopeAngles
-
-
-def is_traced() -> bool:
-    """Whether a compiler is looking at the calls instead of running them."""
-    return torch.compiler.is_compiling()
-
-
-def _policy(numerics: str, backend: str | None) -> Policy:
-    choice: Numerics = "lockstep" if numerics == "lockstep" else "fast"
-    return Policy(choice, backend)
 
 
 # ---- RMS norm ------------------------------------------------------------------------------------------------------
@@ -33,21 +20,25 @@ def _policy(numerics: str, backend: str | None) -> Policy:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, policy: Policy) -> Tensor:
     """ops.norm.rms_norm as an operator."""
-    result: Tensor = rms_norm_op(x, weight, eps, policy.numerics, policy.backend)
+    needs_grad = any_requires_grad(x, weight)
+    result: Tensor = rms_norm_op(x, weight, eps, needs_grad, policy.numerics, policy.backend)
     return result
 
 
 @torch.library.custom_op("mainspring::rms_norm", mutates_args=())
-def rms_norm_op(x: Tensor, weight: Tensor, eps: float, numerics: str, backend: str | None) -> Tensor:
+def rms_norm_op(
+    x: Tensor, weight: Tensor, eps: float, needs_grad: bool, numerics: str, backend: str | None
+) -> Tensor:
     """x: [..., H], weight: [H] -> [..., H]."""
-    from mainspring.ops import norm
+    from mainspring.ops.norm import RMS_NORM
 
+    policy = policy_of(numerics, backend)
     with torch.no_grad():
-        return norm.rms_norm(x, weight, eps, policy=_policy(numerics, backend))
+        return RMS_NORM.select(x, policy, needs_grad)(x, weight, eps, policy)
 
 
 @rms_norm_op.register_fake
-def _(x: Tensor, weight: Tensor, eps: float, numerics: str, backend: str | None) -> Tensor:
+def _(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -55,19 +46,28 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, policy: Policy
 ) -> tuple[Tensor, Tensor]:
     """ops.norm.add_rms_norm as an operator."""
-    result: tuple[Tensor, Tensor] = add_rms_norm_op(x, residual, weight, eps, policy.numerics, policy.backend)
+    result: tuple[Tensor, Tensor] = add_rms_norm_op(
+        x, residual, weight, eps, any_requires_grad(x, residual, weight), policy.numerics, policy.backend
+    )
     return result
 
 
 @torch.library.custom_op("mainspring::add_rms_norm", mutates_args=())
 def add_rms_norm_op(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, numerics: str, backend: str | None
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    needs_grad: bool,
+    numerics: str,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """x, residual: [M, H], weight: [H] -> (the norm, the sum), [M, H] each."""
-    from mainspring.ops import norm
+    from mainspring.ops.norm import ADD_RMS_NORM
 
+    policy = policy_of(numerics, backend)
     with torch.no_grad():
-        return norm.add_rms_norm(x, residual, weight, eps, policy=_policy(numerics, backend))
+        return ADD_RMS_NORM.select(x, policy, needs_grad)(x, residual, weight, eps, policy)
 
 
 @add_rms_norm_op.register_fake
@@ -87,9 +87,9 @@ def rms_norm_backward_op(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """(gradient of x, gradient of weight); grad_x is what comes to x by another way."""
-    from mainspring.ops import norm
+    from mainspring.ops.norm import RMS_NORM_BACKWARD
 
-    run = norm.RMS_NORM_BACKWARD.select(x, _policy(numerics, backend))
+    run = RMS_NORM_BACKWARD.select(x, policy_of(numerics, backend))
     return run(x, weight, eps, grad.contiguous(), None if grad_x is None else grad_x.contiguous())
 
 
@@ -99,18 +99,18 @@ def _(x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def _norm_keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, ctx.eps, ctx.numerics, ctx.backend = inputs
+    x, weight, ctx.eps, _, ctx.numerics, ctx.backend = inputs
     ctx.save_for_backward(x, weight)
 
 
 def _norm_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     grads = rms_norm_backward_op(x, weight, ctx.eps, grad, None, ctx.numerics, ctx.backend)
-    return (*grads, None, None, None)
+    return (*grads, None, None, None, None)
 
 
 def _add_norm_keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _x, _residual, weight, ctx.eps, ctx.numerics, ctx.backend = inputs
+    _x, _residual, weight, ctx.eps, _, ctx.numerics, ctx.backend = inputs
     ctx.save_for_backward(output[1], weight)
 
 
@@ -119,7 +119,7 @@ def _add_norm_gradient(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Tens
     d_total, d_weight = rms_norm_backward_op(
         total, weight, ctx.eps, grad, grad_total, ctx.numerics, ctx.backend
     )
-    return d_total, d_total.clone(), d_weight, None, None, None
+    return d_total, d_total.clone(), d_weight, None, None, None, None
 
 
 rms_norm_op.register_autograd(_norm_gradient, setup_context=_norm_keep)
@@ -131,17 +131,18 @@ add_rms_norm_op.register_autograd(_add_norm_gradient, setup_context=_add_norm_ke
 
 def swiglu(gate_up: Tensor, policy: Policy) -> Tensor:
     """ops.swiglu.swiglu as an operator."""
-    result: Tensor = swiglu_op(gate_up, policy.numerics, policy.backend)
+    result: Tensor = swiglu_op(gate_up, any_requires_grad(gate_up), policy.numerics, policy.backend)
     return result
 
 
 @torch.library.custom_op("mainspring::swiglu", mutates_args=())
-def swiglu_op(gate_up: Tensor, numerics: str, backend: str | None) -> Tensor:
+def swiglu_op(gate_up: Tensor, needs_grad: bool, numerics: str, backend: str | None) -> Tensor:
     """[M, 2 · I] -> [M, I]."""
-    from mainspring.ops.swiglu import swiglu
+    from mainspring.ops.swiglu import SWIGLU
 
+    policy = policy_of(numerics, backend)
     with torch.no_grad():
-        return swiglu(gate_up, policy=_policy(numerics, backend))
+        return SWIGLU.select(gate_up, policy, needs_grad)(gate_up, policy)
 
 
 @swiglu_op.register_fake
@@ -154,7 +155,7 @@ def swiglu_backward_op(gate_up: Tensor, grad: Tensor, numerics: str, backend: st
     """The gradient of gate_up, [M, 2 · I]."""
     from mainspring.ops.swiglu import SWIGLU_BACKWARD
 
-    return SWIGLU_BACKWARD.select(gate_up, _policy(numerics, backend))(gate_up, grad.contiguous())
+    return SWIGLU_BACKWARD.select(gate_up, policy_of(numerics, backend))(gate_up, grad.contiguous())
 
 
 @swiglu_backward_op.register_fake
@@ -163,70 +164,15 @@ def _(gate_up: Tensor, *_: Any) -> Tensor:
 
 
 def _swiglu_keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    gate_up, ctx.numerics, ctx.backend = inputs
+    gate_up, _, ctx.numerics, ctx.backend = inputs
     ctx.save_for_backward(gate_up)
 
 
 def _swiglu_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return swiglu_backward_op(ctx.saved_tensors[0], grad, ctx.numerics, ctx.backend), None, None
+    return swiglu_backward_op(ctx.saved_tensors[0], grad, ctx.numerics, ctx.backend), None, None, None
 
 
 swiglu_op.register_autograd(_swiglu_gradient, setup_context=_swiglu_keep)
-
-
-# ---- linear --------------------------------------------------------------------------------------------------------
-
-
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None, policy: Policy
-) -> Tensor:
-    """ops.linear.linear as an operator."""
-    result: Tensor = linear_op(x, weight, bias, out_dtype, policy.numerics, policy.backend)
-    return result
-
-
-@torch.library.custom_op("mainspring::linear", mutates_args=())
-def linear_op(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype | None,
-    numerics: str,
-    backend: str | None,
-) -> Tensor:
-    """x: [M, K], weight: [N, K], bias: [N] -> [M, N]."""
-    from mainspring.ops.linear import linear
-
-    with torch.no_grad():
-        return linear(x, weight, bias, out_dtype=out_dtype, policy=_policy(numerics, backend))
-
-
-@linear_op.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None, *_: Any) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype or x.dtype)
-
-
-def _linear_keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias = inputs[:3]
-    ctx.save_for_backward(x, weight)
-    ctx.has_bias = bias is not None
-
-
-def _linear_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Plain products, which the compiler is free to arrange."""
-    x, weight = ctx.saved_tensors
-    grad = grad.to(x.dtype)
-    return (
-        grad @ weight if ctx.needs_input_grad[0] else None,
-        grad.t() @ x if ctx.needs_input_grad[1] else None,
-        grad.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None,
-        None,
-        None,
-        None,
-    )
-
-
-linear_op.register_autograd(_linear_gradient, setup_context=_linear_keep)
 
 
 # ---- RoPE ----------------------------------------------------------------------------------------------------------
@@ -237,8 +183,8 @@ def rope(
 ) -> tuple[Tensor, Tensor]:
     """ops.rope.rope as an operator."""
     result: tuple[Tensor, Tensor] = rope_op(
-        q, k, angles.positions, angles.inv_freq, angles.rows, angles.scale, interleaved, policy.numerics,
-        policy.backend,
+        q, k, angles.positions, angles.inv_freq, angles.rows, angles.scale, interleaved,
+        any_requires_grad(q, k), policy.numerics, policy.backend,
     )  # fmt: skip
     return result
 
@@ -252,16 +198,18 @@ def rope_op(
     rows: Tensor | None,
     scale: float,
     interleaved: bool,
+    needs_grad: bool,
     numerics: str,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """q: [T, Hq, D], k: [T, Hkv, D], rotated into new tensors."""
-    from mainspring.ops.rope import RopeAngles, rope
+    from mainspring.ops.rope import ROPE, RopeAngles
 
     q, k = (x.clone(memory_format=torch.contiguous_format) for x in (q, k))  # which may be overwritten
-    angles = RopeAngles(positions, inv_freq, rows, scale)
+    policy = policy_of(numerics, backend)
     with torch.no_grad():
-        return rope(q, k, angles, interleaved=interleaved, policy=_policy(numerics, backend))
+        run = ROPE.select(q, policy, needs_grad)
+        return run(q, k, RopeAngles(positions, inv_freq, rows, scale), interleaved, policy)
 
 
 @rope_op.register_fake
@@ -279,7 +227,7 @@ def _rope_gradient(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | N
     """The rotation back: cosines are even and sines odd in the frequencies."""
     positions, inv_freq, rows = ctx.saved_tensors
     grads = rope_op(grad_q, grad_k, positions, -inv_freq, rows, *ctx.options)
-    return (*grads, *(None,) * 7)
+    return (*grads, *(None,) * 8)
 
 
 rope_op.register_autograd(_rope_gradient, setup_context=_rope_keep)

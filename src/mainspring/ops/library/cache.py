@@ -1,0 +1,70 @@
+"""What writes to a paged cache, as PyTorch operators that say so. No gradient passes through a cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mainspring.ops.library.support import policy_of
+from mainspring.ops.policy import Policy
+
+if TYPE_CHECKING:
+    from mainspring.ops.rope import RopeAngles
+
+
+def rope_write_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    angles: RopeAngles,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    interleaved: bool,
+    policy: Policy,
+) -> Tensor:
+    """ops.rope_cache.rope_write_cache as an operator; q stays as it is."""
+    result: Tensor = rope_write_cache_op(
+        q, k, v, angles.positions, angles.inv_freq, angles.rows, angles.scale, slots, k_cache, v_cache, k_scale,
+        v_scale, interleaved, policy.numerics, policy.backend,
+    )  # fmt: skip
+    return result
+
+
+@torch.library.custom_op("mainspring::rope_write_cache", mutates_args=("k_cache", "v_cache"))
+def rope_write_cache_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor,
+    rows: Tensor | None,
+    scale: float,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    interleaved: bool,
+    numerics: str,
+    backend: str | None,
+) -> Tensor:
+    """q: [T, Hq, D], rotated into a new tensor; k, v: [T, Hkv, D] go to their slots, k rotated."""
+    from mainspring.ops.rope import RopeAngles
+    from mainspring.ops.rope_cache import ROPE_WRITE_CACHE
+
+    policy = policy_of(numerics, backend)
+    q = q.clone(memory_format=torch.contiguous_format)  # which may be overwritten
+    angles = RopeAngles(positions, inv_freq, rows, scale)
+    with torch.no_grad():
+        run = ROPE_WRITE_CACHE.select(q, policy)
+        return run(q, k, v, angles, slots, k_cache, v_cache, k_scale, v_scale, interleaved, policy)
+
+
+@rope_write_cache_op.register_fake
+def _(q: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
