@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mainspring.engine.block_allocator import BlockAllocator
 from mainspring.engine.messages import EngineRequest
-from mainspring.engine.request import Request
+from mainspring.engine.request import NO_SEAT, Request
 from mainspring.engine.sampling_params import SamplingParams
 from mainspring.engine.scheduler import ScheduledRequest, Scheduler
 
@@ -16,7 +16,9 @@ BLOCK_SIZE = 4
 
 def make_request(name: str, prompt_length: int, max_tokens: int) -> Request:
     params = SamplingParams(max_tokens=max_tokens)
-    return Request(EngineRequest(name, list(range(prompt_length)), params, (), max_tokens), random_key=0)
+    # Prompts that share nothing: their first tokens differ.
+    prompt = [len(name) * 1000 + ord(name[0]), *range(prompt_length - 1)]
+    return Request(EngineRequest(name, prompt, params, (), max_tokens), random_key=0)
 
 
 class Bench:
@@ -30,10 +32,12 @@ class Bench:
     def step(self) -> list[ScheduledRequest]:
         scheduled = self.scheduler.schedule()
         for item in scheduled:
-            request, samples = item.request, item.samples
-            assert len(request.block_table) * BLOCK_SIZE >= request.num_computed + item.num_tokens
+            request = item.request
+            assert item.start == request.num_computed
+            assert len(request.block_table) * BLOCK_SIZE >= item.start + item.num_tokens
             request.num_computed += item.num_tokens
-            if samples and request.append(0)[0] is not None:
+            self.scheduler.publish(request)
+            if item.samples and request.append(0)[0] is not None:
                 self.finished.append(request.request_id)
                 self.scheduler.remove(request.request_id)
         self.check()
@@ -41,7 +45,10 @@ class Bench:
 
     def check(self) -> None:
         self.allocator.check(r.block_table for r in self.scheduler.running.values())
-        assert all(not r.block_table and r.num_computed == 0 for r in self.scheduler.waiting.values())
+        assert all(not r.block_table and r.num_computed == 0 for r in self.scheduler.waiting)
+        seats = [r.seat for r in self.scheduler.running.values()]
+        assert NO_SEAT not in seats
+        assert len(set(seats)) == len(seats)
 
 
 def names(scheduled: list[ScheduledRequest]) -> list[tuple[str, int]]:
@@ -85,7 +92,7 @@ def test_the_newest_gives_way_and_comes_back_first() -> None:
     assert names(bench.step()) == [("old", 1)]
     assert bench.scheduler.num_preemptions == 2
     assert list(bench.scheduler.running) == ["old"]
-    assert list(bench.scheduler.waiting) == ["new", "later"]
+    assert [r.request_id for r in bench.scheduler.waiting] == ["new", "later"]
     while "old" in bench.scheduler:
         bench.step()
     assert names(bench.step())[0][0] == "new"
@@ -151,7 +158,8 @@ def test_every_request_is_served_within_seats_and_budget_in_order_of_arrival(
         scheduled = bench.step()
         assert sum(item.num_tokens for item in scheduled) <= budget
         assert len(bench.scheduler.running) <= seats
-        line = [order.index(name) for name in (*bench.scheduler.running, *bench.scheduler.waiting)]
+        waiting = [request.request_id for request in bench.scheduler.waiting]
+        line = [order.index(name) for name in (*bench.scheduler.running, *waiting)]
         assert line == sorted(line)
         if step > max(when for when, _ in arrivals.values()) and not scheduled:
             break

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import logging
 import random
+from collections import deque
 
 import torch
 
 from mainspring.engine import sizing
 from mainspring.engine.admission import check_request
 from mainspring.engine.block_allocator import BlockAllocator
+from mainspring.engine.block_hash import root_hash
 from mainspring.engine.config import EngineConfig
+from mainspring.engine.hooks import Drafter, Sampler
+from mainspring.engine.host_sampler import HostSampler
 from mainspring.engine.messages import EngineLimits, EngineRequest, EngineStats, TokenLogprobs, TokenOutput
-from mainspring.engine.model_runner import ModelRunner
+from mainspring.engine.model_runner import ModelRunner, StepResult
 from mainspring.engine.outputs import FinishReason
 from mainspring.engine.random_numbers import key_from_seed
 from mainspring.engine.request import Request
-from mainspring.engine.sampler import sample
-from mainspring.engine.scheduler import Scheduler
-from mainspring.engine.threads import single_threaded
+from mainspring.engine.scheduler import ScheduledRequest, Scheduler
 from mainspring.errors import InvalidRequestError
 from mainspring.model.decoder import Decoder
 
 __all__ = ["EngineCore", "EngineLimits", "EngineRequest", "EngineStats", "TokenLogprobs", "TokenOutput"]
 
+log = logging.getLogger(__name__)
+
 
 class EngineCore:
     """Continuous batching over one model. Not thread-safe: one thread adds, aborts and steps.
+
+    On a GPU a step is launched before the results of the one before have come: a request's end by a stop token is
+    found out one step late, and what that step sampled for it is dropped.
 
     Raises:
         ConfigError: the settings do not fit the model or the machine.
@@ -33,8 +41,10 @@ class EngineCore:
 
     def __init__(self, model: Decoder, config: EngineConfig | None = None) -> None:
         config = config if config is not None else EngineConfig()
+        device = model.device
         max_model_len = sizing.max_model_len(config, model.config)
-        num_blocks = sizing.num_cache_blocks(config, model.config, model.dtype, model.device, max_model_len)
+        cache_dtype = sizing.cache_dtype(config, model.dtype, device)
+        num_blocks = sizing.num_cache_blocks(config, model.config, cache_dtype, device, max_model_len)
         self.config = config
         self.limits = EngineLimits(
             max_model_len=max_model_len,
@@ -42,16 +52,49 @@ class EngineCore:
             vocab_size=model.config.vocab_size,
             max_logprobs=config.max_logprobs,
         )
-        budget = sizing.max_num_batched_tokens(config, model.device)
-        seats = min(config.max_num_seqs, budget)
+        seats = sizing.max_num_seqs(config, device)
+        self._model = model
         self._allocator = BlockAllocator(num_blocks)
-        self._scheduler = Scheduler(self._allocator, config.block_size, seats, budget)
-        self._runner = ModelRunner(model, num_blocks, config.block_size)
+        self._scheduler = Scheduler(
+            self._allocator,
+            config.block_size,
+            seats,
+            sizing.max_num_batched_tokens(config, device),
+            policy=config.scheduling_policy,
+            prefix_caching=config.enable_prefix_caching,
+        )
+        self._sampler: Sampler = HostSampler()
+        self._drafter: Drafter | None = None
+        self._runner = ModelRunner(
+            model,
+            self._sampler,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            num_seats=seats,
+            max_model_len=max_model_len,
+            cache_dtype=cache_dtype,
+        )
+        # Steps that have been launched and whose results have not been looked at; at most so many more than one.
+        self._launched: deque[StepResult] = deque()
+        asynchronous = device.type == "cuda" if config.async_scheduling is None else config.async_scheduling
+        self._lag = 1 if asynchronous else 0
         self._random = random.Random(config.seed)
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
         self._num_steps = 0
+        self._num_drafts = 0
+        self._num_accepted = 0
         self._finished: dict[FinishReason, int] = {"stop": 0, "length": 0, "abort": 0}
+        log.info("%s", self.describe())
+
+    def describe(self) -> str:
+        """One line on what fits."""
+        tokens, longest = self.limits.max_cache_tokens, self.limits.max_model_len
+        return (
+            f"KV cache: {tokens:,} tokens in {self._allocator.num_blocks:,} blocks of {self.config.block_size} "
+            f"({self._runner.cache_bytes / 2**30:.2f} GiB, {self._runner.cache_dtype_name}): "
+            f"{tokens / longest:.1f} sequences of the greatest length, {longest:,} tokens"
+        )
 
     def add_request(self, request: EngineRequest) -> None:
         """Queue a request.
@@ -66,42 +109,45 @@ class EngineCore:
             )
         seed = request.params.seed
         key = self._random.getrandbits(64) if seed is None else key_from_seed(seed)
-        self._scheduler.add(Request(request, key))
+        state = Request(request, key)
+        own_base = self._runner.rope_depends_on_length(state.rope_length)
+        state.cache_root = root_hash(
+            request.cache_salt, request.lora_id, state.rope_length if own_base else None
+        )
+        self._scheduler.add(state)
 
     def abort(self, request_id: str) -> bool:
         """Drop a request and free its blocks at once; no output follows. False if it is not there (any more)."""
-        if self._scheduler.remove(request_id) is None:
+        request = self._scheduler.remove(request_id)
+        if request is None:
             return False
+        request.is_finished = True
         self._finished["abort"] += 1
         return True
 
     def has_work(self) -> bool:
-        return bool(self._scheduler.running or self._scheduler.waiting)
+        return bool(self._scheduler.running or self._scheduler.waiting or self._launched)
 
     @torch.inference_mode()
     def step(self) -> list[TokenOutput]:
-        """One forward pass; the new token of every request that reached its last known one. [] without work."""
+        """Launch the next forward pass, and give the new tokens of the one before (on a CPU: of this one).
+
+        [] without work, and where nothing has come yet.
+        """
+        self._draft()
         scheduled = self._scheduler.schedule()
-        if not scheduled:
-            return []
-        logits = self._runner.run(scheduled)
-        requests = [item.request for item in scheduled if item.samples]
-        tokens: list[int] = []
-        logprobs: list[TokenLogprobs | None] = []
-        if logits is not None:
-            with single_threaded():
-                tokens = sample(logits, requests)
-                logprobs = self._runner.sampled_logprobs(logits, tokens, requests)
-        for item in scheduled:
-            self._advance(item.request, item.num_tokens)
-        self._num_steps += 1
-        self._num_generated_tokens += len(tokens)
-        return [
-            self._output(request, token, entry)
-            for request, token, entry in zip(requests, tokens, logprobs, strict=True)
-        ]
+        if scheduled:
+            self._launched.append(self._runner.launch(scheduled, self._scheduler.block_copies))
+            self._scheduler.block_copies.clear()
+            self._num_steps += 1
+            for item in scheduled:
+                self._advance(item)
+        if len(self._launched) > self._lag or (self._launched and not scheduled):
+            return self._collect(self._launched.popleft())
+        return []
 
     def stats(self) -> EngineStats:
+        prefix = self._scheduler.prefix_stats
         return EngineStats(
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
@@ -113,6 +159,10 @@ class EngineCore:
             preemptions_total=self._scheduler.num_preemptions,
             steps_total=self._num_steps,
             finished_total=dict(self._finished),
+            prefix_cache_queries_total=prefix.queries,
+            prefix_cache_hits_total=prefix.hits,
+            draft_tokens_total=self._num_drafts,
+            accepted_tokens_total=self._num_accepted,
         )
 
     def check_integrity(self) -> None:
@@ -121,28 +171,115 @@ class EngineCore:
         Raises:
             BlockAccountingError: a block is lost or miscounted.
         """
-        requests = [*self._scheduler.running.values(), *self._scheduler.waiting.values()]
+        requests = [*self._scheduler.running.values(), *self._scheduler.waiting]
         self._allocator.check(request.block_table for request in requests)
 
-    def _advance(self, request: Request, num_tokens: int) -> None:
-        request.num_computed += num_tokens
+    def _draft(self) -> None:
+        if self._drafter is not None:
+            running = self._scheduler.running.values()
+            ready = [request for request in running if request.is_drafted and not request.num_in_flight]
+            if ready:
+                self._drafter.propose(ready)
+
+    def _advance(self, item: ScheduledRequest) -> None:
+        """The step of `item` is under way: count what it computes as done."""
+        request = item.request
+        # Whether drafts are kept is known later.
+        request.num_computed = item.start + item.num_tokens - item.num_drafts
+        request.num_in_flight += item.samples
+        request.is_seated = True
+        request.num_blocks_uploaded = len(request.block_table)
         newly_computed = min(request.num_computed, request.num_prompt) - request.num_prompt_counted
         if newly_computed > 0:
             self._num_prompt_tokens += newly_computed
             request.num_prompt_counted += newly_computed
+        if request.prompt_logprobs is not None:
+            reported = min(request.num_computed + 1, request.num_prompt)
+            request.num_prompt_logprobs = max(request.num_prompt_logprobs, reported)
+        self._scheduler.publish(request)
 
-    def _output(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> TokenOutput:
-        is_first = request.num_generated == 0
-        finish_reason, stop_reason = request.append(token)
+    def _collect(self, step: StepResult) -> list[TokenOutput]:
+        """Wait for a launched step and hand out what it gave."""
+        step.wait()
+        for request, tensors in step.prompt_logprobs:
+            assert request.prompt_logprobs is not None
+            request.prompt_logprobs += tensors.entries(
+                [request.params.prompt_logprobs or 0] * len(tensors.tokens)
+            )
+        tokens: list[int] = [] if step.tokens is None else step.tokens.tolist()
+        entries = step.logprob_entries()
+        outputs = []
+        row = 0
+        for item in step.scheduled:
+            if not item.samples:
+                continue
+            rows = range(row, row + 1 + item.num_drafts)
+            row = rows.stop
+            if not item.request.is_finished:
+                outputs.append(
+                    self._output(item, [tokens[r] for r in rows], [entries[r] for r in rows if r in entries])
+                )
+        for request, embedding in step.embeddings:
+            if not request.is_finished:
+                outputs.append(self._pooled(request, embedding.tolist()))
+        return outputs
+
+    def _output(
+        self, item: ScheduledRequest, sampled: list[int], logprobs: list[TokenLogprobs]
+    ) -> TokenOutput:
+        """Append the sampled tokens, up to the first that differs from its draft, or that ends the request."""
+        request = item.request
+        is_first = len(request.token_ids) == request.num_prompt
+        request.num_in_flight -= 1
+        drafts, request.draft_token_ids = request.draft_token_ids[: item.num_drafts], []
+        kept = 0
+        finish_reason: FinishReason | None = None
+        stop_reason: int | None = None
+        for token in sampled:
+            finish_reason, stop_reason = self._append(request, token)
+            kept += 1
+            if finish_reason is not None or kept > len(drafts) or token != drafts[kept - 1]:
+                break
+        self._num_generated_tokens += kept
+        self._num_drafts += len(drafts)
+        self._num_accepted += kept - 1
+        if request.is_seated:  # else it was preempted meanwhile, and starts again
+            request.num_computed += kept - 1
+            self._scheduler.publish(request)
         if finish_reason is not None:
-            self._scheduler.remove(request.request_id)
-            self._finished[finish_reason] += 1
+            self._finish(request, finish_reason)
         return TokenOutput(
             request_id=request.request_id,
-            token_ids=[token],
-            logprobs=None if logprobs is None else [logprobs],
+            token_ids=sampled[:kept],
+            logprobs=logprobs[:kept] if logprobs else None,
             prompt_logprobs=request.prompt_logprobs if is_first else None,
             finish_reason=finish_reason,
             stop_reason=stop_reason,
+            num_cached_tokens=request.num_cached if is_first else 0,
             rope_length=request.rope_length if is_first else None,
         )
+
+    def _append(self, request: Request, token: int) -> tuple[FinishReason | None, int | None]:
+        finish_reason, stop_reason = request.append(token)
+        grammar = request.grammar
+        if grammar is None or finish_reason == "stop":
+            return finish_reason, stop_reason
+        # A token that the grammar cannot follow ends the text as well: nothing sensible can come after it.
+        ends = not grammar.accept(token) or grammar.terminated
+        return ("stop", None) if ends else (finish_reason, stop_reason)
+
+    def _pooled(self, request: Request, embedding: list[float]) -> TokenOutput:
+        self._finish(request, "stop")
+        return TokenOutput(
+            request_id=request.request_id,
+            token_ids=[],
+            prompt_logprobs=request.prompt_logprobs,
+            finish_reason="stop",
+            num_cached_tokens=request.num_cached,
+            embedding=embedding,
+        )
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        self._scheduler.remove(request.request_id)
+        request.is_finished = True
+        self._finished[reason] += 1

@@ -43,7 +43,7 @@ class LLM:
         device: torch.device | str = "cpu",
         numerics: Numerics = "lockstep",
         max_model_len: int | None = None,
-        max_num_seqs: int = 64,
+        max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
         block_size: int = 16,
         kv_cache_bytes: int | None = None,

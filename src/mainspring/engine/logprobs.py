@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,31 +13,52 @@ from mainspring.ops.log_probs import token_log_probs
 from mainspring.ops.policy import Policy
 
 
-def report_logprobs(
-    logits: Tensor, token_ids: Sequence[int], num_top: Sequence[int], policy: Policy
-) -> list[TokenLogprobs]:
-    """Log-probabilities of the given tokens and of the most likely ones, from the raw logits.
+@dataclass(frozen=True, slots=True)
+class LogprobTensors:
+    """Of N rows of logits: a token's log-probability and rank, and the W likeliest tokens.
 
-    logits: [N, V] float32; token_ids: the token whose log-probability is wanted, by row; num_top: how many
-    of the most likely ones to add, by row.
+    tokens, ranks: [N] int64; logprobs: [N] float32; top_tokens: [N, W] int64; top_logprobs: [N, W] float32.
     """
-    targets = torch.tensor(token_ids, dtype=torch.int64, device=logits.device)
-    chosen: list[float] = token_log_probs(logits, targets, policy=policy).tolist()
-    ranks: list[int] = ((logits > logits.gather(1, targets[:, None])).sum(dim=-1) + 1).tolist()
-    width = min(max(num_top), logits.shape[1])
-    if width == 0:
+
+    tokens: Tensor
+    logprobs: Tensor
+    ranks: Tensor
+    top_tokens: Tensor
+    top_logprobs: Tensor
+
+    def to_host(self) -> LogprobTensors:
+        """On the CPU. From a GPU the copies are only under way: wait for the stream before reading them."""
+        return LogprobTensors(
+            *(getattr(self, name).to("cpu", non_blocking=True) for name in self.__dataclass_fields__)
+        )
+
+    def entries(self, num_top: Sequence[int]) -> list[TokenLogprobs]:
+        """One entry a row (tensors on the CPU), with the num_top[n] likeliest tokens of row n."""
+        tokens, logprobs, ranks = self.tokens.tolist(), self.logprobs.tolist(), self.ranks.tolist()
+        if not self.top_tokens.shape[1]:
+            return [
+                TokenLogprobs([token], [logprob], rank)
+                for token, logprob, rank in zip(tokens, logprobs, ranks, strict=True)
+            ]
+        top_tokens, top_logprobs = self.top_tokens.tolist(), self.top_logprobs.tolist()
         return [
-            TokenLogprobs([token], [logprob], rank)
-            for token, logprob, rank in zip(token_ids, chosen, ranks, strict=True)
+            TokenLogprobs([token, *top_tokens[row][:count]], [logprob, *top_logprobs[row][:count]], rank)
+            for row, (token, logprob, rank, count) in enumerate(
+                zip(tokens, logprobs, ranks, num_top, strict=True)
+            )
         ]
-    top = logits.topk(width, dim=-1).indices  # [N, W]
+
+
+def compute_logprobs(logits: Tensor, tokens: Tensor, num_top: int, policy: Policy) -> LogprobTensors:
+    """Log-probabilities of the given tokens and of the num_top likeliest, from the raw logits.
+
+    logits: [N, V] float32; tokens: [N] int64. Does not wait for the device.
+    """
+    chosen = token_log_probs(logits, tokens, policy=policy)
+    ranks = (logits > logits.gather(1, tokens[:, None])).sum(dim=-1) + 1
+    width = min(num_top, logits.shape[1])
+    top = logits.topk(width, dim=-1).indices if width else tokens.new_empty((tokens.shape[0], 0))
     # Column by column through the same operation: the alternatives' bits are the trainer's too.
     columns = [token_log_probs(logits, top[:, i].contiguous(), policy=policy) for i in range(width)]
-    top_logprobs: list[list[float]] = torch.stack(columns, dim=1).tolist()
-    top_ids: list[list[int]] = top.tolist()
-    return [
-        TokenLogprobs([token, *top_ids[row][:count]], [logprob, *top_logprobs[row][:count]], rank)
-        for row, (token, logprob, rank, count) in enumerate(
-            zip(token_ids, chosen, ranks, num_top, strict=True)
-        )
-    ]
+    top_logprobs = torch.stack(columns, dim=1) if columns else chosen.new_empty((tokens.shape[0], 0))
+    return LogprobTensors(tokens, chosen, ranks, top, top_logprobs)

@@ -6,10 +6,14 @@ border, in `output_processor.py`.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from mainspring.engine.outputs import FinishReason
 from mainspring.engine.sampling_params import SamplingParams
+
+Pooling = Literal["mean", "last"]
 
 
 class EngineLimits(msgspec.Struct, frozen=True):
@@ -35,6 +39,12 @@ class EngineRequest(msgspec.Struct, frozen=True):
         eos_token_ids: tokens that end the request unless `params.ignore_eos`.
         max_tokens: most tokens to generate, resolved against context and cache
             (`params.max_tokens` may be None).
+        priority: lower is served earlier, where the scheduling policy is "priority".
+        cache_salt: requests share cached prefixes only with those of the same salt.
+        lora_id: the adapter of the linear layers, 0 for none.
+        pooling: make a vector of the prompt's hidden states (after the final norm) instead of tokens.
+        fork_of: an earlier request with the same prompt, whose blocks this one shares (`n` > 1): it waits until that
+            one's prompt is computed.
     """
 
     request_id: str
@@ -42,6 +52,11 @@ class EngineRequest(msgspec.Struct, frozen=True):
     params: SamplingParams
     eos_token_ids: tuple[int, ...]
     max_tokens: int
+    priority: int = 0
+    cache_salt: str | None = None
+    lora_id: int = 0
+    pooling: Pooling | None = None
+    fork_of: str | None = None
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -69,6 +84,7 @@ class TokenOutput(msgspec.Struct, omit_defaults=True):
         stop_reason: the id of the stop token that ended it, if one of `stop_token_ids` did.
         num_cached_tokens: prompt tokens that needed no computing.
         rope_length: the length for which the request's RoPE base was fixed.
+        embedding: [hidden] the pooled hidden states of a request with `pooling`, float32 values held exactly.
     """
 
     request_id: str
@@ -79,6 +95,7 @@ class TokenOutput(msgspec.Struct, omit_defaults=True):
     stop_reason: int | None = None
     num_cached_tokens: int = 0
     rope_length: int | None = None
+    embedding: list[float] | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True):
@@ -88,11 +105,15 @@ class EngineStats(msgspec.Struct, frozen=True):
         running: requests that hold KV blocks.
         waiting: requests that wait for a seat or for blocks.
         kv_blocks_used / kv_blocks_total: blocks of `block_size` tokens.
-        prompt_tokens_total: prompt tokens computed (a recomputed token counts once).
+        prompt_tokens_total: prompt tokens computed or found in the cache (a recomputed token counts once).
         generation_tokens_total: tokens generated.
         preemptions_total: times that a request gave its blocks back and had to be recomputed.
         steps_total: forward passes.
         finished_total: requests ended, by finish reason.
+        prefix_cache_queries_total: prompt tokens of admitted requests that were looked up in the prefix cache.
+        prefix_cache_hits_total: how many of those were found.
+        draft_tokens_total: drafted tokens that were verified.
+        accepted_tokens_total: how many of those were accepted.
     """
 
     running: int
@@ -105,3 +126,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     preemptions_total: int
     steps_total: int
     finished_total: dict[FinishReason, int]
+    prefix_cache_queries_total: int = 0
+    prefix_cache_hits_total: int = 0
+    draft_tokens_total: int = 0
+    accepted_tokens_total: int = 0

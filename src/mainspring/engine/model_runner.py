@@ -1,108 +1,270 @@
-"""One step on the model: the scheduled tokens in, logits out for the rows that need them and no others."""
+"""Steps on the model: scheduled tokens in, sampled tokens out, launched without waiting for the device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mainspring.engine.logprobs import report_logprobs
+from mainspring.engine.hooks import Adapters, Sampler, SampleRows
+from mainspring.engine.logprobs import LogprobTensors, compute_logprobs
 from mainspring.engine.messages import TokenLogprobs
 from mainspring.engine.request import Request
 from mainspring.engine.scheduler import ScheduledRequest
+from mainspring.engine.seats import SeatTables
+from mainspring.engine.step_input import StepInput, build_input, send
+from mainspring.engine.threads import single_threaded
 from mainspring.model.decoder import Decoder
-from mainspring.ops.batch import KVCache, TokenBatch
-from mainspring.ops.log_probs import rows_per_chunk
+from mainspring.ops.batch import KVCache, LinearAdapters, TokenBatch
+from mainspring.ops.logit_loss import rows_per_chunk
+
+
+@dataclass(slots=True)
+class StepResult:
+    """A launched step. Its tensors are on the CPU, and complete once `wait` has returned.
+
+    Attributes:
+        scheduled: the requests of the step.
+        tokens: [R] int64, of each sampling request 1 + num_drafts in order.
+        logprobs: of the rows of `logprob_rows`, with as many alternatives as the greediest request wants.
+        logprob_rows, logprob_counts: which of the R rows those are, and how many alternatives each wants.
+        prompt_logprobs: (request, its log-probabilities) of the chunks of prompts that want them.
+        embeddings: (request, [hidden] float32) of the pooled ones that are complete.
+    """
+
+    scheduled: Sequence[ScheduledRequest]
+    tokens: Tensor | None = None
+    logprobs: LogprobTensors | None = None
+    logprob_rows: Sequence[int] = ()
+    logprob_counts: Sequence[int] = ()
+    prompt_logprobs: list[tuple[Request, LogprobTensors]] = field(default_factory=list)
+    embeddings: list[tuple[Request, Tensor]] = field(default_factory=list)
+    done: torch.cuda.Event | None = None
+
+    def wait(self) -> None:
+        """Until the device has finished the step."""
+        if self.done is not None:
+            self.done.synchronize()
+
+    def logprob_entries(self) -> dict[int, TokenLogprobs]:
+        """By row of `tokens`, of the rows whose requests want them."""
+        if self.logprobs is None:
+            return {}
+        entries = self.logprobs.entries(self.logprob_counts)
+        return dict(zip(self.logprob_rows, entries, strict=True))
 
 
 class ModelRunner:
-    """Owns the KV cache's memory; which block belongs to whom is the scheduler's knowledge."""
+    """Owns the KV cache's memory and the device's tables; which block belongs to whom is the scheduler's knowledge.
 
-    def __init__(self, model: Decoder, num_blocks: int, block_size: int) -> None:
-        config = model.config
+    A step is launched on the current stream. Requests are not advanced: after an error a step can be repeated.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        sampler: Sampler,
+        *,
+        num_blocks: int,
+        block_size: int,
+        num_seats: int,
+        max_model_len: int,
+        cache_dtype: torch.dtype,
+    ) -> None:
         self._model = model
-        self._cache = KVCache.allocate(
-            config.num_layers,
-            num_blocks + 1,  # the null block
-            block_size,
-            config.num_kv_heads,
-            config.head_dim,
-            model.dtype,
-            model.device,
-        )
+        self._sampler = sampler
+        self._num_blocks = num_blocks
+        self._block_size = block_size
+        self._cache_dtype = cache_dtype
+        self._tables = SeatTables(num_seats, max_model_len, block_size, model.device)
+        self._cache: KVCache | None = None
+        self.adapters: Adapters | None = None
+        self.allocate_cache()
 
-    def run(self, scheduled: Sequence[ScheduledRequest]) -> Tensor | None:
-        """Compute the scheduled tokens, write their keys and values, add to `prompt_logprobs` where asked.
+    def allocate_cache(self) -> None:
+        """Take the cache's memory, if it is not held."""
+        if self._cache is None:
+            config = self._model.config
+            self._cache = KVCache.allocate(
+                config.num_layers,
+                self._num_blocks + 1,  # the null block
+                self._block_size,
+                config.num_kv_heads,
+                config.head_dim,
+                self._cache_dtype,
+                self._model.device,
+            )
 
-        Returns logits [N, V] float32, one row for each of the N scheduled requests with `samples`, in
-        order; None if there is none. Requests are not advanced: after an error the step can be repeated.
+    @property
+    def cache_bytes(self) -> int:
+        """What keys and values take, the null block included."""
+        config = self._model.config
+        row = config.num_kv_heads * config.head_dim * self._cache_dtype.itemsize
+        return 2 * config.num_layers * (self._num_blocks + 1) * self._block_size * row
+
+    @property
+    def cache_dtype_name(self) -> str:
+        return str(self._cache_dtype).removeprefix("torch.")
+
+    def rope_depends_on_length(self, rope_length: int) -> bool:
+        """A sequence that can become so long has a RoPE base of its own."""
+        scaling = self._model.config.rope_scaling
+        is_dynamic = scaling is not None and scaling.kind == "dynamic"
+        return is_dynamic and rope_length > self._model.config.max_position_embeddings
+
+    def free_cache(self) -> None:
+        """Give the cache's memory back."""
+        self._cache = None
+
+    def launch(
+        self, scheduled: Sequence[ScheduledRequest], block_copies: Sequence[tuple[int, int]] = ()
+    ) -> StepResult:
+        """Compute the scheduled tokens, write their keys and values, sample what follows them.
+
+        block_copies: contents of blocks to copy first, (from, to).
         """
-        tokens: list[int] = []
-        lengths: list[int] = []
-        contexts: list[int] = []
-        last_rows: list[int] = []
+        assert self._cache is not None  # the core does not step while it sleeps
+        self._copy_blocks(block_copies)
         for item in scheduled:
-            request = item.request
-            end = request.num_computed + item.num_tokens
-            if item.num_tokens == 1:
-                tokens.append(request.token_ids[end - 1])
-            else:
-                tokens.extend(request.token_ids[request.num_computed : end])
-            lengths.append(item.num_tokens)
-            contexts.append(end)
-            if item.samples:
-                last_rows.append(len(tokens) - 1)
-        batch = TokenBatch.paged(
-            lengths,
-            contexts,
-            [item.request.block_table for item in scheduled],
-            self._cache,
-            rope_lengths=[item.request.rope_length for item in scheduled],
-        )
-        hidden = self._model(torch.tensor(tokens, dtype=torch.int64, device=self._model.device), batch)
-        self._collect_prompt_logprobs(scheduled, hidden)
-        if not last_rows:
-            return None
-        if len(last_rows) < len(tokens):
-            hidden = hidden[last_rows]
-        return self._model.logits(hidden)
-
-    def sampled_logprobs(
-        self, logits: Tensor, token_ids: Sequence[int], requests: Sequence[Request]
-    ) -> list[TokenLogprobs | None]:
-        """For each row of logits [N, V] and its sampled token: the log-probabilities its request asks for."""
-        rows = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
-        result: list[TokenLogprobs | None] = [None] * len(requests)
-        if not rows:
-            return result
-        entries = report_logprobs(
-            logits if len(rows) == len(requests) else logits[rows],
-            [token_ids[row] for row in rows],
-            [requests[row].params.logprobs or 0 for row in rows],
-            self._model.policy,
-        )
-        for row, entry in zip(rows, entries, strict=True):
-            result[row] = entry
+            if not item.request.is_seated:
+                self._sampler.take_seat(item.request.seat, item.request)
+        step = build_input(scheduled, self._model.device)
+        hidden = self._forward(scheduled, step)
+        result = StepResult(scheduled)
+        result.prompt_logprobs = self._prompt_logprobs(scheduled, hidden)
+        result.embeddings = _pool(scheduled, hidden)
+        samplers = [item for item in scheduled if item.samples]
+        if samplers:
+            rows = step.sample_rows
+            logits = self._model.logits(hidden if len(rows) == len(hidden) else hidden.index_select(0, rows))
+            self._sample(result, logits, samplers, step)
+        if self._model.device.type == "cuda":
+            result.done = torch.cuda.Event()
+            result.done.record()
         return result
 
-    def _collect_prompt_logprobs(self, scheduled: Sequence[ScheduledRequest], hidden: Tensor) -> None:
+    def _forward(self, scheduled: Sequence[ScheduledRequest], step: StepInput) -> Tensor:
+        tables = self._tables
+        if step.new_tokens.shape[1]:
+            tables.write_tokens(*step.new_tokens)
+        if step.new_blocks.shape[1]:
+            tables.write_blocks(*step.new_blocks)
+        contexts = tuple(item.start + item.num_tokens for item in scheduled)
+        batch = TokenBatch(
+            positions=step.positions,
+            cu_seqlens=step.boundaries.to(torch.int32),
+            context_lens=step.contexts.to(torch.int32),
+            lengths=tuple(item.num_tokens for item in scheduled),
+            contexts=contexts,
+            rope_lengths=tuple(item.request.rope_length for item in scheduled),
+            cache=self._cache,
+            slots=tables.slots(step.token_seats, step.positions),
+            block_tables=tables.block_tables(step.seats, -(-max(contexts) // self._block_size)),
+            adapters=self._adapters_of(scheduled),
+        )
+        hidden: Tensor = self._model(tables.read_tokens(step.token_seats, step.positions), batch)
+        return hidden
+
+    def _adapters_of(self, scheduled: Sequence[ScheduledRequest]) -> LinearAdapters | None:
+        if self.adapters is None or not any(item.request.lora_id for item in scheduled):
+            return None
+        ids = [item.request.lora_id for item in scheduled]
+        lengths = [item.num_tokens for item in scheduled]
+        return self.adapters.of_batch(send([np.repeat(ids, lengths)], self._model.device)[0])
+
+    def _sample(
+        self, result: StepResult, logits: Tensor, samplers: Sequence[ScheduledRequest], step: StepInput
+    ) -> None:
+        requests = [item.request for item in samplers for _ in range(1 + item.num_drafts)]
+        offsets = [offset for item in samplers for offset in range(1 + item.num_drafts)]
+        on_cpu = logits.device.type == "cpu"
+        with single_threaded(on_cpu):
+            seats, positions = step.sample_seats, step.sample_positions
+            if all(self._sampler.is_plain(request) for request in requests):
+                tokens = self._sampler.sample_plain(logits, seats, positions)
+            else:
+                rows = SampleRows(requests, offsets, seats, positions, self._bitmask(requests))
+                tokens = self._sampler.sample(logits, rows)
+            self._tables.write_tokens(seats, positions, tokens)
+            result.tokens = tokens if on_cpu else tokens.to("cpu", non_blocking=True)
+            wanted = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
+            if wanted:
+                result.logprob_rows = wanted
+                if len(wanted) < len(requests):
+                    index = self._send(wanted)
+                    logits, tokens = logits.index_select(0, index), tokens.index_select(0, index)
+                result.logprob_counts = [requests[row].params.logprobs or 0 for row in wanted]
+                most = max(result.logprob_counts)
+                result.logprobs = compute_logprobs(logits, tokens, most, self._model.policy).to_host()
+
+    def _prompt_logprobs(
+        self, scheduled: Sequence[ScheduledRequest], hidden: Tensor
+    ) -> list[tuple[Request, LogprobTensors]]:
         """The row of prompt token i predicts prompt token i + 1. A recomputed row is not reported again."""
+        results = []
         offset = 0
         for item in scheduled:
-            request, known = item.request, item.request.prompt_logprobs
-            start = offset - request.num_computed
+            request, known = item.request, item.request.num_prompt_logprobs
+            start = offset - item.start
             offset += item.num_tokens
-            if known is None or len(known) == request.num_prompt:
+            if request.prompt_logprobs is None or known == request.num_prompt:
                 continue
-            end = min(request.num_computed + item.num_tokens + 1, request.num_prompt)
+            end = min(item.start + item.num_tokens + 1, request.num_prompt)
             num_top = request.params.prompt_logprobs or 0
             step = rows_per_chunk(self._model.config.vocab_size)
-            for first in range(len(known), end, step):
-                targets = request.token_ids[first : min(first + step, end)]
+            for first in range(known, end, step):
+                targets = self._send(request.token_ids[first : min(first + step, end)])
                 rows = hidden[start + first - 1 : start + first - 1 + len(targets)]
-                known.extend(
-                    report_logprobs(
-                        self._model.logits(rows), targets, [num_top] * len(targets), self._model.policy
-                    )
-                )
+                logprobs = compute_logprobs(self._model.logits(rows), targets, num_top, self._model.policy)
+                results.append((request, logprobs.to_host()))
+        return results
+
+    def _copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        if copies:
+            assert self._cache is not None
+            pairs = self._send(copies)
+            for tensor in (*self._cache.k, *self._cache.v):
+                blocks = tensor.view(torch.uint8)  # byte by byte: torch indexes no fp8
+                blocks[pairs[:, 1]] = blocks[pairs[:, 0]]
+
+    def _bitmask(self, requests: Sequence[Request]) -> Tensor | None:
+        """[R, ceil(V / 32)] int32 of what the requests' grammars allow; None if none has one."""
+        if all(request.grammar is None for request in requests):
+            return None
+        device = self._model.device
+        words = -(-self._model.config.vocab_size // 32)
+        mask = torch.full((len(requests), words), -1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        for row, request in enumerate(requests):
+            if request.grammar is not None:
+                request.grammar.fill_bitmask(mask, row)
+        return mask.to(device, non_blocking=True)
+
+    def _send(self, values: Sequence[int] | Sequence[tuple[int, int]]) -> Tensor:
+        return send([np.array(values, dtype=np.int64)], self._model.device)[0]
+
+
+def _pool(scheduled: Sequence[ScheduledRequest], hidden: Tensor) -> list[tuple[Request, Tensor]]:
+    """[hidden] float32 for each request whose prompt is complete: of its last token, or the mean of all."""
+    results = []
+    offset = 0
+    for item in scheduled:
+        request = item.request
+        offset += item.num_tokens
+        if request.pooling is None:
+            continue
+        chunk = hidden[offset - item.num_tokens : offset]
+        complete = item.start + item.num_tokens == request.num_prompt
+        if request.pooling == "mean":
+            # A chunk that is computed again (after an error or a preemption) takes the place of the old one.
+            kept = [(start, rows) for start, rows in request.hidden_chunks if start < item.start]
+            request.hidden_chunks = [*kept, (item.start, chunk)]
+            if complete:
+                # In one sum over all rows, so that the result does not depend on the chunks.
+                whole = torch.cat([rows for _, rows in request.hidden_chunks])
+                results.append((request, whole.float().mean(dim=0).to("cpu", non_blocking=True)))
+        elif complete:
+            results.append((request, chunk[-1].float().to("cpu", non_blocking=True)))
+    return results

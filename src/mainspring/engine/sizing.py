@@ -14,9 +14,11 @@ from mainspring.formats.model_config import ModelConfig
 
 _CPU_SHARE = 0.25
 _CPU_LIMIT_BYTES = 4 << 30
-_GPU_SHARE = 0.75
+_GPU_SHARE = 0.85
 _CPU_BATCHED_TOKENS = 512
 _GPU_BATCHED_TOKENS = 8192
+_CPU_SEQUENCES = 64
+_GPU_SEQUENCES = 256
 
 
 def context_length(config: ModelConfig) -> int:
@@ -41,12 +43,31 @@ def max_model_len(engine: EngineConfig, config: ModelConfig) -> int:
     return engine.max_model_len
 
 
+def max_num_seqs(engine: EngineConfig, device: torch.device) -> int:
+    """How many requests are to run at once, as far as the step's budget lets them."""
+    default = _GPU_SEQUENCES if device.type == "cuda" else _CPU_SEQUENCES
+    wanted = default if engine.max_num_seqs is None else engine.max_num_seqs
+    return min(wanted, max_num_batched_tokens(engine, device))
+
+
 def max_num_batched_tokens(engine: EngineConfig, device: torch.device) -> int:
     """The step's budget of tokens, never below the number of seats."""
     if engine.max_num_batched_tokens is not None:
         return engine.max_num_batched_tokens
     default = _GPU_BATCHED_TOKENS if device.type == "cuda" else _CPU_BATCHED_TOKENS
-    return max(default, engine.max_num_seqs)
+    return max(default, engine.max_num_seqs or 0)
+
+
+def cache_dtype(engine: EngineConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What keys and values are stored as. Raises ConfigError where fp8 is not to be had."""
+    if engine.kv_cache_dtype == "auto":
+        return dtype
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        raise ConfigError(
+            f"kv_cache_dtype is 'fp8', which needs a GPU and a 16-bit model, not {dtype} on {device.type}; "
+            "leave it at 'auto'"
+        )
+    return torch.float8_e4m3fn
 
 
 def num_cache_blocks(
@@ -54,7 +75,7 @@ def num_cache_blocks(
 ) -> int:
     """Usable blocks of the KV cache (the null block comes on top). Raises ConfigError if not even one fits.
 
-    longest: the longest sequence in tokens.
+    dtype: of the cache; longest: the longest sequence in tokens.
     """
     if engine.num_blocks is not None:
         return engine.num_blocks
@@ -69,7 +90,7 @@ def num_cache_blocks(
             )
         return blocks
     budget = _default_cache_bytes(device)
-    ever_needed = engine.max_num_seqs * -(-longest // engine.block_size)
+    ever_needed = max_num_seqs(engine, device) * -(-longest // engine.block_size)
     return max(1, min(budget // block_bytes - 1, ever_needed))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mainspring import ops
 from mainspring.errors import InvalidRequestError
 from mainspring.formats.model_config import ModelConfig
-from mainspring.model.layers import DecoderLayer, RmsNorm
+from mainspring.model.layers import DecoderLayer, Linear, RmsNorm
 from mainspring.model.naming import Part, parts
 from mainspring.model.rope import RotaryEmbedding
 from mainspring.ops import LOCKSTEP, Policy, TokenBatch
@@ -47,6 +47,9 @@ class Decoder(nn.Module):
             else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         )
         self.rotary = RotaryEmbedding(config)
+        for name, module in self.named_modules():
+            if isinstance(module, Linear):
+                module.name = name
         self.register_state_dict_post_hook(_to_hugging_face_names)
         self.register_load_state_dict_pre_hook(_from_hugging_face_names)
 

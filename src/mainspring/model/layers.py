@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from mainspring import ops
 from mainspring.formats.model_config import ModelConfig
 from mainspring.ops import Policy, RopeAngles, TokenBatch
+from mainspring.ops.batch import LinearAdapters
 from mainspring.ops.precision import accumulator
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ + b through `ops.linear`; weight: [out_features, in_features]."""
+    """y = x Wᵀ + b through `ops.linear`; weight: [out_features, in_features]. `name` is its path in the decoder."""
 
     def __init__(
         self,
@@ -27,6 +28,7 @@ class Linear(nn.Module):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
+        self.name = ""
         self.policy = policy
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
@@ -34,6 +36,12 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, in_features] -> [T, out_features]."""
         return ops.linear(x, self.weight, self.bias, policy=self.policy)
+
+
+def adapted(layer: Linear, x: Tensor, adapters: LinearAdapters | None) -> Tensor:
+    """layer(x) and what the tokens' LoRA adapters add to it, if there are any."""
+    y: Tensor = layer(x)
+    return y if adapters is None else adapters.add(layer.name, x, y)
 
 
 class RmsNorm(nn.Module):
@@ -87,7 +95,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, batch: TokenBatch, angles: RopeAngles) -> Tensor:
         """x: [T, hidden] -> [T, hidden]."""
         heads, kv_heads = self.num_heads, self.num_kv_heads
-        qkv = self.qkv(x).unflatten(-1, (heads + 2 * kv_heads, self.head_dim))
+        qkv = adapted(self.qkv, x, batch.adapters).unflatten(-1, (heads + 2 * kv_heads, self.head_dim))
         q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)  # [T, H, D] views of one tensor
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -95,8 +103,7 @@ class Attention(nn.Module):
         out = ops.attention(
             q, k, v, batch, layer=self.layer, scale=self.scale, window=self.window, policy=self.policy
         )
-        attended: Tensor = self.output(out.flatten(1))
-        return attended
+        return adapted(self.output, out.flatten(1), batch.adapters)
 
 
 class Mlp(nn.Module):
@@ -111,10 +118,10 @@ class Mlp(nn.Module):
         self.gate_up = Linear(hidden, 2 * inner, config.mlp_bias, policy, device, dtype)
         self.down = Linear(inner, hidden, config.mlp_bias, policy, device, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, adapters: LinearAdapters | None = None) -> Tensor:
         """x: [T, hidden] -> [T, hidden]."""
-        out: Tensor = self.down(ops.swiglu(self.gate_up(x), policy=self.policy))
-        return out
+        inner = ops.swiglu(adapted(self.gate_up, x, adapters), policy=self.policy)
+        return adapted(self.down, inner, adapters)
 
 
 class MixtureOfExperts(nn.Module):
@@ -183,4 +190,6 @@ class DecoderLayer(nn.Module):
         else:
             x, residual = self.input_norm.add(update, residual)
         x, residual = self.post_attention_norm.add(self.attention(x, batch, angles), residual)
+        if batch.adapters is not None and isinstance(self.mlp, Mlp):
+            return self.mlp(x, batch.adapters), residual
         return self.mlp(x), residual

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -61,6 +62,14 @@ class KVCache:
         return KVCache(tensors(), tensors(), block_size, scales(), scales())
 
 
+class LinearAdapters(Protocol):
+    """What LoRA adapters add to the linear layers' results, each token by its own adapter."""
+
+    def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """y + x Aᵀ Bᵀ · scale. name: of the linear layer, as in `Decoder`; x: [T, in] -> y: [T, out]."""
+        ...
+
+
 @dataclass(frozen=True)
 class TokenBatch:
     """Where each token of a packed stream stands, and where its keys live.
@@ -79,6 +88,7 @@ class TokenBatch:
     cache: KVCache | None = None
     slots: Tensor | None = None  # [T] int64: block * block_size + offset of each new key
     block_tables: Tensor | None = None  # [S, B] int32, rows padded with the null block
+    adapters: LinearAdapters | None = None  # of the tokens, where some have one
 
     def __post_init__(self) -> None:
         if debugging():
