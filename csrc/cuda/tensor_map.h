@@ -23,6 +23,14 @@ inline CUresult encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, in
     return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(found) : nullptr;
   }();
   if (!encode) return CUDA_ERROR_NOT_SUPPORTED;
+  // The encoder wants a current context. A thread that has not called the runtime yet, such as autograd's at the first
+  // gradient, has none; setting the device it already has makes it current.
+  static thread_local const cudaError_t context = [] {
+    int device = 0;
+    const cudaError_t error = cudaGetDevice(&device);
+    return error == cudaSuccess ? cudaSetDevice(device) : error;
+  }();
+  if (context != cudaSuccess) return CUDA_ERROR_INVALID_CONTEXT;
   const uint32_t ones[5] = {1, 1, 1, 1, 1};
   return encode(map, type, rank, address, sizes, strides_bytes, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -113,3 +116,22 @@ def test_the_operators_tell_a_compiler_the_truth(backend: str) -> None:
     cu = ops.TokenBatch.packed(LENGTHS, device="cuda").cu_seqlens
     arguments = (200, 200, 0.1, True, 0, 0.0, True, backend)
     torch.library.opcheck(flash_attention_op, (*inputs(64), cu, cu, *arguments), rtol=2e-2, atol=2e-2)
+
+
+FIRST_GRADIENT = """
+import torch
+from mainspring import ops
+from mainspring.ops.flash_attention import flash_attention
+from mainspring.ops.policy import Policy
+
+cu = torch.tensor([0, 200], dtype=torch.int32, device="cuda")
+q, k, v = (torch.randn(200, 2, 64, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3))
+out = flash_attention(q, k, v, cu, cu, max_q=200, max_k=200, scale=0.1, policy=Policy("fast", "cuda"))
+assert all(g.isfinite().all() for g in torch.autograd.grad(out, (q, k, v), torch.ones_like(out)))
+"""
+
+
+@pytest.mark.skipif("cuda" not in _backends(), reason="the CUDA C++ kernels need Hopper and nvcc")
+def test_the_first_gradient_of_a_process_may_be_that_of_attention() -> None:
+    """Autograd's thread has then made no call of the CUDA runtime: it has no current context."""
+    subprocess.run([sys.executable, "-c", FIRST_GRADIENT], check=True, timeout=200)
