@@ -122,18 +122,30 @@ inline PyObject* to_python(std::vector<Tensor>&& list) {
   return out;
 }
 
+// Calls forward() with Python's arguments. One instance serves all ops of the same C++ type: with one for each op
+// this file would take three times as long to compile.
 template <class F> struct Forward;
 template <class R, class... A> struct Forward<R (*)(A...)> {
+  using Function = R (*)(A...);
   static constexpr int count = sizeof...(A);
   static constexpr bool to_list = std::is_same_v<R, std::vector<Tensor>>;
 
-  template <R (*forward)(A...)>
-  static PyObject* call(const Signature& s, PyObject* self, PyObject* const* args, Py_ssize_t n, PyObject* keywords) {
-    return call_indexed<forward>(s, self, args, n, keywords, std::make_index_sequence<sizeof...(A)>());
+  __attribute__((noinline)) static PyObject* call(const Signature& s, Function forward, PyObject* self, PyObject* const* args,
+                                                  Py_ssize_t n, PyObject* keywords) noexcept {
+    return guarded([&] { return call_indexed(s, forward, self, args, n, keywords, std::make_index_sequence<sizeof...(A)>()); });
   }
-  template <R (*forward)(A...), size_t... I>
-  static PyObject* call_indexed(const Signature& s, PyObject* self, PyObject* const* args, Py_ssize_t n, PyObject* keywords,
-                                std::index_sequence<I...>) {
+  // The arguments' types as the stub has them, and which one may be given as open positions (-1: none).
+  static void describe(std::vector<std::string>& types, int& dims) {
+    types = {TypeName<std::decay_t<A>>::text()...};
+    int i = 0;
+    dims = -1;
+    ((std::is_same_v<std::decay_t<A>, Dims> ? (void)(dims = i) : (void)0, ++i), ...);
+  }
+
+ private:
+  template <size_t... I>
+  static PyObject* call_indexed(const Signature& s, Function forward, PyObject* self, PyObject* const* args, Py_ssize_t n,
+                                PyObject* keywords, std::index_sequence<I...>) {
     PyObject* slots[sizeof...(A)];
     nb::object keep;
     if (self == nullptr && keywords == nullptr && n == count && s.open_dims < 0) {
@@ -148,12 +160,6 @@ template <class R, class... A> struct Forward<R (*)(A...)> {
   template <class T> struct TypeName<std::optional<T>> {
     static std::string text() { return std::is_same_v<T, Tensor> ? "Tensor | None" : std::string(Argument<T>::type) + " | None"; }
   };
-  static std::array<std::string, sizeof...(A)> types() { return {TypeName<std::decay_t<A>>::text()...}; }
-  static int find_dims() {
-    int i = 0, found = -1;
-    ((std::is_same_v<std::decay_t<A>, Dims> ? (void)(found = i) : (void)0, ++i), ...);
-    return found;
-  }
 };
 
 }  // namespace mainspring::tensor::python

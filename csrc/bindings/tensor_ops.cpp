@@ -12,24 +12,35 @@ struct Binding {
   using F = Forward<decltype(&Op::forward)>;
   static inline Signature signature;
   static PyObject* function(PyObject*, PyObject* const* args, Py_ssize_t n, PyObject* keywords) {
-    return guarded([&] { return F::template call<&Op::forward>(signature, nullptr, args, n, keywords); });
+    return F::call(signature, &Op::forward, nullptr, args, n, keywords);
   }
   static PyObject* method(PyObject* self, PyObject* const* args, Py_ssize_t n, PyObject* keywords) {
-    return guarded([&] { return F::template call<&Op::forward>(signature, self, args, n, keywords); });
+    return F::call(signature, &Op::forward, self, args, n, keywords);
   }
 };
 
+// A row of the table as data.
+struct Row {
+  const char* name;
+  const char* arguments;
+  const char* kind;
+  Signature* signature;
+  int count;
+  bool to_list;
+  void (*describe)(std::vector<std::string>& types, int& dims);
+};
+
 // (name, kind, ((argument, type, default or None), ...), gives a tuple)
-template <class Op>
-nb::object describe_op(const char* name, const char* arguments, const char* kind) {
-  using F = typename Binding<Op>::F;
-  Signature& s = Binding<Op>::signature;
+nb::object describe_op(const Row& row) {
+  Signature& s = *row.signature;
   s.open_dims = -1;
-  parse_signature(s, name, arguments);
-  if (s.count != F::count) throw std::logic_error(std::string(name) + ": the table names other arguments than forward() has");
-  const int dims = F::find_dims();
+  parse_signature(s, row.name, row.arguments);
+  if (s.count != row.count)
+    throw std::logic_error(std::string(row.name) + ": the table names other arguments than forward() has");
+  std::vector<std::string> types;
+  int dims = -1;
+  row.describe(types, dims);
   if (dims >= 0 && s.defaults[dims] == nullptr) s.open_dims = dims;
-  const auto types = F::types();
   nb::list described;
   for (int i = 0; i < s.count; ++i) {
     const bool required = s.defaults[i] == nullptr;
@@ -37,7 +48,7 @@ nb::object describe_op(const char* name, const char* arguments, const char* kind
     described.append(nb::make_tuple(nb::borrow(s.names[i]), type,
                                     required ? nb::none() : nb::object(nb::repr(nb::handle(s.defaults[i])))));
   }
-  return nb::make_tuple(name, kind, nb::tuple(described), F::to_list);
+  return nb::make_tuple(row.name, row.kind, nb::tuple(described), row.to_list);
 }
 
 template <class Op>
@@ -139,9 +150,12 @@ void prepare_op_tables() {
 }
 
 void bind_ops(nb::module_& m) {
+#define ROW(name, op, arguments, kind) \
+  {#name, arguments, #kind, &Binding<ops::op>::signature, Binding<ops::op>::F::count, Binding<ops::op>::F::to_list, \
+   &Binding<ops::op>::F::describe},
+  static constexpr Row rows[] = {MAINSPRING_TENSOR_OPS(ROW)};
   nb::list table;
-#define DESCRIBE(name, op, arguments, kind) table.append(describe_op<ops::op>(#name, arguments, #kind));
-  MAINSPRING_TENSOR_OPS(DESCRIBE)
+  for (const Row& row : rows) table.append(describe_op(row));
   m.attr("OPS") = nb::tuple(table);
   if (PyModule_AddFunctions(m.ptr(), op_functions) < 0) throw nb::python_error();
 }

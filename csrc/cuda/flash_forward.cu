@@ -7,12 +7,13 @@
 // softmax of one falls into the products of the others. Blocks of keys go from the last to the first: those that a mask
 // cuts come first (and, with a window, last), and the loop between knows no mask.
 //
-// In canonical order (docs/design.md) they go from the first to the last, the softmax in units of kUnit keys, each chunk
-// of kChunk keys on its own, chunks merged left to right: the bits of a row depend on nothing beside it. The formulas are
-// those of ops/triton/attention.py; the bits are not yet (some tens of 16-bit results in a million differ).
+// In canonical order (canonical.cuh) they go from the first to the last, and each chunk's sums, once complete, join those of
+// the chunks before it in shared memory: the bits of a row depend on nothing beside it.
+//
+// Keys and values are packed as the queries are, or (MAINSPRING_PAGED) lie in the blocks of a cache.
 //
 // Defines: MAINSPRING_TYPE, MAINSPRING_HEAD_DIM, MAINSPRING_CAUSAL, MAINSPRING_WINDOWED, MAINSPRING_SOFTCAP,
-// MAINSPRING_CANONICAL (0 or 1), and of tuning MAINSPRING_GROUPS (consumer warpgroups), MAINSPRING_KEYS (of a block),
+// MAINSPRING_CANONICAL, MAINSPRING_PAGED (0 or 1), and of tuning MAINSPRING_GROUPS (consumer warpgroups), MAINSPRING_KEYS (of a block),
 // MAINSPRING_STAGES, MAINSPRING_REGISTERS (of a consumer), MAINSPRING_TURNS (0 or 1).
 #include "flash_schedule.cuh"
 #include "flash_softmax.cuh"
@@ -33,10 +34,8 @@ constexpr bool kCausal = MAINSPRING_CAUSAL;
 constexpr bool kWindowed = MAINSPRING_WINDOWED;
 constexpr bool kSoftcap = MAINSPRING_SOFTCAP;
 constexpr bool kCanonical = MAINSPRING_CANONICAL;
-constexpr int kChunk = 512;
-constexpr int kUnit = !kCanonical ? kKeys : kHeadDim <= 64 ? 128 : 64;  // keys of one step of the online softmax
-constexpr int kUnits = kKeys / kUnit;
-static_assert(kKeys % kUnit == 0 && kUnits <= 2 && (!kCanonical || kChunk % kKeys == 0), "keys make up units and chunks");
+constexpr bool kPaged = MAINSPRING_PAGED;
+static_assert(!kCanonical || kKeys == canonical_unit(kHeadDim), "a block of keys is a unit of the canonical order");
 constexpr bool kTurns = MAINSPRING_TURNS;
 // A block starts with 168 (3 warpgroups) or 128 (4) registers a thread; the roles then share the same sum.
 constexpr int kConsumerRegisters = MAINSPRING_REGISTERS;
@@ -45,13 +44,16 @@ static_assert((kGroups == 2 || kGroups == 3) && kProducerRegisters >= 24, "two o
 constexpr int kThreads = 128 * (kGroups + 1);
 
 using P = Panels<kHeadDim>;
-using Schedule = FlashSchedule<kRows, kKeys, kCausal, kWindowed>;
+using Schedule = FlashSchedule<kRows, kKeys, kCausal, kWindowed, kPaged>;
+constexpr int kPiece = 16;  // keys of one copy from a paged cache, every block of which holds a multiple
+constexpr int kPieces = kKeys / kPiece;
+static_assert(!kPaged || kPieces * P::kCount <= 32, "a lane of the producer copies one panel of a piece");
 
 struct alignas(1024) Shared {
   T q[kGroups][64 * kHeadDim];
   T k[kStages][kKeys * kHeadDim];
   T v[kStages][kKeys * kHeadDim];
-  float4 whole[kCanonical ? kGroups : 1][kCanonical ? kHeadDim / 8 * 128 : 1];  // see merge_chunk
+  float4 merged[kCanonical ? kGroups : 1][kCanonical ? kHeadDim / 8 * 128 : 1];  // see MergedChunks
   float2 states[kCanonical ? kRows : 1];
   FlashTile tile[2];
   uint64_t q_full[kGroups], q_free[kGroups];
@@ -63,7 +65,10 @@ static_assert(sizeof(Shared) <= 227 * 1024, "a block has 227 KB of shared memory
 struct Arguments {
   FlashLengths lengths;
   T* out;       // [tokens, heads, kHeadDim]
-  float* lse;   // [heads, tokens]
+  float* lse;   // [heads, tokens] or null
+  const int* tables;  // paged: [sequences, *], blocks of the cache, rows table_stride apart
+  int table_stride, block_size;
+  uint32_t per_block_size;  // 2^32 / block_size, rounded up: positions (below 2^32 / block_size) are divided by it
   int tokens;
   float factor;    // of the scores, before a power of two is taken
   float cap_in, cap_out;  // see capped
@@ -87,6 +92,7 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& p, cons
                                         const CUtensorMap* k_map, const CUtensorMap* v_map) {
   constexpr uint32_t kQueryBytes = sizeof(shared.q[0]), kKeyBytes = sizeof(shared.k[0]);
   const bool leader = elect_one();
+  const int lane = threadIdx.x % 32;
   Schedule schedule(p.lengths);
   Ring<kStages> key, value;
   Ring<2> slot;
@@ -107,25 +113,42 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& p, cons
     if (tile.high > tile.low) {
       const int head = tile.head, kv_head = head / p.lengths.group, first = tile.first, first_key = tile.first_key;
       const int high = tile.high, low = tile.low;
-      const auto load = [&](T* to, const CUtensorMap* map, uint64_t* full, uint64_t* free, uint32_t parity, int block) {
+      // Where the keys of a block are: paged, the row of the cache of this lane's piece, or -1; else the block's first token.
+      const auto find = [&](int block) {
+        if (!kPaged) return first_key + block * kKeys;
+        const int position = block * kKeys + lane % kPieces * kPiece;
+        if (lane >= kPieces * P::kCount || position >= tile.keys) return -1;
+        const int entry = __umulhi(position, p.per_block_size);
+        return (p.tables[static_cast<int64_t>(first_key) * p.table_stride + entry] - entry) * p.block_size + position;
+      };
+      const auto load = [&](T* to, const CUtensorMap* map, uint64_t* full, uint64_t* free, uint32_t parity, int row) {
         barrier_wait(free, parity ^ 1);
-        if (leader) {
+        if (kPaged) {
+          const int copies = __popc(__ballot_sync(~0u, row >= 0));
+          if (leader) barrier_expect(full, copies * (kPiece * P::kRowBytes));
+          __syncwarp();
+          const int panel = lane / kPieces;
+          if (row >= 0) {
+            tma_load(to + (panel * kKeys + lane % kPieces * kPiece) * P::kColumns, map, full, 0, row, panel, kv_head);
+          }
+        } else if (leader) {
           barrier_expect(full, kKeyBytes);
-          tma_load(to, map, full, 0, first_key + block * kKeys, 0, kv_head);
+          tma_load(to, map, full, 0, row, 0, kv_head);
         }
         __syncwarp();
       };
-      const auto load_value = [&](int block) {
-        load(shared.v[value.stage], v_map, &shared.v_full[value.stage], &shared.v_free[value.stage], value.parity, block);
+      const auto load_value = [&](int row) {
+        load(shared.v[value.stage], v_map, &shared.v_full[value.stage], &shared.v_free[value.stage], value.parity, row);
         value.advance();
       };
-      const auto load_key = [&](int block) {
-        load(shared.k[key.stage], k_map, &shared.k_full[key.stage], &shared.k_free[key.stage], key.parity, block);
+      const auto load_key = [&](int row) {
+        load(shared.k[key.stage], k_map, &shared.k_full[key.stage], &shared.k_free[key.stage], key.parity, row);
         key.advance();
       };
       int block = kCanonical ? low : high - 1;
       const int last = kCanonical ? high - 1 : low;
-      load_key(block);
+      int row = find(block);
+      load_key(row);
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
         barrier_wait(&shared.q_free[g], q_parity ^ 1);
@@ -136,11 +159,14 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& p, cons
         __syncwarp();
       }
       // Values follow one block behind the keys, as the consumers want them.
-      for (; block != last; block += kCanonical ? 1 : -1) {
-        load_key(kCanonical ? block + 1 : block - 1);
-        load_value(block);
+      while (block != last) {
+        block += kCanonical ? 1 : -1;
+        const int next = find(block);
+        load_key(next);
+        load_value(row);
+        row = next;
       }
-      load_value(last);
+      load_value(row);
       q_parity ^= 1;
     }
   }
@@ -166,11 +192,11 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& p, int 
   const uint64_t v_tiles = P::descriptor(shared.v[0], kKeys * P::kRowBytes);
   constexpr uint64_t kStageStep = sizeof(shared.k[0]) >> 4;
 
-  float s[kKeys / 2], o[kHeadDim / 2], rescale[kUnits][2];
+  float s[kKeys / 2], o[kHeadDim / 2], rescale[2], peak[2], total[2];
   uint32_t weights[kKeys / 16][4];
-  RowState state;
-  float4* const whole = &shared.whole[kCanonical ? group : 0][kCanonical ? thread : 0];
-  float2* const states = &shared.states[kCanonical ? my_row : 0];
+  RowState<kCanonical> state;
+  MergedChunks merged{&shared.merged[kCanonical ? group : 0][kCanonical ? thread : 0],
+                      &shared.states[kCanonical ? my_row : 0], true};
   Ring<kStages> key, value;
   Ring<2> slot;
   uint32_t q_parity = 0;
@@ -204,7 +230,7 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& p, int 
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0.0f;
     state.reset();
-    bool first_chunk = true;
+    merged.none = true;
 
     if (some) {
       const int lead = uniform(tile.position), keys_end = uniform(tile.keys);
@@ -228,32 +254,12 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& p, int 
           }
           mask_scores<kWindowed>(s, seen);
         }
-        online_softmax<kMasked, kCanonical, 0, kUnit>(s, state, rescale[0], p.factor, p.slack);
-        if constexpr (kUnits == 2) {
-          online_softmax<kMasked, kCanonical, kUnit, kUnit>(s, state, rescale[1], p.factor, p.slack);
-        }
+        online_softmax<kMasked>(s, state, rescale, p.factor, p.slack);
       };
-      const auto rescale_output = [&](const float (&by)[2]) {
-#pragma unroll
-        for (int i = 0; i < kHeadDim / 2; ++i) o[i] = __fmul_rn(o[i], by[i / 2 % 2]);
-      };
-      const auto moved = [&](const float (&by)[2]) { return __any_sync(~0u, by[0] != 1.0f || by[1] != 1.0f); };
       const auto start_output = [&] {
         wgmma_touch(o);
         wgmma_fence();
-        const uint64_t v_tile = v_tiles + value.stage * kStageStep;
-        multiply_values<T, kHeadDim, 0, kUnit>(o, weights, v_tile);
-        if constexpr (kUnits == 2) {
-          if (moved(rescale[1])) {
-            wgmma_commit();
-            wgmma_wait<0>();
-            wgmma_touch(o);
-            rescale_output(rescale[1]);
-            wgmma_touch(o);
-            wgmma_fence();
-          }
-          multiply_values<T, kHeadDim, kUnit, kUnit>(o, weights, v_tile);
-        }
+        multiply_values<T, kHeadDim>(o, weights, v_tiles + value.stage * kStageStep);
         wgmma_commit();
       };
 
@@ -285,8 +291,8 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& p, int 
         wgmma_touch(s);
         release(&shared.k_free[key.stage]);
         key.advance();
-        const bool new_chunk = kCanonical && block % (kChunk / kKeys) == 0;
-        RowState chunk;
+        const bool new_chunk = kCanonical && block % (kCanonicalChunk / kKeys) == 0;
+        RowState<kCanonical> chunk;
         if (new_chunk) {
           chunk = state;
           state.reset();
@@ -298,10 +304,10 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& p, int 
         value.advance();
         to_operand<T>(weights, s);
         if (new_chunk) {
-          merge_chunk(whole, states, first_chunk, false, o, chunk, p.factor);
-          first_chunk = false;
-        } else if (moved(rescale[0])) {
-          rescale_output(rescale[0]);
+          merged.add<false>(o, chunk, p.factor, peak, total);
+        } else if (__any_sync(~0u, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
+#pragma unroll
+          for (int i = 0; i < kHeadDim / 2; ++i) o[i] = __fmul_rn(o[i], rescale[i / 2 % 2]);
         }
       };
 
@@ -344,30 +350,28 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& p, int 
       value.advance();
     }
 
-    float total[2], factor[2];
+    float inverse[2];
     T* rows[2];
     bool there[2];
-    if (kCanonical) merge_chunk(whole, states, first_chunk, true, o, state, p.factor);
+    if (kCanonical) merged.add<true>(o, state, p.factor, peak, total);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int row = my_row + 8 * j;
-      total[j] = kCanonical ? state.total[j] : sum_of_quad(state.total[j]);
-      const float peak = state.peak[j];
+      if (!kCanonical) peak[j] = state.peak[j], total[j] = state.whole_total(j);
       const bool empty = total[j] == 0.0f;
       there[j] = row < tile.rows;
       const int64_t token = tile.first + row;
       rows[j] = p.out + (token * p.lengths.heads + head) * kHeadDim;
-      if (there[j] && lane % 4 == 0) {
-        p.lse[static_cast<int64_t>(head) * p.tokens + token] =
-            empty ? -INFINITY : __fmul_rn(__fmaf_rn(peak, p.factor, log2_approx(total[j])), kLn2);
+      if (there[j] && lane % 4 == 0 && p.lse) {
+        p.lse[static_cast<int64_t>(head) * p.tokens + token] = empty ? -INFINITY : log_sum(peak[j], total[j], p.factor);
       }
       if (empty) total[j] = 1.0f;  // of no keys: the sums are zero
-      factor[j] = 1.0f / total[j];
+      inverse[j] = 1.0f / total[j];
     }
     __syncwarp();
     release(&shared.tile_free[slot.stage]);
     slot.advance();
-    store_rows<T>(o, rows, there, [&](float x, int j) { return kCanonical ? divide(x, total[j]) : x * factor[j]; });
+    store_rows<T>(o, rows, there, [&](float x, int j) { return kCanonical ? divide(x, total[j]) : x * inverse[j]; });
   }
 }
 
@@ -410,13 +414,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-// A map of x [tokens, heads, kHeadDim] whose boxes are `rows` tokens of one head, panel after panel.
+// A map of x [tokens, heads, kHeadDim] whose boxes are `rows` tokens of one head, `panels` of them, one after another.
 bool map_heads(CUtensorMap* map, const void* x, int tokens, int heads, int64_t token_stride, int64_t head_stride,
-               int rows) {
+               int rows, int panels) {
   const uint64_t sizes[4] = {P::kColumns, static_cast<uint64_t>(tokens), P::kCount, static_cast<uint64_t>(heads)};
   const uint64_t strides[3] = {static_cast<uint64_t>(token_stride) * 2, P::kRowBytes,
                                static_cast<uint64_t>(head_stride) * 2};
-  const uint32_t box[4] = {P::kColumns, static_cast<uint32_t>(rows), P::kCount, 1};
+  const uint32_t box[4] = {P::kColumns, static_cast<uint32_t>(rows), static_cast<uint32_t>(panels), 1};
   const auto type = std::is_same<T, __half>::value ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   return make_tensor_map(map, type, 4, x, sizes, strides, box,
                          P::kColumns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);
@@ -424,32 +428,50 @@ bool map_heads(CUtensorMap* map, const void* x, int tokens, int heads, int64_t t
 
 }  // namespace mainspring
 
-// Strides in elements. counter: 4 bytes of device memory for the schedule. factor: of q kᵀ (or of what
-// `capped` makes of it) in the exponents of two; cap_in, cap_out: see capped. cache_bytes: what keys and values may take of
-// the L2 cache. Returns a cudaError_t.
-extern "C" int mainspring_flash_forward(const void* q, const void* k, const void* v, void* out, float* lse,
-                                        const int* cu_q, const int* cu_k, int* counter, int tokens_q, int tokens_k,
-                                        int heads_q, int heads_k, int sequences, int64_t q_token, int64_t q_head,
-                                        int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head, float factor,
-                                        float cap_in, float cap_out, int window, float slack, int cache_bytes,
-                                        void* stream_handle) {
+// Arguments of the launcher, as ops/cuda/flash_forward.py lays them out. Strides in elements.
+struct FlashForwardCall {
+  const void *q, *k, *v;  // k, v: packed tokens, or (MAINSPRING_PAGED) the rows of a cache, blocks end to end
+  void* out;
+  float* lse;             // or null
+  const int* cu_q;
+  const int* cu_k;        // paged: [sequences], keys of each
+  const int* tables;      // paged: blocks of the cache
+  int* counter;           // 4 bytes of device memory for the schedule
+  int64_t q_token, q_head, k_token, k_head, v_token, v_head;
+  int tokens_q, tokens_k, heads_q, heads_k, sequences, table_stride, block_size;
+  int longer_than;        // sequences of at most so many queries are left out
+  int window;
+  int cache_bytes;        // what keys and values may take of the L2 cache
+  float factor;           // of q kᵀ (or of what `capped` makes of it) in the exponents of two
+  float cap_in, cap_out;  // see capped
+  float slack;
+};
+
+// Returns a cudaError_t.
+extern "C" int mainspring_flash_forward(const FlashForwardCall* call, cudaStream_t stream) {
   using namespace mainspring;
-  const auto stream = static_cast<cudaStream_t>(stream_handle);
+  const FlashForwardCall& c = *call;
   CUtensorMap q_map, k_map, v_map;
-  if (!map_heads(&q_map, q, tokens_q, heads_q, q_token, q_head, 64) ||
-      !map_heads(&k_map, k, tokens_k, heads_k, k_token, k_head, kKeys) ||
-      !map_heads(&v_map, v, tokens_k, heads_k, v_token, v_head, kKeys)) {
+  const int rows = kPaged ? kPiece : kKeys, panels = kPaged ? 1 : P::kCount;
+  if (!map_heads(&q_map, c.q, c.tokens_q, c.heads_q, c.q_token, c.q_head, 64, P::kCount) ||
+      !map_heads(&k_map, c.k, c.tokens_k, c.heads_k, c.k_token, c.k_head, rows, panels) ||
+      !map_heads(&v_map, c.v, c.tokens_k, c.heads_k, c.v_token, c.v_head, rows, panels)) {
     return cudaErrorInvalidValue;
   }
   Arguments p;
-  p.lengths = {cu_q, cu_k, counter, sequences, heads_q, heads_q / heads_k, cache_bytes / (4 * kHeadDim), window};
-  p.out = static_cast<T*>(out);
-  p.lse = lse;
-  p.tokens = tokens_q;
-  p.factor = factor;
-  p.cap_in = cap_in;
-  p.cap_out = cap_out;
-  p.slack = slack;
+  p.lengths = {c.cu_q, c.cu_k, c.counter, c.sequences, c.heads_q, c.heads_q / c.heads_k, c.cache_bytes / (4 * kHeadDim),
+               c.window, c.longer_than};
+  p.out = static_cast<T*>(c.out);
+  p.lse = c.lse;
+  p.tables = c.tables;
+  p.table_stride = c.table_stride;
+  p.block_size = c.block_size;
+  p.per_block_size = kPaged ? static_cast<uint32_t>(((1ull << 32) + c.block_size - 1) / c.block_size) : 0;
+  p.tokens = c.tokens_q;
+  p.factor = c.factor;
+  p.cap_in = c.cap_in;
+  p.cap_out = c.cap_out;
+  p.slack = kCanonical ? kCanonicalSlack : c.slack;
 
   int device = 0, multiprocessors = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -457,10 +479,10 @@ extern "C" int mainspring_flash_forward(const void* q, const void* k, const void
   if (error == cudaSuccess) {
     error = cudaFuncSetAttribute(flash_forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   }
-  if (error == cudaSuccess) error = cudaMemsetAsync(counter, 0, 4, stream);
+  if (error == cudaSuccess) error = cudaMemsetAsync(c.counter, 0, 4, stream);
   if (error != cudaSuccess) return error;
   // As many tiles as there can be, whatever the lengths are.
-  const int64_t tiles = (static_cast<int64_t>(tokens_q) / kRows + sequences) * heads_q;
+  const int64_t tiles = (static_cast<int64_t>(c.tokens_q) / kRows + c.sequences) * c.heads_q;
   const int64_t blocks = tiles < multiprocessors ? tiles : multiprocessors;
   flash_forward_kernel<<<static_cast<unsigned>(blocks), kThreads, sizeof(Shared), stream>>>(q_map, k_map, v_map, p);
   return cudaGetLastError();

@@ -15,24 +15,25 @@ struct alignas(16) FlashTile {
   int first;      // token of its first query
   int rows;       // queries
   int position;   // key position of its first query
-  int first_key;  // token of key 0 of its sequence
+  int first_key;  // token of key 0 of its sequence; paged: the sequence
   int keys;       // keys of its sequence
   int low, high;  // blocks of keys, [low, high)
 };
 
 struct FlashLengths {
   const int* cu_q;     // [sequences + 1]
-  const int* cu_k;     // [sequences + 1]
+  const int* cu_k;     // [sequences + 1]; paged: [sequences], keys of each
   int* counter;        // 0 at the launch: tiles handed out beyond each block's first
   int sequences;
   int heads;           // of queries
   int group;           // heads of queries a head of keys
   int section_keys;    // keys of one head that fill the cache
   int window;          // sliding window in keys
+  int longer_than;     // sequences of at most so many queries are another kernel's
 };
 
 // Tiles are handed out as blocks come free, by a counter in device memory.
-template <int Rows, int Keys, bool Causal, bool Windowed>
+template <int Rows, int Keys, bool Causal, bool Windowed, bool Paged>
 class FlashSchedule {
  public:
   __device__ __forceinline__ explicit FlashSchedule(const FlashLengths& lengths) : p_(lengths) {}
@@ -53,7 +54,7 @@ class FlashSchedule {
       const int s = sequence_ + lane;
       const int first = s < p_.sequences ? p_.cu_q[s] : 0;
       const int queries = s < p_.sequences ? p_.cu_q[s + 1] - first : 0;
-      const int blocks = (queries + Rows - 1) / Rows;
+      const int blocks = queries > p_.longer_than ? (queries + Rows - 1) / Rows : 0;
       int ends = blocks * p_.heads;  // tiles up to and with this sequence
 #pragma unroll
       for (int step = 1; step < 32; step *= 2) {
@@ -67,7 +68,12 @@ class FlashSchedule {
         const int rest = wanted - __shfl_sync(~0u, ends - blocks * p_.heads, owner);
         const int q_first = __shfl_sync(~0u, first, owner);
         const int q_length = __shfl_sync(~0u, queries, owner);
-        place(tile, rest, q_first, q_length, p_.cu_k[sequence_ + owner], p_.cu_k[sequence_ + owner + 1]);
+        const int s = sequence_ + owner;
+        if (Paged) {
+          place(tile, rest, q_first, q_length, s, p_.cu_k[s]);
+        } else {
+          place(tile, rest, q_first, q_length, p_.cu_k[s], p_.cu_k[s + 1] - p_.cu_k[s]);
+        }
         return tile;
       }
       if (sequence_ + 32 >= p_.sequences) return tile;
@@ -76,8 +82,7 @@ class FlashSchedule {
     }
   }
 
-  __device__ __forceinline__ void place(FlashTile& tile, int rest, int q_first, int q_length, int k_first, int k_end) {
-    const int keys = k_end - k_first;
+  __device__ __forceinline__ void place(FlashTile& tile, int rest, int q_first, int q_length, int k_first, int keys) {
     const int blocks = (q_length + Rows - 1) / Rows;
     const int section = max(1, p_.section_keys / max(keys, 1)) * p_.group;  // heads of queries
     const int number = rest / (blocks * section);

@@ -175,6 +175,11 @@ __device__ __forceinline__ bool elect_one() {
   return elected != 0;
 }
 
+// ---- programmatic launch: the kernels before this one have finished / the next one may be set up ---------------------
+
+__device__ __forceinline__ void wait_for_predecessors() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void let_successors_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
 // ---- small things ------------------------------------------------------------------------------------------------
 
 // Two floats as a pair of 16-bit values, the first in the low half.

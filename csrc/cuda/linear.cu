@@ -56,9 +56,6 @@ __device__ __forceinline__ void tma_prefetch(const CUtensorMap* map, int c0, int
   asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(c0), "r"(c1)
                : "memory");
 }
-// With programmatic launch: the kernels before this one have finished / the next one may be set up.
-__device__ __forceinline__ void wait_for_predecessors() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void let_successors_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // The blocks of a cluster add their sums, in the order of their chunks or by a tree; each writes every chunks-th row.
 template <typename T, int Groups, int Columns>

@@ -29,7 +29,7 @@ constexpr int kVectors = 2;
 #endif
 constexpr int kKeyBlock = kVectors * kLanes;
 constexpr int64_t kSegment = 32;  // units of d summed in one go: one long sum in float32 would lose digits
-constexpr int64_t kTileRows = 192;  // about how many query rows share one packing of a chunk
+constexpr int64_t kTileQueries = 192;  // about how many query rows share one packing of a chunk
 
 struct Range {
   int64_t begin, end;
@@ -57,7 +57,7 @@ struct Shape {
       : group(a.q_heads / a.kv_heads),
         units(a.d / values_per_unit),
         stride((a.d + kLanes - 1) / kLanes * kLanes),
-        tile_tokens(max_of(1, kTileRows / group)) {}
+        tile_tokens(max_of(1, kTileQueries / group)) {}
 
   int64_t padded_rows(int64_t tokens) const { return (tokens * group + kRows - 1) / kRows * kRows; }
   int64_t partial_size() const { return stride + 2; }

@@ -69,7 +69,7 @@ MS_INLINE void store_lanes(T* p, vf v, int lanes) {
   store_n(p, v, lanes);
 }
 
-#ifndef MAINSPRING_AVX512
+#if !defined(MAINSPRING_AVX512) && !defined(MAINSPRING_AVX2)
 MS_INLINE void transpose(vf (&r)[kLanes]) {
   float from[kLanes][kLanes], to[kLanes][kLanes];
   for (int i = 0; i < kLanes; ++i) store(from[i], r[i]);

@@ -29,6 +29,7 @@ void fill(KernelSet& set) {
 KernelSet choose() {
   KernelSet set = {};
   fill(set);
+  fill_scalar(set);
   fill_half(set);
   return set;
 }

@@ -1,4 +1,4 @@
-// One output element from one or two input elements; and reductions.
+// One output element from one or two input elements; and reductions. What wide registers cannot help is in scalar.cpp.
 #include "kernels/kernel_set.h"
 #include "kernels/vec.h"
 
@@ -55,36 +55,6 @@ struct GeluTanhGrad {
     return g * splat<V>(0.5) * (1 + t + x * (1 - t * t) * inner);
   }
 };
-// Both operands through a function of the C library, lane by lane.
-#define LIBM2(name, single, double_) \
-  struct name { \
-    static MS_INLINE vf run(vf a, vf b) { return lane_map2(a, b, [](float x, float y) { return single(x, y); }); } \
-    static MS_INLINE vd run(vd a, vd b) { return lane_map2(a, b, [](double x, double y) { return double_(x, y); }); } \
-  };
-// The quotient rounded down and what is left of a: the remainder takes the divisor's sign, as in Python.
-template <class T>
-MS_INLINE T floor_mod(T a, T b) {
-  const T rest = sizeof(T) == 4 ? static_cast<T>(::fmodf(static_cast<float>(a), static_cast<float>(b)))
-                                : static_cast<T>(::fmod(static_cast<double>(a), static_cast<double>(b)));
-  if (rest == 0) return static_cast<T>(__builtin_copysign(0.0, static_cast<double>(b)));
-  return (rest < 0) != (b < 0) ? rest + b : rest;
-}
-template <class T>
-MS_INLINE T floor_quotient(T a, T b) {
-  if (b == 0) return a / b;
-  const T rest = floor_mod(a, b), quotient = (a - rest) / b;
-  if (quotient == 0) return static_cast<T>(__builtin_copysign(0.0, static_cast<double>(a / b)));
-  const T whole = static_cast<T>(__builtin_floor(static_cast<double>(quotient)));
-  return quotient - whole > static_cast<T>(0.5) ? whole + 1 : whole;
-}
-LIBM2(Pow, ::powf, ::pow)
-LIBM2(FloorDivide, floor_quotient, floor_quotient)
-LIBM2(Remainder, floor_mod, floor_mod)
-LIBM2(Fmod, ::fmodf, ::fmod)
-LIBM2(Atan2, ::atan2f, ::atan2)
-LIBM2(Hypot, ::hypotf, ::hypot)
-LIBM2(Copysign, __builtin_copysignf, __builtin_copysign)
-
 UNARY(Neg, -x)
 UNARY(Abs, abs(x))
 UNARY(Sign, select(x > splat<V>(0), splat<V>(1), select(x < splat<V>(0), splat<V>(-1), select(x == splat<V>(0), splat<V>(0), x))))
@@ -101,51 +71,16 @@ UNARY(Relu, select(x < splat<V>(0), splat<V>(0), x))
 UNARY(Silu, x * sigmoid(x))
 UNARY(Gelu, splat<V>(0.5) * x * (1 + erf(x * splat<V>(kSqrtHalf))))
 UNARY(GeluTanh, splat<V>(0.5) * x * (1 + tanh(gelu_argument(x))))
-// Derivative of log gamma: the recurrence up to 10, then the asymptotic series (Abramowitz and Stegun 6.3.18);
-// the reflection formula (6.3.7) below 0.
-[[maybe_unused]] __attribute__((noinline)) static double digamma(double x) {
-  if (x == 0) return -__builtin_copysign(INFINITY, x);
-  if (x < 0) {
-    const double whole = __builtin_floor(x);
-    if (whole == x) return NAN;
-    return digamma(1 - x) - 3.14159265358979323846 / ::tan(3.14159265358979323846 * (x - whole));
-  }
-  double shift = 0;
-  for (; x < 10; x += 1) shift -= 1 / x;
-  const double z = 1 / (x * x);
-  const double series =
-      z * (1.0 / 12 - z * (1.0 / 120 - z * (1.0 / 252 - z * (1.0 / 240 - z * (1.0 / 132 - z * (691.0 / 32760 - z / 12))))));
-  return shift + ::log(x) - 0.5 / x - series;
-}
-[[maybe_unused]] static float digamma(float x) { return static_cast<float>(digamma(static_cast<double>(x))); }
-#define LIBM(name, single, double_) \
+// One instruction each where the set has it.
+#define ROUNDING(name, single, double_) \
   struct name { \
     static MS_INLINE vf run(vf v) { return lane_map(v, [](float x) { return single(x); }); } \
     static MS_INLINE vd run(vd v) { return lane_map(v, [](double x) { return double_(x); }); } \
   };
-LIBM(Tan, ::tanf, ::tan)
-LIBM(Asin, ::asinf, ::asin)
-LIBM(Acos, ::acosf, ::acos)
-LIBM(Atan, ::atanf, ::atan)
-LIBM(Sinh, ::sinhf, ::sinh)
-LIBM(Cosh, ::coshf, ::cosh)
-LIBM(Asinh, ::asinhf, ::asinh)
-LIBM(Acosh, ::acoshf, ::acosh)
-LIBM(Atanh, ::atanhf, ::atanh)
-LIBM(Exp2, ::exp2f, ::exp2)
-LIBM(Log2, ::log2f, ::log2)
-LIBM(Log10, ::log10f, ::log10)
-LIBM(Trunc, __builtin_truncf, __builtin_trunc)
-LIBM(Erfc, ::erfcf, ::erfc)
-LIBM(Lgamma, ::lgammaf, ::lgamma)
-LIBM(Digamma, digamma, digamma)
-LIBM(Expm1, ::expm1f, ::expm1)
-LIBM(Log1p, ::log1pf, ::log1p)
-LIBM(Sin, ::sinf, ::sin)
-LIBM(Cos, ::cosf, ::cos)
-LIBM(Floor, __builtin_floorf, __builtin_floor)
-LIBM(Ceil, __builtin_ceilf, __builtin_ceil)
-LIBM(Round, __builtin_nearbyintf, __builtin_nearbyint)
+ROUNDING(Floor, __builtin_floorf, __builtin_floor)
+ROUNDING(Ceil, __builtin_ceilf, __builtin_ceil)
+ROUNDING(Round, __builtin_nearbyintf, __builtin_nearbyint)
+ROUNDING(Trunc, __builtin_truncf, __builtin_trunc)
 
 // ---- integers, one by one (the compiler makes vectors of it); arithmetic wraps around ----
 
@@ -159,53 +94,6 @@ struct IntMinimum { template <class T> static MS_INLINE T run(T a, T b) { return
 struct IntAnd { template <class T> static MS_INLINE T run(T a, T b) { return static_cast<T>(a & b); } };
 struct IntOr { template <class T> static MS_INLINE T run(T a, T b) { return static_cast<T>(a | b); } };
 struct IntXor { template <class T> static MS_INLINE T run(T a, T b) { return static_cast<T>(a ^ b); } };
-struct IntPow {
-  template <class T> static MS_INLINE T run(T a, T b) {
-    if (b < 0) return static_cast<T>(a == 1 ? 1 : a == static_cast<T>(-1) ? (b % 2 == 0 ? 1 : -1) : 0);
-    uint64_t result = 1, base = bits(a);
-    for (uint64_t e = bits(b); e != 0; e >>= 1, base *= base)
-      if (e & 1) result *= base;
-    return wrap<T>(result);
-  }
-};
-struct IntFloorDivide {
-  template <class T> static MS_INLINE T run(T a, T b) {
-    if (b == 0) return 0;  // refused before the loop
-    if (T(-1) < 0 && b == static_cast<T>(-1)) return wrap<T>(0 - bits(a));  // the least value's quotient would overflow
-    const T q = static_cast<T>(a / b);
-    return static_cast<T>(q - ((a % b != 0) & ((a < 0) != (b < 0))));
-  }
-};
-struct IntRemainder {
-  template <class T> static MS_INLINE T run(T a, T b) {
-    if (b == 0 || (T(-1) < 0 && b == static_cast<T>(-1))) return 0;
-    const T r = static_cast<T>(a % b);
-    return static_cast<T>(r != 0 && (r < 0) != (b < 0) ? r + b : r);
-  }
-};
-struct IntFmod {
-  template <class T> static MS_INLINE T run(T a, T b) {
-    if (b == 0 || (T(-1) < 0 && b == static_cast<T>(-1))) return 0;
-    return static_cast<T>(a % b);
-  }
-};
-struct IntShiftLeft {
-  template <class T> static MS_INLINE T run(T a, T b) {
-    return static_cast<uint64_t>(b) >= 8 * sizeof(T) ? T{0} : wrap<T>(bits(a) << b);
-  }
-};
-struct IntShiftRight {
-  template <class T> static MS_INLINE T run(T a, T b) {
-    return static_cast<T>(static_cast<uint64_t>(b) >= 8 * sizeof(T) ? (a < 0 ? -1 : 0) : a >> b);
-  }
-};
-struct IntNot { template <class T> static MS_INLINE T run(T x) { return static_cast<T>(~x); } };
-struct IntNeg { template <class T> static MS_INLINE T run(T x) { return wrap<T>(0 - bits(x)); } };
-struct IntAbs { template <class T> static MS_INLINE T run(T x) { return x < 0 ? wrap<T>(0 - bits(x)) : x; } };
-struct IntSign { template <class T> static MS_INLINE T run(T x) { return static_cast<T>((x > 0) - (x < 0)); } };
-struct IntSquare { template <class T> static MS_INLINE T run(T x) { return wrap<T>(bits(x) * bits(x)); } };
-struct IntRelu { template <class T> static MS_INLINE T run(T x) { return x < 0 ? T{0} : x; } };
-struct IntSame { template <class T> static MS_INLINE T run(T x) { return x; } };
 
 struct Eq { template <class T> static MS_INLINE uint8_t run(T a, T b) { return a == b; } };
 struct Ne { template <class T> static MS_INLINE uint8_t run(T a, T b) { return a != b; } };
@@ -301,13 +189,6 @@ void binary_int(int64_t n, const void* a_, int64_t sa, const void* b_, int64_t s
 }
 
 template <class T, class F>
-void unary_int(int64_t n, const void* a_, int64_t sa, void* out_) {
-  const T* a = static_cast<const T*>(a_);
-  T* out = static_cast<T*>(out_);
-  for (int64_t i = 0; i < n; ++i) out[i] = F::run(a[i * sa]);
-}
-
-template <class T, class F>
 void compare(int64_t n, const void* a_, int64_t sa, const void* b_, int64_t sb, void* out_) {
   const T* a = static_cast<const T*>(a_);
   const T* b = static_cast<const T*>(b_);
@@ -397,14 +278,6 @@ void unary_floats(tensor::UnaryFn (&row)[tensor::kNumDTypes]) {
   row[kFloat64] = unary_float<double, F>;
 }
 template <class F>
-void unary_ints(tensor::UnaryFn (&row)[tensor::kNumDTypes]) {
-  row[kUInt8] = unary_int<uint8_t, F>;
-  row[kInt8] = unary_int<int8_t, F>;
-  row[kInt16] = unary_int<int16_t, F>;
-  row[kInt32] = unary_int<int32_t, F>;
-  row[kInt64] = unary_int<int64_t, F>;
-}
-template <class F>
 void compares(tensor::BinaryFn (&row)[tensor::kNumDTypes]) {
   row[kBool] = row[kUInt8] = compare<uint8_t, F>;
   row[kInt8] = compare<int8_t, F>;
@@ -448,31 +321,15 @@ void narrow_row(int64_t n, const void* x, void* out) {
   });
 }
 
-void widen_half_row(int64_t n, const void* x_, void* out_) {
-  const auto* x = static_cast<const tensor::Float16*>(x_);
-  float* out = static_cast<float*>(out_);
-  int64_t i = 0;
-#if defined(MAINSPRING_AVX512)
-  for (; i + 16 <= n; i += 16)
-    _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i))));
-#elif defined(MAINSPRING_AVX2)
-  for (; i + 8 <= n; i += 8)
-    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i))));
-#endif
-  for (; i < n; ++i) out[i] = tensor::to_float(x[i]);
+void widen_half_row(int64_t n, const void* x, void* out) {
+  for_lanes(n, [&](int64_t i, int l) {
+    store_lanes(static_cast<float*>(out) + i, load_lanes(static_cast<const f16*>(x) + i, l), l);
+  });
 }
-void narrow_half_row(int64_t n, const void* x_, void* out_) {
-  const float* x = static_cast<const float*>(x_);
-  auto* out = static_cast<tensor::Float16*>(out_);
-  int64_t i = 0;
-#if defined(MAINSPRING_AVX512)
-  for (; i + 16 <= n; i += 16)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm512_cvtps_ph(_mm512_loadu_ps(x + i), 0));
-#elif defined(MAINSPRING_AVX2)
-  for (; i + 8 <= n; i += 8)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(x + i), 0));
-#endif
-  for (; i < n; ++i) out[i] = tensor::to_float16(x[i]);
+void narrow_half_row(int64_t n, const void* x, void* out) {
+  for_lanes(n, [&](int64_t i, int l) {
+    store_lanes(static_cast<f16*>(out) + i, load_lanes(static_cast<const float*>(x) + i, l), l);
+  });
 }
 
 }  // namespace
@@ -484,21 +341,11 @@ void fill_elementwise(KernelSet& set) {
 #define B(name) FLOATS(binary, BinaryKernel, name)
 #define BI(name) INTS(binary, BinaryKernel, name)
 #define U(name) FLOATS(unary, UnaryKernel, name)
-#define UI(name) INTS(unary, UnaryKernel, name)
-  B(Add) B(Sub) B(Mul) B(Div) B(Pow) B(Maximum) B(Minimum) B(Swiglu)
-  B(FloorDivide) B(Remainder) B(Fmod) B(Atan2) B(Hypot) B(Copysign)
-  BI(FloorDivide) BI(Remainder) BI(Fmod) BI(ShiftLeft) BI(ShiftRight)
+  B(Add) B(Sub) B(Mul) B(Div) B(Maximum) B(Minimum) B(Swiglu)
   B(TanhGrad) B(SigmoidGrad) B(ReluGrad) B(SiluGrad) B(GeluGrad) B(GeluTanhGrad)
-  BI(Add) BI(Sub) BI(Mul) BI(Pow) BI(Maximum) BI(Minimum) BI(And) BI(Or) BI(Xor)
-  U(Neg) U(Abs) U(Sign) U(Square) U(Reciprocal) U(Sqrt) U(Rsqrt) U(Exp) U(Expm1) U(Log) U(Log1p) U(Sin) U(Cos)
-  U(Tanh) U(Erf) U(Floor) U(Ceil) U(Round) U(Sigmoid) U(Relu) U(Silu) U(Gelu) U(GeluTanh)
-  U(Tan) U(Asin) U(Acos) U(Atan) U(Sinh) U(Cosh) U(Asinh) U(Acosh) U(Atanh) U(Exp2) U(Log2) U(Log10) U(Trunc)
-  U(Erfc) U(Lgamma) U(Digamma) UI(Not)
-  unary_ints<IntSame>(set.unary[static_cast<int>(UnaryKernel::Trunc)]);
-  UI(Neg) UI(Abs) UI(Sign) UI(Square) UI(Relu)
-  unary_ints<IntSame>(set.unary[static_cast<int>(UnaryKernel::Floor)]);
-  unary_ints<IntSame>(set.unary[static_cast<int>(UnaryKernel::Ceil)]);
-  unary_ints<IntSame>(set.unary[static_cast<int>(UnaryKernel::Round)]);
+  BI(Add) BI(Sub) BI(Mul) BI(Maximum) BI(Minimum) BI(And) BI(Or) BI(Xor)
+  U(Neg) U(Abs) U(Sign) U(Square) U(Reciprocal) U(Sqrt) U(Rsqrt) U(Exp) U(Log) U(Tanh) U(Erf)
+  U(Floor) U(Ceil) U(Round) U(Trunc) U(Sigmoid) U(Relu) U(Silu) U(Gelu) U(GeluTanh)
   // On 0 and 1: + and max are "or", * and min are "and".
   auto boolean = [&](BinaryKernel k, tensor::BinaryFn fn) { set.binary[static_cast<int>(k)][kBool] = fn; };
   boolean(BinaryKernel::Add, binary_int<uint8_t, IntOr>);

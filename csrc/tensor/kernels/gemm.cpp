@@ -24,6 +24,7 @@ constexpr int kTileRows = 4;
 MS_INLINE float as_float(float x) { return x; }
 MS_INLINE double as_float(double x) { return x; }
 MS_INLINE float as_float(bf16 x) { return to_float(x); }
+MS_INLINE float as_float(f16 x) { return to_float(x); }
 
 // One register of doubles: half as many lanes as floats (vd, with as many, would be two).
 typedef double register_d __attribute__((vector_size(4 * kLanes)));
@@ -49,7 +50,7 @@ MS_INLINE register_d multiply_add(register_d a, register_d b, register_d c) {
 template <class A> struct RegisterOf { using V = vf; };
 template <> struct RegisterOf<double> { using V = register_d; };
 
-// float and double: units are elements of the accumulator's type; bfloat16 is widened while it is packed.
+// float and double: units are elements of the accumulator's type; bfloat16 and float16 are widened while they are packed.
 template <class Element, class A>
 struct Plain {
   using T = Element;
@@ -102,34 +103,41 @@ using BFloat16Gemm = Plain<bf16, float>;
 #endif
 
 // Copies `width` lines of `depth` elements into panel[unit][width_full]; `line` and `step` are the strides
-// between lines and along them. Missing lines are zero.
+// between lines and along them. Missing lines are zero. Where kFull is no multiple of kLanes, up to kLanes - 1 units
+// behind the panel are written too: panels of A are packed in order, and the last has room behind it.
 template <class G, int kFull>
 void pack_panel(const typename G::T* x, int64_t line, int64_t step, int width, int64_t depth, typename G::Unit* panel) {
+  using T = typename G::T;
   using Unit = typename G::Unit;
   const int64_t units = (depth + G::kPair - 1) / G::kPair;
   int64_t u = 0;
-  if constexpr (sizeof(Unit) == 4 && sizeof(typename G::T) * G::kPair == 4) {
+  if constexpr (sizeof(Unit) == 4) {
+    auto along = [&](const T* p) {  // kLanes units of one line
+      if constexpr (G::kPair == 1) return load(p);
+      else return load(reinterpret_cast<const float*>(p));
+    };
     if (step == 1) {  // lines are contiguous along k: square transposes; a store's surplus lanes are overwritten next
       for (; u + kLanes <= depth / G::kPair; u += kLanes) {
         for (int first = 0; first < kFull; first += kLanes) {
           vf square[kLanes];
-          const int lanes = kFull - first < kLanes ? kFull - first : kLanes;
           for (int i = 0; i < kLanes; ++i)
-            square[i] = i < lanes && first + i < width
-                            ? load(reinterpret_cast<const float*>(x + (first + i) * line) + u)
-                            : zero();
+            square[i] = first + i < width ? along(x + (first + i) * line + u * G::kPair) : zero();
           transpose(square);
-          for (int i = 0; i < kLanes; ++i) store_lanes(panel + (u + i) * kFull + first, square[i], lanes);
+          for (int i = 0; i < kLanes; ++i) store(panel + (u + i) * kFull + first, square[i]);
+        }
+      }
+    } else if (G::kPair == 1 && line == 1 && width == kFull) {  // contiguous across lines
+      for (; u < units; ++u) {
+        for (int i = 0; i < kFull; i += 16) __builtin_prefetch(x + (u + 12) * step + i);  // lines lie far apart
+        for (int i = 0; i < kFull; i += kLanes) {
+          const int lanes = kFull - i < kLanes ? kFull - i : kLanes;
+          store_lanes(panel + u * kFull + i, load_lanes(x + u * step + i, lanes), kLanes);
         }
       }
     }
-  }
-  if (G::kPair == 1 && line == 1 && width == kFull) {  // contiguous across lines
-    for (; u < units; ++u) {
-      for (int i = 0; i < kFull; i += 16) __builtin_prefetch(x + (u + 12) * step + i);  // lines lie far apart
+  } else if (line == 1 && width == kFull) {
+    for (; u < units; ++u)
       for (int i = 0; i < kFull; ++i) panel[u * kFull + i] = G::unit(x + u * step + i, step, 1);
-    }
-    return;
   }
   for (; u < units; ++u) {
     const int64_t k = u * G::kPair;
@@ -303,8 +311,11 @@ void gemm(const GemmArgs& g) {
 
 void fill_gemm(tensor::KernelSet& set) {
   set.gemm[1] = gemm<BFloat16Gemm>;
+#ifndef MAINSPRING_BF16  // else those of AVX-512 serve
+  set.gemm[0] = gemm<Plain<f16, float>>;
   set.gemm[2] = gemm<Plain<float, float>>;
   set.gemm[3] = gemm<Plain<double, double>>;
+#endif
 }
 
 }  // namespace mainspring::MAINSPRING_ISA

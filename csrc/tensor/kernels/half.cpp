@@ -1,7 +1,5 @@
 // float16 through the float32 kernels: pieces are widened, computed and rounded once. The processors that this is
-// built for convert float16 fast but do not compute in it.
-#include <vector>
-
+// built for convert float16 fast but do not compute in it. Products widen while they pack (gemm.cpp).
 #include "core/allocator.h"
 #include "kernels/kernel_set.h"
 
@@ -162,22 +160,6 @@ void sgd(const SgdArgs& a) {
   kernels().sgd[kSingleFloat](single);
 }
 
-// A matrix of any strides, packed row by row.
-std::vector<float> packed(const void* x, int64_t rows, int64_t cols, int64_t row, int64_t col) {
-  std::vector<float> out(static_cast<size_t>(rows * cols));
-  for (int64_t i = 0; i < rows; ++i)
-    widen_piece(static_cast<const Float16*>(x) + i * row, 0, col, cols, out.data() + i * cols);
-  return out;
-}
-void gemm(const GemmArgs& g) {
-  const std::vector<float> a = packed(g.a, g.m, g.k, g.a_row, g.a_col), b = packed(g.b, g.k, g.n, g.b_row, g.b_col);
-  const Widened bias(g.bias, g.n);
-  std::vector<float> c(static_cast<size_t>(g.m * g.n));
-  kernels().gemm[kSingleFloat]({a.data(), g.k, 1, b.data(), g.n, 1, c.data(), g.n, bias.get(), g.m, g.n, g.k});
-  for (int64_t i = 0; i < g.m; ++i)
-    kernels().narrow_half(g.n, c.data() + i * g.n, static_cast<Float16*>(g.c) + i * g.c_row);
-}
-
 }  // namespace
 
 void fill_half(KernelSet& set) {
@@ -203,7 +185,6 @@ void fill_half(KernelSet& set) {
   set.cross_entropy_grad[kHalfFloat] = cross_entropy_grad;
   set.adam[kHalfFloat] = adam;
   set.sgd[kHalfFloat] = sgd;
-  set.gemm[kHalfFloat] = gemm;
 }
 
 }  // namespace mainspring::tensor

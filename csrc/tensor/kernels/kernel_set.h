@@ -139,7 +139,8 @@ struct KernelSet {
   void (*gemm[kNumFloats])(const GemmArgs&);
 };
 
-void fill_half(KernelSet& set);  // half.cpp: the float16 entries of a set whose float32 entries are there
+void fill_scalar(KernelSet& set);  // scalar.cpp: the entries that are the same in every set
+void fill_half(KernelSet& set);    // half.cpp: the float16 entries of a set whose float32 entries are there
 
 const KernelSet& kernels();  // of this processor, as csrc/kernels chose it (MAINSPRING_CPU_ISA lowers it)
 

@@ -1,10 +1,11 @@
-// Vectors for kernels written once for float32, bfloat16 and float64: vf (csrc/kernels/simd.h) and vd, which
-// has as many lanes, with the same function names. Same rule as there: nothing that the linker could merge
+// Vectors for kernels written once for float32, bfloat16 and float64 (products: float16 too): vf (csrc/kernels/simd.h)
+// and vd, which has as many lanes, with the same function names. Same rule as there: nothing that the linker could merge
 // with other instruction sets, so everything in this namespace and no std:: templates.
 #pragma once
 
 #include <math.h>
 
+#include "core/dtype.h"
 #include "exp.h"
 #include "simd.h"
 
@@ -32,9 +33,40 @@ MS_INLINE void store_lanes(double* p, vd v, int n) {
 }
 MS_INLINE vd fma(vd a, vd b, vd c) { return a * b + c; }
 
+using f16 = tensor::Float16;
+#if defined(MAINSPRING_AVX512)
+MS_INLINE vf load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+MS_INLINE void store(f16* p, vf v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, 0)); }
+#elif defined(MAINSPRING_AVX2)
+MS_INLINE vf load(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+MS_INLINE void store(f16* p, vf v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, 0)); }
+#else
+MS_INLINE vf load(const f16* p) {
+  vf v;
+  for (int i = 0; i < kLanes; ++i) v[i] = tensor::to_float(p[i]);
+  return v;
+}
+MS_INLINE void store(f16* p, vf v) {
+  for (int i = 0; i < kLanes; ++i) p[i] = tensor::to_float16(v[i]);
+}
+#endif
+MS_INLINE vf load_lanes(const f16* p, int n) {
+  if (n == kLanes) return load(p);
+  f16 lanes[kLanes] = {};
+  memcpy(lanes, p, sizeof(f16) * static_cast<size_t>(n));
+  return load(lanes);
+}
+MS_INLINE void store_lanes(f16* p, vf v, int n) {
+  if (n == kLanes) return store(p, v);
+  f16 lanes[kLanes];
+  store(lanes, v);
+  memcpy(p, lanes, sizeof(f16) * static_cast<size_t>(n));
+}
+
 template <class T> struct Traits;  // of an element type: its vector, and the scalar it is computed in
 template <> struct Traits<float> { using V = vf; using A = float; };
 template <> struct Traits<bf16> { using V = vf; using A = float; };
+template <> struct Traits<f16> { using V = vf; using A = float; };
 template <> struct Traits<double> { using V = vd; using A = double; };
 template <class V> struct LaneOf { using T = float; };
 template <> struct LaneOf<vd> { using T = double; };

@@ -79,7 +79,10 @@ Einsum::Labelled Einsum::multiply(const Labelled& a, const Labelled& b, const st
   for (const char c : a.labels) (has(b.labels, c) ? (has(needed, c) ? batch : summed) : left) += c;
   for (const char c : b.labels)
     if (!has(a.labels, c)) right += c;
-  auto size = [](const Labelled& x, char c) { return x.tensor.size(static_cast<int>(x.labels.find(c))); };
+  auto size = [](const Labelled& x, char c) {
+    const size_t at = x.labels.find(c);
+    return at == std::string::npos ? 1 : x.tensor.size(static_cast<int>(at));
+  };
   // A size of 1 stands against any other: such labels are multiplied element by element.
   bool broadcasts = !is_float(a.tensor.dtype());
   for (const char c : batch + summed) {
