@@ -15,10 +15,15 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
 from mainspring.errors import CheckpointError
-from mainspring.formats.safetensors_writer import INDEX_NAME, SINGLE_NAME, SafetensorsWriter
+from mainspring.formats.safetensors_writer import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    SafetensorsHelper,
+    SafetensorsWriter,
+)
 from mainspring.formats.tensor_spec import TensorEntry, TensorSpec
 
-__all__ = ["CheckpointReader", "SafetensorsWriter", "TensorEntry", "TensorSpec"]
+__all__ = ["CheckpointReader", "SafetensorsHelper", "SafetensorsWriter", "TensorEntry", "TensorSpec"]
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 

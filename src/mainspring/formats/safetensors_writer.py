@@ -44,42 +44,20 @@ class _Shard:
             self.descriptor = -1
 
 
-class SafetensorsWriter:
-    """Writes tensors of known dtype and shape into pre-sized files, any slice at any time, in any order.
+class _SliceWriter:
+    """What writing into pre-sized files takes, whoever made them."""
 
-    Nothing is visible until `finish`: the files lie beside their final names. The index (or the single file)
-    is renamed into place last, so that an interrupted save leaves an older checkpoint in the directory
-    whole. As a context manager, leaving without `finish` removes everything written.
-    """
-
-    def __init__(
-        self,
-        directory: str | Path,
-        specs: Mapping[str, TensorSpec],
-        *,
-        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-        metadata: Mapping[str, str] | None = None,
-    ) -> None:
-        """Creates the files. A tensor larger than `max_shard_bytes` gets a shard of its own.
-
-        Raises CheckpointError if the directory cannot be written or the disk has too little space.
-        """
-        self.directory = Path(directory)
-        self._specs = dict(specs)
-        self._written = dict.fromkeys(self._specs, 0)
-        self._metadata = dict(metadata) if metadata is not None else {"format": "pt"}
+    def __init__(self, directory: Path, specs: dict[str, TensorSpec]) -> None:
+        self.directory = directory
+        self._specs = specs
+        self._written = dict.fromkeys(specs, 0)
         self._shards: list[_Shard] = []
         self._places: dict[str, tuple[_Shard, int]] = {}
-        groups = _plan_shards(self._specs, max_shard_bytes)
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            for name, group in zip(self._shard_names(len(groups)), groups, strict=True):
-                self._create(name, group)
-        except OSError as error:
-            self.abandon()
-            raise CheckpointError(
-                f"cannot write a checkpoint in {self.directory}: {error.strerror}"
-            ) from error
+
+    @property
+    def written(self) -> dict[str, int]:
+        """Bytes of each tensor that were written here."""
+        return dict(self._written)
 
     def write(self, name: str, data: memoryview | bytes | npt.NDArray[Any], offset: int = 0) -> None:
         """Writes contiguous bytes of tensor `name`, starting `offset` bytes into it.
@@ -130,18 +108,72 @@ class SafetensorsWriter:
             offset = tail + sum((s + i) * stride for s, i, stride in zip(start, index, strides, strict=False))
             self.write(name, np.asarray(block[index]), offset)
 
-    def finish(self) -> None:
+    def _pwrite(self, shard: _Shard, view: memoryview, position: int) -> None:
+        done = 0
+        while done < len(view):
+            try:
+                done += os.pwrite(shard.descriptor, view[done:], position + done)
+            except OSError as error:
+                raise CheckpointError(f"cannot write {shard.partial}: {error.strerror}") from error
+
+
+class SafetensorsWriter(_SliceWriter):
+    """Writes tensors of known dtype and shape into pre-sized files, any slice at any time, in any order.
+
+    Nothing is visible until `finish`: the files lie beside their final names. The index (or the single file)
+    is renamed into place last, so that an interrupted save leaves an older checkpoint in the directory
+    whole. As a context manager, leaving without `finish` removes everything written.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        specs: Mapping[str, TensorSpec],
+        *,
+        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Creates the files. A tensor larger than `max_shard_bytes` gets a shard of its own.
+
+        Raises CheckpointError if the directory cannot be written or the disk has too little space.
+        """
+        super().__init__(Path(directory), dict(specs))
+        self._metadata = dict(metadata) if metadata is not None else {"format": "pt"}
+        groups = _plan_shards(self._specs, max_shard_bytes)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for name, group in zip(self._shard_names(len(groups)), groups, strict=True):
+                self._create(name, group)
+        except OSError as error:
+            self.abandon()
+            raise CheckpointError(
+                f"cannot write a checkpoint in {self.directory}: {error.strerror}"
+            ) from error
+
+    def describe(self) -> dict[str, Any]:
+        """The files as plain JSON values: what a `SafetensorsHelper` in another process needs to write into them."""
+        numbers = {id(shard): number for number, shard in enumerate(self._shards)}
+        return {
+            "directory": str(self.directory),
+            "specs": {name: (spec.dtype, spec.shape) for name, spec in self._specs.items()},
+            "shards": [(shard.name, str(shard.partial), shard.data_start) for shard in self._shards],
+            "places": {name: (numbers[id(shard)], begin) for name, (shard, begin) in self._places.items()},
+        }
+
+    def finish(self, written: Mapping[str, int] | None = None) -> None:
         """Checks that all was written, makes the checkpoint visible and removes an older one's files.
 
+        written: bytes of each tensor, if helpers wrote as well; by default those written here.
         Raises CheckpointError if tensors are incomplete or the disk fails; the older checkpoint then stays.
         """
-        incomplete = [name for name, spec in self._specs.items() if self._written[name] != spec.nbytes]
+        written = self._written if written is None else written
+        incomplete = [name for name, spec in self._specs.items() if written[name] != spec.nbytes]
         if incomplete:
             name = incomplete[0]
             self.abandon()
             raise CheckpointError(
                 f"{len(incomplete)} of {len(self._specs)} tensors are incomplete, the first is {name!r} with "
-                f"{self._written[name]} of {self._specs[name].nbytes} bytes written"
+                f"{written[name]} of {self._specs[name].nbytes} bytes written"
             )
         with self._abandon_on_failure("finish"):
             self._publish()
@@ -207,14 +239,6 @@ class SafetensorsWriter:
         self._pwrite(shard, memoryview(struct.pack("<Q", len(encoded)) + encoded), 0)
         self._places.update({tensor: (shard, shard.data_start + begin) for tensor, begin in offsets.items()})
 
-    def _pwrite(self, shard: _Shard, view: memoryview, position: int) -> None:
-        done = 0
-        while done < len(view):
-            try:
-                done += os.pwrite(shard.descriptor, view[done:], position + done)
-            except OSError as error:
-                raise CheckpointError(f"cannot write {shard.partial}: {error.strerror}") from error
-
     def _publish(self) -> None:
         stale = _checkpoint_files(self.directory)
         for shard in self._shards:
@@ -235,6 +259,46 @@ class SafetensorsWriter:
         # A single file goes before an index when reading: removing it makes the new index count.
         for name in sorted(stale - kept, key=lambda name: name != SINGLE_NAME):
             (self.directory / name).unlink(missing_ok=True)
+
+
+class SafetensorsHelper(_SliceWriter):
+    """Writes slices into the files of a `SafetensorsWriter` of another process, from its `describe()`.
+
+    The maker's `finish` is given what the helpers have `written`. Raises CheckpointError if a file cannot be opened.
+    """
+
+    def __init__(self, description: Mapping[str, Any]) -> None:
+        specs = {
+            name: TensorSpec(dtype, tuple(shape)) for name, (dtype, shape) in description["specs"].items()
+        }
+        super().__init__(Path(description["directory"]), specs)
+        for name, partial, data_start in description["shards"]:
+            try:
+                descriptor = os.open(partial, os.O_RDWR | os.O_CLOEXEC)
+            except OSError as error:
+                self.close()
+                raise CheckpointError(
+                    f"cannot open {partial} to write a checkpoint: {error.strerror}"
+                ) from error
+            self._shards.append(_Shard(name, Path(partial), descriptor, data_start))
+        self._places = {
+            tensor: (self._shards[index], begin) for tensor, (index, begin) in description["places"].items()
+        }
+
+    def sync(self) -> None:
+        """Brings what was written to the disk. Raises CheckpointError if the disk fails."""
+        try:
+            for shard in self._shards:
+                os.fsync(shard.descriptor)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write the checkpoint in {self.directory}: {error.strerror}"
+            ) from error
+
+    def close(self) -> None:
+        """Closes the files, which stay as they are."""
+        for shard in self._shards:
+            shard.close()
 
 
 def _as_bytes(data: memoryview | bytes | npt.NDArray[Any]) -> memoryview:
