@@ -13,7 +13,7 @@ from support.triton_kernels import AVAILABLE, INTERPRETED
 
 NAMES = (
     "adamw", "attention", "flash", "grouped_linear", "linear", "linear_tp_invariant", "losses", "muon", "rope",
-    "routing", "rowwise",
+    "routing", "rowwise", "sample",
 )  # fmt: skip
 FILES = [f"test_triton_{name}.py" for name in NAMES]
 

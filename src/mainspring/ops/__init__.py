@@ -3,6 +3,7 @@
 Every function takes `policy`: its numerics ("lockstep" or "fast") and, for tests, a forced backend.
 """
 
+from mainspring.ops.adjust_logits import adjust_logits
 from mainspring.ops.attention import attention
 from mainspring.ops.batch import KVCache, TokenBatch
 from mainspring.ops.checks import check_block_tables
@@ -18,23 +19,29 @@ from mainspring.ops.log_probs import (
 )
 from mainspring.ops.logit_loss import IGNORE_INDEX
 from mainspring.ops.norm import add_rms_norm, rms_norm
+from mainspring.ops.norm_rope_cache import HeadNorms, norm_rope_write_cache
 from mainspring.ops.policy import FAST, LOCKSTEP, Numerics, Policy
 from mainspring.ops.rope import RopeAngles, rope
 from mainspring.ops.rope_cache import rope_write_cache
 from mainspring.ops.routing import Routing, combine, route
+from mainspring.ops.sample import sample
+from mainspring.ops.sampling_tensors import SamplingTensors
 from mainspring.ops.swiglu import swiglu
 
 __all__ = [
     "FAST",
     "IGNORE_INDEX",
     "LOCKSTEP",
+    "HeadNorms",
     "KVCache",
     "Numerics",
     "Policy",
     "RopeAngles",
     "Routing",
+    "SamplingTensors",
     "TokenBatch",
     "add_rms_norm",
+    "adjust_logits",
     "attention",
     "check_block_tables",
     "combine",
@@ -46,10 +53,12 @@ __all__ = [
     "linear_log_probs_and_entropy",
     "linear_tp_invariant",
     "linear_tp_partial",
+    "norm_rope_write_cache",
     "rms_norm",
     "rope",
     "rope_write_cache",
     "route",
+    "sample",
     "swiglu",
     "token_log_probs",
     "token_log_probs_and_entropy",
