@@ -75,7 +75,7 @@ def test_linear(tmp_path: Path) -> None:
 def test_attention(d: int, split: bool, tmp_path: Path) -> None:
     from mainspring.ops.triton.attention import KEY_CHUNK, attention_kernel, tile_of
 
-    tile = tile_of(d, torch.bfloat16)
+    tile = tile_of(d, torch.bfloat16, split)
     keys = "*bf16" if split else f"tensordesc<bf16[{tile.keys},{d}]>"
     integers = (
         "window", "num_seqs", "longer_than", "tokens", "q_stride", "k_stride", "v_stride", "table_stride", "q_heads",
@@ -100,9 +100,9 @@ def test_attention(d: int, split: bool, tmp_path: Path) -> None:
 
 
 def test_norms(tmp_path: Path) -> None:
-    from mainspring.ops.triton.norm import _shape, rms_norm_backward_kernel, rms_norm_kernel
+    from mainspring.ops.triton.norm import rms_norm_backward_kernel, rms_norm_kernel, row_shape
 
-    rows, block, warps = _shape(4096)
+    rows, block, warps = row_shape(4096)
     constants = {"H": 4096, "BLOCK": block, "ROWS": rows, "ADD": True}
     tensors = ("x", "residual", "weight", "out", "total_out")
     integers = dict.fromkeys(("rows", "inner", "outer_stride", "inner_stride"), "i32")
@@ -113,6 +113,41 @@ def test_norms(tmp_path: Path) -> None:
     binary = compiled(rms_norm_backward_kernel, types, {**constants, "STAGES": 4}, warps, 3)
     assert stack_bytes(binary, tmp_path) == 0
     assert "cp.async" in binary.asm["ptx"]  # the rows to come are on their way during the sums
+
+
+@pytest.mark.parametrize(("d", "heads"), [(64, (9, 3)), (128, (16, 8)), (256, (8, 4))])
+def test_norms_fused_with_rope_sum_a_row_over_threads_as_rms_norm_does(
+    d: int, heads: tuple[int, int]
+) -> None:
+    from mainspring.ops.triton.norm import rms_norm_kernel, row_shape
+    from mainspring.ops.triton.norm_rope_cache import norm_rope_cache_kernel
+
+    rows, block, warps = row_shape(d)
+    tensors = ("x", "residual", "weight", "out", "total_out")
+    integers = dict.fromkeys(("rows", "inner", "outer_stride", "inner_stride"), "i32")
+    types = {**dict.fromkeys(tensors, "*bf16"), **integers, "eps": "fp32"}
+    constants: dict[str, Any] = {"H": d, "BLOCK": block, "ROWS": rows, "ADD": False}
+    alone = _summed_layouts(compiled(rms_norm_kernel, types, constants, warps, 3))
+    tensors = ("q", "k", "v", "q_weight", "k_weight", "q_out", "k_cache", "v_cache")
+    types = {
+        **dict.fromkeys(tensors, "*bf16"), **dict.fromkeys(("k_scale", "v_scale", "inv_freq"), "*fp32"),
+        **dict.fromkeys(("positions", "rows", "slots"), "*i64"), **dict.fromkeys(("rope_scale", "eps"), "fp32"),
+        **dict.fromkeys(("q_stride", "k_stride", "v_stride"), "i32"),
+    }  # fmt: skip
+    constants = {
+        "Q_HEADS": heads[0], "K_HEADS": heads[1], "Q_GROUPS": -(-heads[0] // rows), "DIM": d, "HALF": d // 2,
+        "GROUP": rows, "BLOCK": block, "ROWED": False, "FP8": False,
+    }  # fmt: skip
+    fused = _summed_layouts(compiled(norm_rope_cache_kernel, types, constants, warps, 3))
+    assert len(alone) == 1
+    assert fused == 2 * alone
+
+
+def _summed_layouts(binary: Any) -> list[str]:
+    """How the threads hold what each reduction of a kernel adds up: that is the order of the sum."""
+    code = binary.asm["ttgir"]
+    layouts = dict(re.findall(r"(#\w+) = (#ttg\.\S+<.*>)", code))
+    return [layouts[name] for name in re.findall(r"\}\) : \(tensor<\S+?, (#\w+)>\)", code)]
 
 
 @pytest.mark.parametrize("narrow", [False, True], ids=["fp32", "masters"])

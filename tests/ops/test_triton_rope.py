@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mainspring.errors import BackendError
-from mainspring.ops import KVCache, Policy, RopeAngles, TokenBatch, rope, rope_write_cache
+from mainspring.ops import (
+    HeadNorms,
+    KVCache,
+    Policy,
+    RopeAngles,
+    TokenBatch,
+    norm_rope_write_cache,
+    rms_norm,
+    rope,
+    rope_write_cache,
+)
 from support.cpu_kernels import assert_as_exact_as_torch
 from support.triton_kernels import (
     DEVICE,
@@ -198,6 +208,46 @@ def test_rope_fused_with_the_cache_writes_the_bits_of_rope_then_write(
     )
     assert got.data_ptr() == q.data_ptr()
     assert_same_bits(got, rotated)
+    for a, b in zip((*caches[0].k, *caches[0].v), (*caches[1].k, *caches[1].v), strict=True):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    tokens=st.sampled_from([1, 2, 5] if INTERPRETED else [1, 2, 19, 130]),
+    heads=st.sampled_from([(1, 1), (9, 3), (16, 8), (40, 20)]),
+    d=st.sampled_from([8, 16, 64, 96, 128, 256]),
+    rowed=st.booleans(),
+    fp8=st.just(False) if INTERPRETED else st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_norms_fused_with_rope_and_the_cache_have_the_bits_of_one_after_the_other(
+    dtype: torch.dtype, tokens: int, heads: tuple[int, int], d: int, rowed: bool, fp8: bool, seed: int
+) -> None:
+    size, kv_heads = 4, heads[1]
+    q, k, v = random_tensor(seed, tokens, sum(heads) + kv_heads, d, dtype=dtype, scale=3.0).split(
+        (*heads, kv_heads), 1
+    )
+    norms = HeadNorms(*(1 + random_tensor(seed + i, d, dtype=dtype, scale=0.2) for i in (1, 2)), eps=1e-6)
+    inv_freq = 10000.0 ** -(torch.arange(d // 2, device=DEVICE) / (d // 2))
+    rows = torch.arange(tokens, device=DEVICE) % 3 if rowed else None
+    if rowed:
+        inv_freq = torch.stack([inv_freq, inv_freq / 2, inv_freq / 3])
+    angles = RopeAngles(torch.arange(tokens, device=DEVICE) * 37, inv_freq, rows, 1.1)
+    blocks = -(-tokens // size) + 2
+    slots = torch.randperm(blocks * size, generator=torch.Generator().manual_seed(seed))[:tokens].to(DEVICE)
+    slots[1::5] = -1
+    caches = []
+    for _ in range(2):
+        cache = KVCache.allocate(1, blocks, size, kv_heads, d, torch.float8_e4m3fn if fp8 else dtype, DEVICE)
+        for tensor in (*cache.k, *cache.v):
+            tensor.view(torch.uint8).fill_(0x7B)
+        caches.append(cache)
+    normed = (rms_norm(x, weight, norms.eps, policy=TRITON) for x, weight in ((q, norms.q), (k, norms.k)))
+    expected = rope_write_cache(*normed, v, angles, _batch(caches[1], slots), layer=0, policy=TRITON)
+    got = norm_rope_write_cache(q, k, v, norms, angles, _batch(caches[0], slots), layer=0, policy=TRITON)
+    assert_same_bits(got, expected)
     for a, b in zip((*caches[0].k, *caches[0].v), (*caches[1].k, *caches[1].v), strict=True):
         assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mainspring import ops
 from mainspring.formats.model_config import ModelConfig
-from mainspring.ops import Policy, RopeAngles, TokenBatch
+from mainspring.ops import HeadNorms, Policy, RopeAngles, TokenBatch, library
 from mainspring.ops.batch import LinearAdapters
 from mainspring.ops.precision import accumulator
 
@@ -97,13 +97,27 @@ class Attention(nn.Module):
         heads, kv_heads = self.num_heads, self.num_kv_heads
         qkv = adapted(self.qkv, x, batch.adapters).unflatten(-1, (heads + 2 * kv_heads, self.head_dim))
         q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)  # [T, H, D] views of one tensor
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = ops.rope(q, k, angles, policy=self.policy)
-        out = ops.attention(
-            q, k, v, batch, layer=self.layer, scale=self.scale, window=self.window, policy=self.policy
-        )
+        if batch.cache is not None and not library.is_traced():
+            q = ops.norm_rope_write_cache(
+                q, k, v, self.head_norms(), angles, batch, layer=self.layer, policy=self.policy
+            )
+            out = ops.attention(
+                q, None, None, batch, layer=self.layer, scale=self.scale, window=self.window, policy=self.policy
+            )
+        else:
+            if self.q_norm is not None and self.k_norm is not None:
+                q, k = self.q_norm(q), self.k_norm(k)
+            q, k = ops.rope(q, k, angles, policy=self.policy)
+            out = ops.attention(
+                q, k, v, batch, layer=self.layer, scale=self.scale, window=self.window, policy=self.policy
+            )
         return adapted(self.output, out.flatten(1), batch.adapters)
+
+    def head_norms(self) -> HeadNorms | None:
+        """The norms of queries' and keys' heads, if the family has them."""
+        if self.q_norm is None or self.k_norm is None:
+            return None
+        return HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
 
 
 class Mlp(nn.Module):

@@ -35,8 +35,8 @@ QUERY_TILE = 16
 
 def attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     batch: TokenBatch,
     *,
     layer: int,
@@ -49,13 +49,18 @@ def attention(
     q: [T, Hq, D], k, v: [T, Hkv, D] (tokens may be strided) -> [T, Hq, D]. Hq is a multiple of Hkv:
     query head h reads key head h // (Hq / Hkv). The key at position j is seen from position p if
     j <= p, and with a window only if j > p - window. With a paged cache, k and v are written to layer
-    `layer` of it first, and all of the sequence's cached keys are attended to.
+    `layer` of it first, and all of the sequence's cached keys are attended to; None for both says that they
+    have been written (`norm_rope_write_cache`).
     """
+    if batch.cache is None and (k is None or v is None):
+        raise BackendError("attention: without a cache there must be keys and values")
     needs_grad = any_requires_grad(q, k, v)
     if batch.cache is not None and needs_grad:
         raise BackendError(
             "attention through a KV cache has no gradient; run the model under torch.no_grad()"
         )
+    if library.is_traced() and batch.cache is not None and k is not None and v is not None:
+        return library.paged_attention(q, k, v, batch, layer, scale, window, policy)
     if library.is_traced() and batch.cache is None and policy.numerics == "fast":
         return _flash(q, k, v, batch, layer, scale, window, policy)
     run = ATTENTION.select(q, policy, needs_grad)
@@ -64,8 +69,8 @@ def attention(
 
 def reference(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     batch: TokenBatch,
     layer: int,
     scale: float,
@@ -73,7 +78,7 @@ def reference(
     policy: Policy,
 ) -> Tensor:
     """The formula in PyTorch; sequence by sequence, except that "fast" batches sequences of equal shape."""
-    if batch.cache is not None:
+    if batch.cache is not None and k is not None and v is not None:
         _write_cache(k, v, batch, layer, batch.cache)
     if policy.numerics == "fast":
         return _fast(q, k, v, batch, layer, scale, window)
@@ -95,9 +100,12 @@ def _write_cache(k: Tensor, v: Tensor, batch: TokenBatch, layer: int, cache: KVC
     cache.v[layer].flatten(0, 1).index_copy_(0, batch.slots, v)
 
 
-def _keys_and_values(k: Tensor, v: Tensor, batch: TokenBatch, layer: int, s: int) -> tuple[Tensor, Tensor]:
+def _keys_and_values(
+    k: Tensor | None, v: Tensor | None, batch: TokenBatch, layer: int, s: int
+) -> tuple[Tensor, Tensor]:
     """Sequence s's keys and values, [contexts[s], Hkv, D] each, from the stream or the cache."""
     if batch.cache is None or batch.block_tables is None:
+        assert k is not None and v is not None  # checked by `attention`
         first = sum(batch.lengths[:s])
         return k[first : first + batch.lengths[s]], v[first : first + batch.lengths[s]]
     blocks = batch.block_tables[s, : -(-batch.contexts[s] // batch.cache.block_size)].long()
@@ -153,15 +161,21 @@ def _canonical(q: Tensor, k: Tensor, v: Tensor, start: int, scale: float, window
 
 
 def _fast(
-    q: Tensor, k: Tensor, v: Tensor, batch: TokenBatch, layer: int, scale: float, window: int | None
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    batch: TokenBatch,
+    layer: int,
+    scale: float,
+    window: int | None,
 ) -> Tensor:
     """torch's scaled_dot_product_attention; sequences of equal (new tokens, keys) share a call."""
-    if _trains_faster_by_products(q, k, v, batch):
+    if k is not None and v is not None and _trains_faster_by_products(q, k, v, batch):
         return packed_attention(q, k, v, batch.lengths, scale, window)
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     for s, shape in enumerate(zip(batch.lengths, batch.contexts, strict=True)):
         groups[shape].append(s)
-    if len(groups) == 1 and batch.cache is None:
+    if len(groups) == 1 and batch.cache is None and k is not None and v is not None:
         count, n = len(batch.lengths), batch.lengths[0]
         q, k, v = (x.unflatten(0, (count, n)).transpose(1, 2) for x in (q, k, v))
         return _sdpa(q, k, v, n, n, scale, window).transpose(1, 2).flatten(0, 1)
@@ -210,8 +224,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, n: int, context: int, scale: float, w
 
 def _cpu(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     batch: TokenBatch,
     layer: int,
     scale: float,
@@ -220,7 +234,8 @@ def _cpu(
 ) -> Tensor:
     if batch.cache is not None and batch.slots is not None:
         keys, values = batch.cache.k[layer], batch.cache.v[layer]
-        cpu.write_cache(k, v, batch.slots, keys, values)
+        if k is not None and v is not None:
+            cpu.write_cache(k, v, batch.slots, keys, values)
         return cpu.attention(
             q, keys, values, batch.cu_seqlens, batch.context_lens, batch.block_tables, scale, window or 0
         )
@@ -228,6 +243,7 @@ def _cpu(
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return cpu.attention(q, k, v, batch.cu_seqlens, batch.context_lens, None, scale, window or 0)
 
+    assert k is not None and v is not None  # checked by `attention`
     if not any_requires_grad(q, k, v):
         return kernel(q, k, v)
     result: Tensor = kernel_with_formula_gradient(
@@ -238,8 +254,8 @@ def _cpu(
 
 def _flash(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     batch: TokenBatch,
     layer: int,
     scale: float,
@@ -249,6 +265,7 @@ def _flash(
     """Whole sequences by the operator with a backward pass of its own; with a cache as in lockstep."""
     if batch.cache is not None:
         return _triton(q, k, v, batch, layer, scale, window, policy)
+    assert k is not None and v is not None  # checked by `attention`
     longest = max(batch.lengths)
     backend = None if policy.backend == "flash" else policy.backend
     return flash_attention(
@@ -267,8 +284,8 @@ def _refuses_flash(call: Call) -> str | None:
 
 def _triton(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     batch: TokenBatch,
     layer: int,
     scale: float,
@@ -279,6 +296,7 @@ def _triton(
 
     if batch.cache is not None:
         return paged_attention(q, k, v, batch, layer, scale, window, policy)
+    assert k is not None and v is not None  # checked by `attention`
     longest = max(batch.lengths), max(batch.contexts)
     if any_requires_grad(q, k, v):
         result: Tensor = _CanonicalAttention.apply(

@@ -89,6 +89,9 @@ class TokenBatch:
     slots: Tensor | None = None  # [T] int64: block * block_size + offset of each new key
     block_tables: Tensor | None = None  # [S, B] int32, rows padded with the null block
     adapters: LinearAdapters | None = None  # of the tokens, where some have one
+    tickets: Tensor | None = (
+        None  # [*] int32 zeros: counters of decode kernels, which leave them zero; else made anew
+    )
 
     def __post_init__(self) -> None:
         if debugging():

@@ -1,11 +1,14 @@
 """Attention through the paged cache on CUDA devices: which kernel serves which sequences of a batch.
 
-Sequences with few queries (decode, drafts) go to the CUDA C++ kernel, which reads their keys at the speed of
-memory, the others (prompts and chunks of them) to the kernel in Triton. Both hold the same canonical order, so a
-row's bits do not depend on the choice, which is made on the host from lengths that it knows.
+On Hopper sequences with few queries (decode, drafts) go to a CUDA C++ kernel that reads their keys at the speed of
+memory, the others (prompts and chunks of them) to the CUDA C++ flash attention; what these do not take goes to
+Triton. All hold the same canonical order, so a row's bits do not depend on the choice, which is made on the host from
+lengths that it knows.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +23,8 @@ TILE_ROWS = 16  # query rows (tokens times heads of a group) for which keys are 
 
 def paged_attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     batch: TokenBatch,
     layer: int,
     scale: float,
@@ -31,9 +34,11 @@ def paged_attention(
 ) -> Tensor:
     """Writes k and v [T, Hkv, D] to layer `layer` of the batch's cache and attends to all keys of each sequence.
 
-    q: [T, Hq, D] -> [T, Hq, D]. Raises BackendError for what the kernels do not take.
+    None for k and v: they have been written. q: [T, Hq, D] -> [T, Hq, D]. Raises BackendError for what the kernels do
+    not take.
     """
     from mainspring.ops.cuda import paged_attention as cuda
+    from mainspring.ops.cuda.paged_prefill import paged_prefill
     from mainspring.ops.triton import attention as triton
 
     cache, tables, slots = batch.cache, batch.block_tables, batch.slots
@@ -43,15 +48,16 @@ def paged_attention(
     keys, values = cache.k[layer], cache.v[layer]
     k_scale = cache.k_scale[layer] if cache.k_scale is not None else None
     v_scale = cache.v_scale[layer] if cache.v_scale is not None else None
-    group, longest, context = q.shape[1] // k.shape[1], max(batch.lengths), max(batch.contexts)
+    group, longest, context = q.shape[1] // keys.shape[2], max(batch.lengths), max(batch.contexts)
     few = min(max(1, TILE_ROWS // group), longest)
     if min(batch.lengths) > few or not _cuda_serves(q, keys, few, policy):
         few = 0
-    tickets = None
-    if few and context > cuda.KEY_CHUNK:
-        shape = q.shape[0], cuda.tickets_per_sequence(k.shape[1], group, few)
-        tickets = torch.empty(shape, dtype=torch.int32, device=q.device)
-    triton.write_cache(k, v, slots, keys, values, k_scale, v_scale, tickets)
+    tickets = batch.tickets
+    if k is not None and v is not None:
+        if few and context > cuda.KEY_CHUNK and tickets is None:
+            shape = q.shape[0], cuda.tickets_per_sequence(keys.shape[2], group, few)
+            tickets = torch.empty(shape, dtype=torch.int32, device=q.device)  # the write makes them zero
+        triton.write_cache(k, v, slots, keys, values, k_scale, v_scale, tickets)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if few:
         cuda.paged_decode(
@@ -59,19 +65,26 @@ def paged_attention(
             max_length=few, max_context=context, out=out, tickets=tickets, k_scale=k_scale, v_scale=v_scale,
         )  # fmt: skip
     if longest > few:
-        triton.attention(
-            q, keys, values, batch.cu_seqlens, batch.context_lens, tables, scale, window, softcap,
-            max_length=longest, max_context=context, out=out, longer_than=few, k_scale=k_scale, v_scale=v_scale,
-        )  # fmt: skip
+        options: Any = {"max_length": longest, "max_context": context, "out": out, "longer_than": few}
+        rest = batch.cu_seqlens, batch.context_lens, tables, scale, window, softcap
+        if _cuda_prefills(q, keys, context, policy):
+            paged_prefill(q, keys, values, *rest, **options)
+        else:
+            triton.attention(q, keys, values, *rest, **options, k_scale=k_scale, v_scale=v_scale)
     return out
 
 
 def _cuda_serves(q: Tensor, keys: Tensor, max_length: int, policy: Policy) -> bool:
-    from mainspring.ops.cuda import paged_attention as cuda
+    from mainspring.ops.cuda.paged_attention import refusal
 
-    if policy.backend not in (None, "cuda") or q.device.type != "cuda":
-        return False
-    return (
-        refuses(Call(q.device.type, q.dtype, policy, False)) is None
-        and cuda.refusal(q, keys, max_length) is None
-    )
+    return _on_hopper(q, policy) and refusal(q, keys, max_length) is None
+
+
+def _cuda_prefills(q: Tensor, keys: Tensor, max_context: int, policy: Policy) -> bool:
+    from mainspring.ops.cuda.paged_prefill import refusal
+
+    return _on_hopper(q, policy) and refusal(q, keys, max_context) is None
+
+
+def _on_hopper(q: Tensor, policy: Policy) -> bool:
+    return policy.backend in (None, "cuda") and refuses(Call(q.device.type, q.dtype, policy, False)) is None

@@ -195,7 +195,7 @@ def _check(operation: str, x: Tensor, weight: Tensor) -> None:
     require(operation, 0 < h <= MAX_WIDTH, f"rows of 1 to {MAX_WIDTH} elements are supported, not {h}")
 
 
-def _shape(h: int) -> tuple[int, int, int]:
+def row_shape(h: int) -> tuple[int, int, int]:
     """(rows of a program, elements of a padded row, warps): a function of H alone, as is the order of the sum."""
     block = triton.next_power_of_2(h)
     warps = 4 if block <= 2048 else 8 if block <= 8192 else 16
@@ -218,7 +218,7 @@ def _backward_shape(h: int, tensors: int, size: int, device: torch.device) -> _B
 
     tensors: that are loaded, of elements of `size` bytes.
     """
-    rows, block, warps = _shape(h)
+    rows, block, warps = row_shape(h)
     stages = 4
     if block <= 1024:
         stages = 3
@@ -241,7 +241,7 @@ def _forward(
     # A dimension of size 1 may have any stride, and the kernel is compiled for what divides a stride.
     inner_stride = x.stride(1) if x.dim() == 3 and inner > 1 else h
     outer_stride = x.stride(0) if x.shape[0] > 1 else inner * h
-    per_program, block, warps = _shape(h)
+    per_program, block, warps = row_shape(h)
     with on_device(x):
         rms_norm_kernel[(triton.cdiv(rows, per_program),)](
             x, x if residual is None else residual, canonical_rows(weight), out, total, rows, inner, outer_stride,

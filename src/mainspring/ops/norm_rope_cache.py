@@ -1,0 +1,127 @@
+"""What stands between the QKV projection and attention through a cache, as one operation: norms of the heads, RoPE,
+and the write of keys and values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mainspring.errors import BackendError
+from mainspring.ops.batch import TokenBatch
+from mainspring.ops.checks import check_block_tables, debugging
+from mainspring.ops.cpu.attention import write_cache as cpu_write_cache
+from mainspring.ops.cpu.support import refuses
+from mainspring.ops.norm import rms_norm
+from mainspring.ops.policy import LOCKSTEP, Policy
+from mainspring.ops.registry import Implementation, Operation, accepts_all, any_requires_grad
+from mainspring.ops.rope import RopeAngles, rope
+from mainspring.ops.rope_cache import rope_write_cache
+from mainspring.ops.triton.support import refuses as triton_refuses
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """RMS norms of the heads of queries and keys (Qwen3, arXiv 2505.09388). q, k: [D] weights."""
+
+    q: Tensor
+    k: Tensor
+    eps: float
+
+
+def norm_rope_write_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    norms: HeadNorms | None,
+    angles: RopeAngles,
+    batch: TokenBatch,
+    *,
+    layer: int,
+    policy: Policy = LOCKSTEP,
+) -> Tensor:
+    """The normed and rotated q, after k (likewise) and v went to their slots in layer `layer` of the batch's cache.
+
+    `attention` without k and v then attends to them. The bits are those of `rms_norm`, `rope` and the write on their
+    own. q: [T, Hq, D], k, v: [T, Hkv, D], all of which may be overwritten -> [T, Hq, D]. The cache has their dtype, or
+    float8_e4m3fn with the scales that it carries. No gradient is recorded. Raises BackendError.
+    """
+    if batch.cache is None or batch.slots is None:
+        raise BackendError("norm_rope_write_cache: the batch has no cache")
+    if any_requires_grad(q, k, v):
+        raise BackendError("a KV cache has no gradient; run the model under torch.no_grad()")
+    if debugging():
+        check_block_tables(batch)
+    run = NORM_ROPE_WRITE_CACHE.select(q, policy)
+    return run(q, k, v, norms, angles, batch, layer, policy)
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    norms: HeadNorms | None,
+    angles: RopeAngles,
+    batch: TokenBatch,
+    layer: int,
+    policy: Policy,
+) -> Tensor:
+    """One operation after the other."""
+    if norms is not None:
+        q = rms_norm(q, norms.q, norms.eps, policy=policy)
+        k = rms_norm(k, norms.k, norms.eps, policy=policy)
+    return rope_write_cache(q, k, v, angles, batch, layer=layer, policy=policy)
+
+
+def _cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    norms: HeadNorms | None,
+    angles: RopeAngles,
+    batch: TokenBatch,
+    layer: int,
+    policy: Policy,
+) -> Tensor:
+    cache, slots = batch.cache, batch.slots
+    assert cache is not None and slots is not None  # checked by the caller
+    if cache.k_scale is not None:
+        return reference(q, k, v, norms, angles, batch, layer, policy)
+    if norms is not None:
+        q = rms_norm(q, norms.q, norms.eps, policy=policy)
+        k = rms_norm(k, norms.k, norms.eps, policy=policy)
+    q, k = rope(q, k, angles, policy=policy)
+    cpu_write_cache(k, v, slots, cache.k[layer], cache.v[layer])
+    return q
+
+
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    norms: HeadNorms | None,
+    angles: RopeAngles,
+    batch: TokenBatch,
+    layer: int,
+    policy: Policy,
+) -> Tensor:
+    from mainspring.ops.triton.norm_rope_cache import norm_rope_write_cache as fused
+
+    cache, slots = batch.cache, batch.slots
+    assert cache is not None and slots is not None  # checked by the caller
+    if norms is None or 2 * angles.inv_freq.shape[-1] != q.shape[-1]:
+        return reference(q, k, v, norms, angles, batch, layer, policy)
+    return fused(
+        q, k, v, norms.q, norms.k, norms.eps, slots, cache.k[layer], cache.v[layer], angles.positions,
+        angles.inv_freq, angles.rows, angles.scale,
+        k_scale=None if cache.k_scale is None else cache.k_scale[layer],
+        v_scale=None if cache.v_scale is None else cache.v_scale[layer],
+    )  # fmt: skip
+
+
+NORM_ROPE_WRITE_CACHE = Operation(
+    "norm_rope_write_cache",
+    Implementation("cpu", _cpu, refuses),
+    Implementation("triton", _triton, triton_refuses),
+    Implementation("reference", reference, accepts_all),
+)
