@@ -46,12 +46,41 @@ def serve(
     drain_seconds: Annotated[
         float, typer.Option(help="How long running requests may go on after SIGTERM or Ctrl-C.")
     ] = 30.0,
+    max_choices: Annotated[int, typer.Option(help="Largest n of a request.")] = 128,
+    chat_template: Annotated[
+        str | None, typer.Option(help="A file with a Jinja chat template, instead of the model's own.")
+    ] = None,
+    template_seconds: Annotated[
+        float, typer.Option(help="How long the chat template may take for one conversation.")
+    ] = 5.0,
+    tool_parser: Annotated[
+        str,
+        typer.Option(
+            help="Format of tool calls: auto (by the template), hermes, llama3_json, pythonic, none."
+        ),
+    ] = "auto",
+    reasoning_parser: Annotated[
+        str, typer.Option(help="think separates <think>...</think>; auto (by the template) or none.")
+    ] = "auto",
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(envvar="MAINSPRING_API_KEY", help="A key that opens the API; may be repeated."),
+    ] = None,
+    admin_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="MAINSPRING_ADMIN_KEY", help="A key that opens /pause, /sleep, /update_weights ..."
+        ),
+    ] = None,
+    restart: Annotated[
+        int, typer.Option(help="How often the engine process is started again after it has died.")
+    ] = 0,
     allowed_host: Annotated[
         list[str] | None, typer.Option(help="Another name that a Host header may have; may be repeated.")
     ] = None,
 ) -> None:
     """Serve a model: OpenAI's API under /v1 and a console at /, on this machine only unless told otherwise."""
-    from mainspring.console.mount import mount_console
+    from mainspring.console.mount import console_files, mount_console
     from mainspring.engine.config import EngineConfig
     from mainspring.engine.server.serve import ServerSettings, run_server
     from mainspring.errors import ConfigError
@@ -75,6 +104,15 @@ def serve(
         num_threads=threads,
         max_body_bytes=round(max_body_mb * 2**20),
         drain_seconds=drain_seconds,
+        max_choices=max_choices,
+        template_seconds=template_seconds,
+        chat_template=chat_template,
+        tool_parser=tool_parser,
+        reasoning_parser=reasoning_parser,
+        api_keys=tuple(api_key or ()),
+        admin_keys=tuple(admin_key or ()),
+        open_paths=console_files(),
+        max_restarts=restart,
         allowed_hosts=tuple(allowed_host or ()),
     )
     with TerminalReporter(Console()) as reporter:

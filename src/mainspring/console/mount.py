@@ -94,6 +94,12 @@ def mount_console(app: FastAPI, llm: AsyncLLM) -> None:
     app.include_router(router)
 
 
+def console_files() -> frozenset[str]:
+    """The paths of the page and its files, which hold no secret: what anybody may load, keys or not."""
+    names = (entry.name for entry in files("mainspring.console").joinpath("static").iterdir())
+    return frozenset({"/", "/favicon.ico", *(f"/console/{name}" for name in names)})
+
+
 def _read_files() -> dict[str, _File]:
     found: dict[str, _File] = {}
     for entry in files("mainspring.console").joinpath("static").iterdir():

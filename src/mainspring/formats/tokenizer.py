@@ -12,7 +12,7 @@ import tokenizers
 
 from mainspring.errors import ChatTemplateError, TokenizerError
 from mainspring.formats._token_bytes import TokenBytes
-from mainspring.formats.chat_template import ChatTemplate
+from mainspring.formats.chat_template import DEFAULT_SECONDS, ChatTemplate
 from mainspring.formats.files import write_file, write_json
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -33,8 +33,12 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         config: Mapping[str, Any] | None = None,
         eos_token_ids: Sequence[int] = (),
+        *,
+        template_seconds: float = DEFAULT_SECONDS,
     ) -> None:
         """`config` holds the contents of a `tokenizer_config.json`; `eos_token_ids` come on top of its eos_token.
+
+        `template_seconds` bounds one rendering of a chat template.
 
         Raises TokenizerError if the decoder of `backend` is of an unknown kind.
         """
@@ -51,11 +55,20 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.special_token_ids = frozenset(i for i, token in added.items() if token.special)
         self._templates = _templates(self.config)
+        self._template_seconds = template_seconds
         self._compiled: dict[str, ChatTemplate] = {}
 
     @classmethod
-    def from_directory(cls, path: str | Path) -> Self:
+    def from_directory(
+        cls,
+        path: str | Path,
+        *,
+        chat_template: str | None = None,
+        template_seconds: float = DEFAULT_SECONDS,
+    ) -> Self:
         """Reads `tokenizer.json` and, where they exist, the files beside it that name special tokens and templates.
+
+        `chat_template`: Jinja source that takes the place of the model's own; `template_seconds`: see `__init__`.
 
         Raises TokenizerError if `tokenizer.json` is missing or any of the files is not what it should be.
         """
@@ -73,10 +86,12 @@ class Tokenizer:
         template = directory / TEMPLATE_NAME
         if template.is_file():
             config["chat_template"] = template.read_text(encoding="utf-8")
+        if chat_template is not None:
+            config["chat_template"] = chat_template
         ends = _read_object(directory / "generation_config.json").get("eos_token_id")
         if ends is None:
             ends = _read_object(directory / "config.json").get("eos_token_id")
-        return cls(backend, config, _ids(ends))
+        return cls(backend, config, _ids(ends), template_seconds=template_seconds)
 
     def save(self, directory: str | Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json` (with the chat template), each whole or not at all."""
@@ -155,7 +170,7 @@ class Tokenizer:
             raise ChatTemplateError("this model has no chat template: give a text prompt instead of messages")
         template = self._compiled.get(name)
         if template is None:
-            template = self._compiled[name] = ChatTemplate(source)
+            template = self._compiled[name] = ChatTemplate(source, max_seconds=self._template_seconds)
         variables = {**self.named_tokens, **(template_variables or {})}
         return template.render(
             messages, tools=tools, add_generation_prompt=add_generation_prompt, variables=variables

@@ -13,6 +13,25 @@ from support.serving import CONTEXT, MODEL_NAME, VOCAB_SIZE, Server
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 HELLO = [{"role": "user", "content": "hello"}]
+CALL = {"id": "call-1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+BROKEN_CALL = {**CALL, "function": {"name": "f", "arguments": "{"}}
+NAMED = {"type": "function", "function": {"name": "g"}}
+
+
+def deep(levels: int) -> dict[str, Any]:
+    """A schema within a schema within a schema ..."""
+    schema: dict[str, Any] = {}
+    for _ in range(levels):
+        schema = {"not": schema}
+    return schema
+
+
+DEEP = deep(700)
+
+
+def tool(name: str, parameters: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A tool as a request gives it."""
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
 @pytest.fixture(autouse=True)
@@ -54,8 +73,15 @@ def refused(answer: httpx.Response, status: int) -> dict[str, Any]:
         ({"stop": ""}, "stop", ["empty"]),
         ({"stop": ["a", 1]}, "stop", ["string"]),
         ({"stop_token_ids": [VOCAB_SIZE]}, "stop_token_ids", [str(VOCAB_SIZE), str(VOCAB_SIZE - 1)]),
-        ({"presence_penalty": 0.5}, "presence_penalty", ["not supported"]),
-        ({"logit_bias": {"5": 1}}, "logit_bias", ["not supported"]),
+        ({"presence_penalty": 2.5}, "presence_penalty", ["2.5", "between -2 and 2"]),
+        ({"frequency_penalty": "much"}, "frequency_penalty", ["number"]),
+        ({"repetition_penalty": 0}, "repetition_penalty", ["above 0"]),
+        ({"logit_bias": {"hello": 1}}, "logit_bias", ["token ids", "hello"]),
+        ({"logit_bias": {"5": 101}}, "logit_bias", ["101", "100"]),
+        ({"allowed_token_ids": []}, "allowed_token_ids", ["at least one"]),
+        ({"bad_words": [""]}, "bad_words", ["non-empty"]),
+        ({"structured_outputs": {}}, "structured_outputs", ["exactly one"]),
+        ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs", ["exactly one"]),
         ({"stream": "yes"}, "stream", ["boolean"]),
         ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage", ["boolean"]),
         ({"temprature": 0.5}, "temprature", ["Unrecognized", "'temperature'"]),
@@ -83,8 +109,27 @@ def test_wrong_values_are_named(
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
-        ({"messages": HELLO, "tools": [{"type": "function"}]}, "tools"),
-        ({"messages": HELLO, "response_format": {"type": "json_object"}}, "response_format"),
+        ({"messages": [{"role": "tool"}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": "a", "tool_calls": [CALL]}]}, "messages.0"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]},
+            "messages.0.tool_calls.0.function.name",
+        ),
+        ({"messages": [{"role": "assistant", "tool_calls": [BROKEN_CALL]}]}, "messages"),
+        ({"messages": HELLO, "tools": [{"type": "function"}]}, "tools.0.function"),
+        ({"messages": HELLO, "tools": [tool("a b")]}, "tools.0.function.name"),
+        ({"messages": HELLO, "tools": [tool("f"), tool("f")]}, "tools"),
+        ({"messages": HELLO, "tool_choice": "required"}, "tool_choice"),
+        ({"messages": HELLO, "tools": [tool("f")], "tool_choice": NAMED}, "tool_choice"),
+        ({"messages": HELLO, "tools": [tool("f")], "tool_choice": "perhaps"}, "tool_choice"),
+        (
+            {"messages": HELLO, "tools": [tool("f")], "response_format": {"type": "json_object"}},
+            "tool_choice",
+        ),
+        ({"messages": HELLO, "tools": [tool("f", DEEP)], "tool_choice": "required"}, "tools"),
+        ({"messages": HELLO, "response_format": {"type": "poem"}}, "response_format.type"),
+        ({"messages": HELLO, "response_format": {"type": "json_schema"}}, "response_format"),
+        ({"messages": HELLO, "reasoning_effort": "high"}, "reasoning_effort"),
         ({"messages": HELLO, "top_logprobs": 3}, "top_logprobs"),
         ({"messages": HELLO, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"messages": HELLO, "max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens"),
@@ -112,7 +157,8 @@ def test_wrong_chats_are_named(http: httpx.Client, fields: dict[str, Any], param
         ({"prompt": ["hello"] * 600, "n": 2}, "n"),
         ({"prompt": "hello", "logprobs": 21}, "logprobs"),
         ({"prompt": "hello", "logprobs": True}, "logprobs"),
-        ({"prompt": "hello", "echo": True}, "echo"),
+        ({"prompt": "hello", "suffix": "there"}, "suffix"),
+        ({"prompt": "hello", "max_tokens": 0}, "max_tokens"),
         ({"prompt": "hello", "best_of": 3}, "best_of"),
     ],
 )

@@ -29,7 +29,11 @@ class UsageCounter:
 
     def add(self, prompt: int, output: RequestOutput) -> None:
         """Takes an output (its tokens are new) of the prompt of that number."""
+        self.add_cached(prompt, output)
         self._completion_tokens += len(output.outputs[0].token_ids)
+
+    def add_cached(self, prompt: int, output: RequestOutput) -> None:
+        """Takes an output whose tokens are no part of the answer."""
         self._cached[prompt] = max(self._cached.get(prompt, 0), output.num_cached_tokens)
 
     def usage(self) -> Usage:
@@ -62,22 +66,34 @@ def chat_logprobs(
 
 
 def completion_logprobs(
-    token_ids: Sequence[int], positions: Sequence[PositionLogprobs], offset: int
+    token_ids: Sequence[int],
+    positions: Sequence[PositionLogprobs | None],
+    offset: int,
+    tokenizer: Tokenizer,
+    *,
+    num_hidden: int = 0,
 ) -> CompletionLogprobs:
-    """Log-probabilities in the form of completions; the first token's text stands `offset` characters in."""
+    """Log-probabilities in the form of completions; the first token's text stands `offset` characters in.
+
+    A position without any (the first of a prompt) has nulls. The first `num_hidden` tokens are not in the text.
+    """
     answer = CompletionLogprobs([], [], [], [])
-    for token_id, position in zip(token_ids, positions, strict=True):
-        chosen = position[token_id]
-        text = chosen.decoded_token or ""
+    for index, (token_id, position) in enumerate(zip(token_ids, positions, strict=True)):
+        if position is None:
+            text = tokenizer.decode([token_id], skip_special_tokens=False)
+            answer.token_logprobs.append(None)
+            answer.top_logprobs.append(None)
+        else:
+            text = position[token_id].decoded_token or ""
+            answer.token_logprobs.append(max(position[token_id].logprob, LOWEST_LOGPROB))
+            top: dict[str, float] = {}
+            for candidate in sorted(position.values(), key=lambda candidate: candidate.rank):
+                # Two ids may read the same; the likelier one keeps the name.
+                top.setdefault(candidate.decoded_token or "", max(candidate.logprob, LOWEST_LOGPROB))
+            answer.top_logprobs.append(top)
         answer.tokens.append(text)
-        answer.token_logprobs.append(max(chosen.logprob, LOWEST_LOGPROB))
-        top: dict[str, float] = {}
-        for candidate in sorted(position.values(), key=lambda candidate: candidate.rank):
-            # Two ids may read the same; the likelier one keeps the name.
-            top.setdefault(candidate.decoded_token or "", max(candidate.logprob, LOWEST_LOGPROB))
-        answer.top_logprobs.append(top)
         answer.text_offset.append(offset)
-        offset += len(text)
+        offset += 0 if index < num_hidden else len(text)
     return answer
 
 

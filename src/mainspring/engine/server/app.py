@@ -10,6 +10,7 @@ from starlette.middleware import Middleware
 import mainspring
 from mainspring.engine.server import chat, completions
 from mainspring.engine.server.http_errors import error_response, install_error_handlers
+from mainspring.engine.server.keys import AccessKeys, KeyCheck
 from mainspring.engine.server.metrics import CONTENT_TYPE
 from mainspring.engine.server.middleware import BodyLimit, DrainMiddleware, HostCheck
 from mainspring.engine.server.openai_types import ModelCard, ModelList
@@ -18,7 +19,9 @@ from mainspring.engine.server.service import Service, json_response, service_of
 router = APIRouter()
 
 
-def create_app(service: Service, *, max_body_bytes: int, allowed_hosts: Collection[str]) -> FastAPI:
+def create_app(
+    service: Service, *, max_body_bytes: int, allowed_hosts: Collection[str], keys: AccessKeys
+) -> FastAPI:
     """The application. An empty `allowed_hosts` answers to every Host header."""
     app = FastAPI(
         title="Mainspring",
@@ -28,6 +31,7 @@ def create_app(service: Service, *, max_body_bytes: int, allowed_hosts: Collecti
         redoc_url=None,
         middleware=[
             Middleware(HostCheck, allowed=allowed_hosts),
+            Middleware(KeyCheck, keys=keys),
             Middleware(BodyLimit, max_bytes=max_body_bytes),
             Middleware(DrainMiddleware, gate=service.gate),
         ],

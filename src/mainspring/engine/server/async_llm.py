@@ -140,6 +140,15 @@ class AsyncLLM:
         if known:
             self._engine.send(Abort(known))
 
+    def restarted(self, engine: EngineProcess, ready: Ready) -> None:
+        """Another engine has taken the place of the one that died; `run()` is to be called again."""
+        self._engine = engine
+        self.limits = ready.limits
+        self.metrics.stats = ready.stats
+        self.metrics.engine_up = True
+        self.metrics.restarts += 1
+        self.dead = None
+
     def fail_all(self, error: MainspringError) -> None:
         """Ends every request under way with this error."""
         generations = {id(running.generation): running.generation for running in self._running.values()}

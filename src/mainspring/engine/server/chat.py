@@ -2,34 +2,54 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from mainspring.engine.outputs import CompletionOutput
-from mainspring.engine.sampling_params import SamplingParams
+from mainspring.engine.sampling_params import SamplingParams, StructuredOutputsParams
 from mainspring.engine.server.answers import UsageCounter, chat_logprobs
-from mainspring.engine.server.disconnect import until_disconnect
-from mainspring.engine.server.event_stream import EventStream
-from mainspring.engine.server.openai_types import (
+from mainspring.engine.server.chat_types import (
+    AnsweredToolCall,
     AssistantMessage,
+    CalledFunction,
     ChatChoice,
     ChatChunkChoice,
     ChatCompletion,
     ChatCompletionChunk,
     ChatCompletionRequest,
     ChatDelta,
-    ChatLogprobs,
-    ChatMessage,
+    ToolCallDelta,
 )
+from mainspring.engine.server.conversation import (
+    ChatPrompt,
+    Conversation,
+    functions_of,
+    make_prompt,
+    structured_of,
+    turn_of,
+)
+from mainspring.engine.server.disconnect import until_disconnect
+from mainspring.engine.server.event_stream import EventStream
+from mainspring.engine.server.openai_types import ChatLogprobs, Usage
 from mainspring.engine.server.sampling import chat_params, for_choices
 from mainspring.engine.server.service import Service, json_response, new_id, service_of
+from mainspring.engine.server.tool_calls.events import (
+    CallArguments,
+    CallBegin,
+    Content,
+    Event,
+    Parser,
+    Reasoning,
+    parse_whole,
+)
+from mainspring.engine.server.tool_calls.formats import AnswerPlan
+from mainspring.errors import InvalidRequestError
 
 router = APIRouter()
 
@@ -39,34 +59,48 @@ async def create_chat_completion(request: Request, body: ChatCompletionRequest) 
     """The next message of a conversation, whole or as a stream of its pieces."""
     service = service_of(request)
     service.check_model(body.model)
+    n = service.check_choices(1, body.n)
     params = chat_params(body)
-    prompt = await _prompt(service, body.messages)
-    job = _Job(
-        service, body, prompt, for_choices(params, 1, body.n or 1), new_id("chatcmpl"), int(time.time())
-    )
+    prompt = await make_prompt(service, _conversation(body, service, params.structured_outputs))
+    params = prompt.held_to_its_form(params)
+    job = _Job(service, body, prompt, for_choices(params, 1, n), new_id("chatcmpl"), int(time.time()))
     if body.stream:
         return await EventStream.start(request, job.events())
     return json_response(await until_disconnect(request.receive, job.answer()))
 
 
-async def _prompt(service: Service, messages: list[ChatMessage]) -> list[int]:
-    """The conversation as token ids, by the model's chat template."""
-    turns = [_turn(message) for message in messages]
-    tokenizer = service.llm.tokenizer
-    text = await asyncio.to_thread(tokenizer.apply_chat_template, turns, add_generation_prompt=True)
-    # The template has written the special tokens itself.
-    return await service.llm.encode(text, add_special_tokens=False)
+def _conversation(
+    body: ChatCompletionRequest, service: Service, structured: StructuredOutputsParams | None
+) -> Conversation:
+    """The request's conversation. `structured`: what vLLM's field of that name asks for."""
+    form = structured_of(body.response_format)
+    if form is not None and structured is not None:
+        raise InvalidRequestError(
+            "response_format and structured_outputs both give the answer a form; send one of them",
+            "structured_outputs",
+        )
+    variables: dict[str, Any] = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None:
+        service.check_template_reads("reasoning_effort")
+        variables["reasoning_effort"] = body.reasoning_effort
+    return Conversation(
+        turns=[turn_of(message) for message in body.messages],
+        tools=functions_of(body.tools),
+        tool_choice=body.tool_choice or "auto",
+        parallel_calls=body.parallel_tool_calls is not False,
+        structured=form or structured,
+        variables=variables,
+        add_generation_prompt=body.add_generation_prompt is not False,
+    )
 
 
-def _turn(message: ChatMessage) -> dict[str, Any]:
-    """A message as templates expect it. OpenAI's "developer" is what models were taught as "system"."""
-    role = "system" if message.role == "developer" else message.role
-    turn: dict[str, Any] = {"role": role, "content": message.content}
-    if message.name is not None:
-        turn["name"] = message.name
-    if message.tool_call_id is not None:
-        turn["tool_call_id"] = message.tool_call_id
-    return turn
+@dataclass(slots=True)
+class _Choice:
+    """One answer that is being streamed."""
+
+    parser: Parser
+    begun: bool = False
+    calls: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,61 +109,91 @@ class _Job:
 
     service: Service
     body: ChatCompletionRequest
-    prompt: list[int]
+    prompt: ChatPrompt
     params: list[SamplingParams]
     id: str
     created: int
 
     async def answer(self) -> ChatCompletion:
         """All choices, complete."""
-        usage = UsageCounter([len(self.prompt)])
+        usage = UsageCounter([len(self.prompt.token_ids)])
         choices: dict[int, ChatChoice] = {}
-        prompts = [self.prompt] * len(self.params)
+        prompts = [self.prompt.token_ids] * len(self.params)
         async with self.service.llm.generate(prompts, self.params, stream=False) as generation:
             async for index, output in generation:
                 usage.add(0, output)
-                text = output.outputs[0]
-                choices[index] = ChatChoice(
-                    index=index,
-                    message=AssistantMessage(text.text),
-                    finish_reason=text.finish_reason,
-                    stop_reason=text.stop_reason,
-                    logprobs=self._logprobs(text),
-                )
-        ordered = [choices[index] for index in sorted(choices)]
-        return ChatCompletion(self.id, self.created, self.service.model_name, ordered, usage.usage())
+                choices[index] = self._choice(index, output.outputs[0])
+        return ChatCompletion(
+            self.id,
+            self.created,
+            self.service.model_name,
+            [choices[index] for index in sorted(choices)],
+            usage.usage(),
+            prompt_token_ids=self._ids(self.prompt.token_ids),
+        )
+
+    def _choice(self, index: int, text: CompletionOutput) -> ChatChoice:
+        plan = self.prompt.plan
+        answer = parse_whole(plan.parser(), text.text)
+        message = AssistantMessage(answer.content)
+        if answer.reasoning:
+            message.reasoning_content = answer.reasoning
+        if answer.calls:
+            message.content = answer.content or None
+            message.tool_calls = [
+                AnsweredToolCall(new_id("call"), CalledFunction(call.name, call.arguments))
+                for call in answer.calls
+            ]
+        return ChatChoice(
+            index=index,
+            message=message,
+            finish_reason=_finish_reason(text.finish_reason, plan, len(answer.calls)),
+            stop_reason=text.stop_reason,
+            logprobs=self._logprobs(text),
+            token_ids=self._ids(text.token_ids),
+        )
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The JSON of each chunk: role, pieces of text, the reason of the end, and the usage if asked for."""
-        usage = UsageCounter([len(self.prompt)])
-        prompts = [self.prompt] * len(self.params)
-        begun: set[int] = set()
+        usage = UsageCounter([len(self.prompt.token_ids)])
+        prompts = [self.prompt.token_ids] * len(self.params)
+        choices = [_Choice(self.prompt.plan.parser()) for _ in self.params]
         async with self.service.llm.generate(prompts, self.params, stream=True) as generation:
             async for index, output in generation:
                 usage.add(0, output)
-                if index not in begun:
-                    begun.add(index)
-                    yield self._chunk(ChatChunkChoice(index, ChatDelta(role="assistant", content="")))
-                text = output.outputs[0]
-                if text.text or text.logprobs:
-                    logprobs = self._logprobs(text)
-                    yield self._chunk(ChatChunkChoice(index, ChatDelta(content=text.text), logprobs=logprobs))
-                if text.finish_reason is not None:
-                    yield self._chunk(
-                        ChatChunkChoice(
-                            index, ChatDelta(), finish_reason=text.finish_reason, stop_reason=text.stop_reason
-                        )
-                    )
+                for chunk in self._chunks(index, choices[index], output.outputs[0]):
+                    yield self._encode([chunk], usage.usage() if self.body.continuous_usage else None)
         if self.body.include_usage:
-            yield msgspec.json.encode(
-                ChatCompletionChunk(self.id, self.created, self.service.model_name, [], usage.usage())
-            )
+            yield self._encode([], usage.usage())
 
-    def _chunk(self, choice: ChatChunkChoice) -> bytes:
+    def _chunks(self, index: int, choice: _Choice, text: CompletionOutput) -> list[ChatChunkChoice]:
+        """What an output adds to its choice. Log-probabilities and token ids go with the first of its chunks."""
+        events = choice.parser.push(text.text)
+        if text.finish_reason is not None:
+            events += choice.parser.finish()
+        choice.calls += sum(isinstance(event, CallBegin) for event in events)
+        chunks = [ChatChunkChoice(index, delta) for delta in map(_delta, events)]
+        if not chunks and (text.logprobs or (self.body.return_token_ids and text.token_ids)):
+            # The text of these tokens is still held back.
+            chunks.append(ChatChunkChoice(index, ChatDelta(content="")))
+        if chunks:
+            chunks[0].logprobs = self._logprobs(text)
+            chunks[0].token_ids = self._ids(text.token_ids)
+        if not choice.begun:
+            choice.begun = True
+            chunks.insert(0, ChatChunkChoice(index, ChatDelta(role="assistant", content="")))
+        if text.finish_reason is not None:
+            reason = _finish_reason(text.finish_reason, self.prompt.plan, choice.calls)
+            chunks.append(
+                ChatChunkChoice(index, ChatDelta(), finish_reason=reason, stop_reason=text.stop_reason)
+            )
+        return chunks
+
+    def _encode(self, choices: list[ChatChunkChoice], count: Usage | None) -> bytes:
         # With include_usage every chunk has the field, null but in the last one.
-        usage = None if self.body.include_usage else UNSET
+        usage = count if count is not None or self.body.include_usage else UNSET
         return msgspec.json.encode(
-            ChatCompletionChunk(self.id, self.created, self.service.model_name, [choice], usage)
+            ChatCompletionChunk(self.id, self.created, self.service.model_name, choices, usage)
         )
 
     def _logprobs(self, text: CompletionOutput) -> ChatLogprobs | None:
@@ -137,3 +201,24 @@ class _Job:
             return None
         top = self.body.top_logprobs or 0
         return chat_logprobs(text.token_ids, text.logprobs, top, self.service.llm.tokenizer)
+
+    def _ids(self, token_ids: Sequence[int]) -> list[int] | UnsetType:
+        return list(token_ids) if self.body.return_token_ids else UNSET
+
+
+def _finish_reason(reason: str | None, plan: AnswerPlan, calls: int) -> str | None:
+    """As at OpenAI: a call that the user forced by name ends with "stop" like a text."""
+    return "tool_calls" if calls and reason == "stop" and plan.mode != "named" else reason
+
+
+def _delta(event: Event) -> ChatDelta:
+    match event:
+        case Reasoning(text):
+            return ChatDelta(reasoning_content=text)
+        case Content(text):
+            return ChatDelta(content=text)
+        case CallBegin(index, name):
+            call = ToolCallDelta(index, CalledFunction(name, ""), id=new_id("call"), type="function")
+            return ChatDelta(tool_calls=[call])
+        case CallArguments(index, text):
+            return ChatDelta(tool_calls=[ToolCallDelta(index, CalledFunction(arguments=text))])

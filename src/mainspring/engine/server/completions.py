@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
 import msgspec
 from fastapi import APIRouter, Request, Response
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
-from mainspring.engine.outputs import CompletionOutput
+from mainspring.engine.outputs import CompletionOutput, RequestOutput
 from mainspring.engine.sampling_params import SamplingParams
 from mainspring.engine.server.answers import UsageCounter, completion_logprobs
+from mainspring.engine.server.completion_types import Completion, CompletionChoice, CompletionRequest
 from mainspring.engine.server.disconnect import until_disconnect
 from mainspring.engine.server.event_stream import EventStream
-from mainspring.engine.server.openai_types import (
-    Completion,
-    CompletionChoice,
-    CompletionLogprobs,
-    CompletionRequest,
-)
+from mainspring.engine.server.fill_in_middle import FillInMiddle
+from mainspring.engine.server.openai_types import CompletionLogprobs, Usage
 from mainspring.engine.server.sampling import completion_params, for_choices
-from mainspring.engine.server.service import Service, check_texts, json_response, new_id, service_of
+from mainspring.engine.server.service import Service, json_response, new_id, service_of
 from mainspring.errors import InvalidRequestError
 
 router = APIRouter()
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """One prompt. `text`: as an echo shows it; the first `num_hidden` ids are not in it."""
+
+    token_ids: list[int]
+    text: str
+    num_hidden: int
 
 
 @router.post("/v1/completions")
@@ -35,9 +41,13 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     service.check_model(body.model)
     params = completion_params(body)
     given = _split(body.prompt)
-    n = body.n or 1
-    check_texts(len(given), n)
-    prompts = [await _token_ids(service, prompt) for prompt in given]
+    n = service.check_choices(len(given), body.n)
+    if body.suffix:
+        marks = FillInMiddle.of(service.llm.tokenizer)
+        params = msgspec.structs.replace(
+            params, stop_token_ids=[*(params.stop_token_ids or ()), *marks.stop_token_ids]
+        )
+    prompts = [await _prompt(service, prompt, body.suffix or "") for prompt in given]
     job = _Job(
         service, body, prompts, n, for_choices(params, len(prompts), n), new_id("cmpl"), int(time.time())
     )
@@ -54,13 +64,43 @@ def _split(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str | 
     return list(several) if several else [[item for item in prompt if isinstance(item, int)]]
 
 
-async def _token_ids(service: Service, prompt: str | list[int]) -> list[int]:
-    if isinstance(prompt, list):
-        return prompt
+async def _prompt(service: Service, prompt: str | list[int], suffix: str) -> _Prompt:
     if not prompt:
         # Said here, because a tokenizer that adds a first token would make one of nothing.
-        raise InvalidRequestError("the prompt is empty; give at least one character", "prompt")
-    return await service.llm.encode(prompt)
+        raise InvalidRequestError("the prompt is empty; give at least one token", "prompt")
+    tokenizer = service.llm.tokenizer
+    if isinstance(prompt, list):
+        # The engine refuses ids that it does not have; none of them is read before.
+        known = all(0 <= token_id < service.llm.limits.vocab_size for token_id in prompt)
+        text = tokenizer.decode(prompt, skip_special_tokens=False) if known else ""
+    else:
+        text = prompt
+    if suffix:
+        prefix = (
+            prompt if isinstance(prompt, list) else await service.llm.encode(text, add_special_tokens=False)
+        )
+        before = await service.llm.encode("")
+        after = await service.llm.encode(suffix, add_special_tokens=False)
+        token_ids = FillInMiddle.of(tokenizer).prompt(before, prefix, after)
+        return _Prompt(token_ids, text, len(token_ids))
+    if isinstance(prompt, list):
+        return _Prompt(prompt, text, 0)
+    token_ids = await service.llm.encode(prompt)
+    num_hidden = 0
+    for token_id in token_ids:
+        token = tokenizer.decode([token_id], skip_special_tokens=False)
+        if token_id not in tokenizer.special_token_ids or text.startswith(token):
+            break
+        num_hidden += 1
+    return _Prompt(token_ids, text, num_hidden)
+
+
+@dataclass(slots=True)
+class _Progress:
+    """What has been sent of one streamed choice. `offset`: of its next token's text."""
+
+    offset: int = 0
+    begun: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +109,7 @@ class _Job:
 
     service: Service
     body: CompletionRequest
-    prompts: list[list[int]]
+    prompts: list[_Prompt]
     n: int
     params: list[SamplingParams]
     id: str
@@ -77,48 +117,97 @@ class _Job:
 
     @property
     def _repeated(self) -> list[list[int]]:
-        return [prompt for prompt in self.prompts for _ in range(self.n)]
+        return [prompt.token_ids for prompt in self.prompts for _ in range(self.n)]
+
+    @property
+    def _usage(self) -> UsageCounter:
+        return UsageCounter([len(prompt.token_ids) for prompt in self.prompts])
 
     async def answer(self) -> Completion:
         """All choices, complete."""
-        usage = UsageCounter([len(prompt) for prompt in self.prompts])
+        usage = self._usage
         choices: dict[int, CompletionChoice] = {}
         async with self.service.llm.generate(self._repeated, self.params, stream=False) as generation:
             async for index, output in generation:
-                usage.add(index // self.n, output)
-                choices[index] = _choice(index, output.outputs[0], _logprobs(output.outputs[0], 0))
+                self._count(usage, index, output)
+                choices[index] = self._choice(index, output, _Progress())
         ordered = [choices[index] for index in sorted(choices)]
         return Completion(self.id, self.created, self.service.model_name, ordered, usage.usage())
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The JSON of each chunk: pieces of text, the last one with the reason of the end; then the usage."""
-        usage = UsageCounter([len(prompt) for prompt in self.prompts])
-        offsets = [0] * len(self.params)
+        usage = self._usage
+        progress = [_Progress() for _ in self.params]
         async with self.service.llm.generate(self._repeated, self.params, stream=True) as generation:
             async for index, output in generation:
-                usage.add(index // self.n, output)
-                text = output.outputs[0]
-                logprobs = _logprobs(text, offsets[index])
-                if logprobs is not None:
-                    offsets[index] += sum(map(len, logprobs.tokens))
-                if text.text or text.logprobs or text.finish_reason is not None:
-                    yield self._chunk(_choice(index, text, logprobs))
+                self._count(usage, index, output)
+                choice = self._choice(index, output, progress[index])
+                if choice.text or choice.logprobs or choice.token_ids or choice.finish_reason is not None:
+                    yield self._encode([choice], usage.usage() if self.body.continuous_usage else None)
         if self.body.include_usage:
-            yield msgspec.json.encode(
-                Completion(self.id, self.created, self.service.model_name, [], usage.usage())
-            )
+            yield self._encode([], usage.usage())
 
-    def _chunk(self, choice: CompletionChoice) -> bytes:
-        # With include_usage every chunk has the field, null but in the last one.
-        usage = None if self.body.include_usage else UNSET
-        return msgspec.json.encode(
-            Completion(self.id, self.created, self.service.model_name, [choice], usage)
+    def _count(self, usage: UsageCounter, index: int, output: RequestOutput) -> None:
+        if self._only_echoes:
+            usage.add_cached(index // self.n, output)
+        else:
+            usage.add(index // self.n, output)
+
+    @property
+    def _only_echoes(self) -> bool:
+        """The one token that the engine generates is not wanted."""
+        return bool(self.body.echo) and self.body.max_tokens == 0
+
+    def _choice(self, index: int, output: RequestOutput, progress: _Progress) -> CompletionChoice:
+        """An output as a choice, or as what a chunk adds to it; an echo goes before its first text."""
+        prompt, text = self.prompts[index // self.n], output.outputs[0]
+        choice = CompletionChoice(index, text.text, text.finish_reason, text.stop_reason)
+        choice.logprobs = self._logprobs(text, progress)
+        choice.token_ids = self._ids(text.token_ids)
+        if self._only_echoes:
+            choice = CompletionChoice(index, "", text.finish_reason, token_ids=self._ids([]))
+        if not progress.begun:
+            progress.begun = True
+            choice.prompt_token_ids = self._ids(prompt.token_ids)
+            if self.body.echo:
+                self._echo(choice, prompt, output, progress)
+        return choice
+
+    def _echo(
+        self, choice: CompletionChoice, prompt: _Prompt, output: RequestOutput, progress: _Progress
+    ) -> None:
+        """Puts the prompt before what there is of a choice."""
+        choice.text = prompt.text + choice.text
+        progress.offset += len(prompt.text)
+        if output.prompt_logprobs is None:
+            return
+        whole = completion_logprobs(
+            prompt.token_ids,
+            output.prompt_logprobs,
+            0,
+            self.service.llm.tokenizer,
+            num_hidden=prompt.num_hidden,
         )
+        if choice.logprobs is not None:
+            whole.tokens += choice.logprobs.tokens
+            whole.token_logprobs += choice.logprobs.token_logprobs
+            whole.top_logprobs += choice.logprobs.top_logprobs
+            whole.text_offset += [offset + len(prompt.text) for offset in choice.logprobs.text_offset]
+        choice.logprobs = whole
 
+    def _logprobs(self, text: CompletionOutput, progress: _Progress) -> CompletionLogprobs | None:
+        if text.logprobs is None:
+            return None
+        logprobs = completion_logprobs(
+            text.token_ids, text.logprobs, progress.offset, self.service.llm.tokenizer
+        )
+        progress.offset += sum(map(len, logprobs.tokens))
+        return logprobs
 
-def _choice(index: int, text: CompletionOutput, logprobs: CompletionLogprobs | None) -> CompletionChoice:
-    return CompletionChoice(index, text.text, text.finish_reason, text.stop_reason, logprobs)
+    def _encode(self, choices: list[CompletionChoice], count: Usage | None) -> bytes:
+        # With include_usage every chunk has the field, null but in the last one.
+        usage = count if count is not None or self.body.include_usage else UNSET
+        return msgspec.json.encode(Completion(self.id, self.created, self.service.model_name, choices, usage))
 
-
-def _logprobs(text: CompletionOutput, offset: int) -> CompletionLogprobs | None:
-    return None if text.logprobs is None else completion_logprobs(text.token_ids, text.logprobs, offset)
+    def _ids(self, token_ids: Sequence[int]) -> list[int] | UnsetType:
+        return list(token_ids) if self.body.return_token_ids else UNSET

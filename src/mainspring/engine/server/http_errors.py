@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from mainspring.engine.server.disconnect import ClientGoneError
-from mainspring.engine.server.openai_types import ChatCompletionRequest, CompletionRequest
 from mainspring.errors import (
     ChatTemplateError,
     EngineDeadError,
@@ -28,15 +29,18 @@ from mainspring.errors import (
 log = logging.getLogger(__name__)
 
 INVALID_REQUEST = "invalid_request_error"
+AUTHENTICATION = "authentication_error"
 NOT_FOUND = "not_found_error"
 PERMISSION = "permission_error"
 UNAVAILABLE = "service_unavailable_error"
 SERVER_ERROR = "server_error"
 
-_TYPE_OF_STATUS = {403: PERMISSION, 404: NOT_FOUND, 500: SERVER_ERROR, 503: UNAVAILABLE}
-_FIELDS_OF_PATH: Mapping[str, type[BaseModel]] = {
-    "/v1/chat/completions": ChatCompletionRequest,
-    "/v1/completions": CompletionRequest,
+_TYPE_OF_STATUS = {
+    401: AUTHENTICATION,
+    403: PERMISSION,
+    404: NOT_FOUND,
+    500: SERVER_ERROR,
+    503: UNAVAILABLE,
 }
 
 
@@ -119,7 +123,7 @@ async def _on_mainspring_error(request: Request, error: MainspringError) -> Resp
 
 
 async def _on_validation_error(request: Request, error: RequestValidationError) -> Response:
-    message, param, code = _explain(error.errors(), _FIELDS_OF_PATH.get(request.url.path))
+    message, param, code = _explain(error.errors(), _fields_of(request))
     return error_response(400, message, param=param, code=code)
 
 
@@ -148,13 +152,22 @@ async def _on_unexpected_error(request: Request, error: Exception) -> Response:
     )
 
 
+def _fields_of(request: Request) -> list[str]:
+    """The names that the body of this request's route may have."""
+    route = request.scope.get("route")
+    body = route.body_field if isinstance(route, APIRoute) else None
+    kind = None if body is None else body.field_info.annotation
+    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
+
+
 def _explain(
-    errors: Sequence[Mapping[str, Any]], model: type[BaseModel] | None
+    errors: Sequence[Mapping[str, Any]], fields: Sequence[str]
 ) -> tuple[str, str | None, str | None]:
     """Message, `param` and `code` of the first of pydantic's errors; the message counts the others."""
     first = errors[0]
     # The location is ("body", field, index or union member...); an empty one is the body as a whole.
-    path = [str(part) for part in first["loc"][1:]]
+    # A member of a union is named by its type, which is no name in the body.
+    path = [str(part) for part in first["loc"][1:] if re.fullmatch(r"[a-z0-9_]+", str(part))]
     kind = first["type"]
     if kind == "json_invalid":
         where = first["loc"][-1]
@@ -168,7 +181,7 @@ def _explain(
     param = ".".join(path)
     if kind == "extra_forbidden":
         message = f"Unrecognized request argument supplied: {param}."
-        known = list(model.model_fields) if model and len(path) == 1 else []
+        known = fields if len(path) == 1 else []
         if near := difflib.get_close_matches(param, known, n=1):
             message += f" Did you mean {near[0]!r}?"
         return message, param, "unknown_parameter"

@@ -62,6 +62,7 @@ class Metrics:
         self.model_name = model_name
         self.stats = stats
         self.engine_up = True
+        self.restarts = 0
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(self))
         ProcessCollector(registry=self._registry)
@@ -135,6 +136,19 @@ class _EngineCollector(Collector):
             ("generation_tokens", "Tokens generated.", stats.generation_tokens_total),
             ("num_preemptions", "Requests that gave their blocks back.", stats.preemptions_total),
             ("engine_steps", "Forward passes.", stats.steps_total),
+            ("engine_restarts", "Engine processes started after one had died.", self._metrics.restarts),
+            (
+                "prefix_cache_queries",
+                "Prompt tokens looked up in the prefix cache.",
+                stats.prefix_cache_queries_total,
+            ),
+            ("prefix_cache_hits", "Prompt tokens found in it.", stats.prefix_cache_hits_total),
+            ("spec_decode_num_draft_tokens", "Drafted tokens that were verified.", stats.draft_tokens_total),
+            (
+                "spec_decode_num_accepted_tokens",
+                "Drafted tokens that were accepted.",
+                stats.accepted_tokens_total,
+            ),
         )
         for name, text, total in counters:
             counter = CounterMetricFamily(f"{PREFIX}_{name}", text, labels=LABELS)

@@ -1,4 +1,4 @@
-"""The JSON of OpenAI's completions and chat completions: requests as pydantic models, answers as msgspec structs.
+"""What the JSON of several of OpenAI's routes shares: requests as pydantic models, answers as msgspec structs.
 
 Types and unknown names are checked here; ranges are checked once, by `SamplingParams`. A field of OpenAI's
 API that would change the text but is not supported is accepted only with its neutral value, so that no
@@ -7,19 +7,20 @@ field silently does nothing.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
-from msgspec import UNSET, UnsetType
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-MAX_CHOICES = 128
+from mainspring.engine.sampling_params import MAX_N
+
+MAX_CHOICES = MAX_N
 MAX_LOGPROBS = 20
 
 Tokens: TypeAlias = list[int]
 
 
-def _neutral(*values: object) -> AfterValidator:
+def neutral(*values: object) -> AfterValidator:
     """Accepts only the values that ask for nothing."""
 
     def check(value: object) -> object:
@@ -30,18 +31,7 @@ def _neutral(*values: object) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _prompts(value: Any) -> Any:
-    """Checks a completion's prompt: text, token ids, or a non-empty list of either."""
-    if isinstance(value, str) or _is_ids(value):
-        return value
-    if isinstance(value, list) and (all(isinstance(item, str) for item in value) or all(map(_is_ids, value))):
-        return value
-    raise ValueError(
-        "must be a string, a list of token ids, a list of strings, or a list of lists of token ids"
-    )
-
-
-def _is_ids(value: Any) -> bool:
+def is_ids(value: Any) -> bool:
     """Whether this is a list of token ids. An empty list is one: an empty prompt is refused later, by name."""
     return isinstance(value, list) and all(type(item) is int for item in value)
 
@@ -55,43 +45,42 @@ def _stops(value: Any) -> Any:
     raise ValueError("must be a string or a list of strings")
 
 
-def _content(value: Any) -> Any:
-    """Checks a message's content; the chat template decides how its parts are joined."""
-    if isinstance(value, str):
+def _biases(value: Any) -> Any:
+    """Token ids are the names of an object's members in JSON, and so strings."""
+    if not isinstance(value, dict):
         return value
-    if not isinstance(value, list):
-        raise ValueError("must be a string or a list of text parts")
-    for part in value:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise ValueError(f"content parts must be {{'type': 'text', 'text': string}}, not {kind!r}")
-    return value
+    keys = [key for key in value if not (isinstance(key, str) and key.isdecimal() and len(key) < 20)]
+    if keys:
+        raise ValueError(f"its names must be token ids, not {str(keys[0])[:40]!r}")
+    return {int(key): bias for key, bias in value.items()}
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """A request: no unknown name, and no value that is of another type than it should be."""
+
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
-class StreamOptions(_Body):
+class StructuredOutputs(Body):
+    """What the text must be; exactly one is given. As in vLLM."""
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
+class StreamOptions(Body):
     """What a stream carries besides its text."""
 
     include_usage: bool | None = None
-    continuous_usage_stats: Annotated[bool | None, _neutral(None, False)] = None
-    include_obfuscation: Annotated[bool | None, _neutral(None, False)] = None
+    # vLLM's: every chunk counts the tokens so far.
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: Annotated[bool | None, neutral(None, False)] = None
 
 
-class ChatMessage(_Body):
-    """One message of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | list[dict[str, Any]], BeforeValidator(_content)]
-    name: str | None = None
-    refusal: Annotated[str | None, _neutral(None)] = None
-    tool_calls: Annotated[list[Any] | None, _neutral(None, [])] = None
-    tool_call_id: str | None = None
-
-
-class GenerationRequest(_Body):
+class GenerationRequest(Body):
     """What chat and plain completions share. None means: not given."""
 
     model: str | None = None
@@ -103,9 +92,17 @@ class GenerationRequest(_Body):
     top_p: float | None = None
     seed: int | None = None
     stop: Annotated[str | list[str] | None, BeforeValidator(_stops)] = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Annotated[dict[int, float] | None, BeforeValidator(_biases)] = None
     # Names of vLLM's, beyond OpenAI's.
     top_k: int | None = None
     min_p: float | None = None
+    repetition_penalty: float | None = None
+    allowed_token_ids: Tokens | None = None
+    bad_words: list[str] | None = None
+    structured_outputs: StructuredOutputs | None = None
+    return_token_ids: bool | None = None
     min_tokens: int | None = None
     stop_token_ids: Tokens | None = None
     ignore_eos: bool | None = None
@@ -118,39 +115,16 @@ class GenerationRequest(_Body):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    # Of OpenAI's, not supported.
-    presence_penalty: Annotated[float | None, _neutral(None, 0.0)] = None
-    frequency_penalty: Annotated[float | None, _neutral(None, 0.0)] = None
-    logit_bias: Annotated[dict[str, float] | None, _neutral(None, {})] = None
 
     @property
     def include_usage(self) -> bool:
         """Whether a stream ends with a chunk that counts its tokens."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-
-class ChatCompletionRequest(GenerationRequest):
-    """The body of POST /v1/chat/completions."""
-
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    modalities: Annotated[list[str] | None, _neutral(None, ["text"])] = None
-    response_format: Annotated[dict[str, Any] | None, _neutral(None, {"type": "text"})] = None
-    tools: Annotated[list[Any] | None, _neutral(None, [])] = None
-    tool_choice: Annotated[str | None, _neutral(None, "none", "auto")] = None
-    parallel_tool_calls: bool | None = None
-
-
-class CompletionRequest(GenerationRequest):
-    """The body of POST /v1/completions."""
-
-    prompt: Annotated[str | Tokens | list[str] | list[Tokens], BeforeValidator(_prompts)]
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    best_of: Annotated[int | None, _neutral(None, 1)] = None
-    echo: Annotated[bool | None, _neutral(None, False)] = None
-    suffix: Annotated[str | None, _neutral(None, "")] = None
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every chunk of a stream counts the tokens so far."""
+        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
 
 class PromptTokensDetails(msgspec.Struct):
@@ -190,90 +164,12 @@ class ChatLogprobs(msgspec.Struct):
 
 
 class CompletionLogprobs(msgspec.Struct):
-    """Log-probabilities of a completion: parallel lists, one entry a token."""
+    """Log-probabilities of a completion: parallel lists, one entry a token. The first of a prompt has none."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
-
-
-class AssistantMessage(msgspec.Struct):
-    """The answer of a chat completion."""
-
-    content: str
-    role: str = "assistant"
-    refusal: None = None
-
-
-class ChatChoice(msgspec.Struct):
-    """One answer of a chat completion."""
-
-    index: int
-    message: AssistantMessage
-    finish_reason: str | None
-    stop_reason: int | str | None = None
-    logprobs: ChatLogprobs | None = None
-
-
-class ChatDelta(msgspec.Struct):
-    """What a chunk adds to a message."""
-
-    role: str | UnsetType = UNSET
-    content: str | UnsetType = UNSET
-
-
-class ChatChunkChoice(msgspec.Struct):
-    """What a chunk adds to one answer."""
-
-    index: int
-    delta: ChatDelta
-    finish_reason: str | None = None
-    stop_reason: int | str | UnsetType | None = UNSET
-    logprobs: ChatLogprobs | None = None
-
-
-class CompletionChoice(msgspec.Struct):
-    """One completion, or what a chunk adds to it."""
-
-    index: int
-    text: str
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-    logprobs: CompletionLogprobs | None = None
-
-
-class ChatCompletion(msgspec.Struct):
-    """The answer to POST /v1/chat/completions."""
-
-    id: str
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-    object: str = "chat.completion"
-
-
-class ChatCompletionChunk(msgspec.Struct):
-    """One event of a streamed chat completion."""
-
-    id: str
-    created: int
-    model: str
-    choices: list[ChatChunkChoice]
-    usage: Usage | UnsetType | None = UNSET
-    object: str = "chat.completion.chunk"
-
-
-class Completion(msgspec.Struct):
-    """The answer to POST /v1/completions, or one event of its stream."""
-
-    id: str
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: Usage | UnsetType | None = UNSET
-    object: str = "text_completion"
 
 
 class ModelCard(msgspec.Struct):

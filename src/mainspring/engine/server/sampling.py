@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import msgspec
 
-from mainspring.engine.sampling_params import SamplingParams
-from mainspring.engine.server.openai_types import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from mainspring.engine.sampling_params import SamplingParams, StructuredOutputsParams
+from mainspring.engine.server.chat_types import ChatCompletionRequest
+from mainspring.engine.server.completion_types import CompletionRequest
+from mainspring.engine.server.openai_types import GenerationRequest
 from mainspring.errors import InvalidRequestError
 
 # What both APIs hand on under the name that SamplingParams has for it.
@@ -19,6 +21,12 @@ _SHARED = (
     "seed",
     "max_tokens",
     "min_tokens",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words",
     "stop",
     "stop_token_ids",
     "ignore_eos",
@@ -32,7 +40,13 @@ def completion_params(body: CompletionRequest) -> SamplingParams:
 
     Raises: InvalidRequestError, which names the field.
     """
-    return msgspec.structs.replace(_shared_params(body, max_tokens=16), logprobs=body.logprobs)
+    if body.max_tokens == 0 and body.echo:
+        # The engine always generates; the answer leaves that token out.
+        body = body.model_copy(update={"max_tokens": 1})
+    prompt_logprobs = body.logprobs if body.echo else None
+    return msgspec.structs.replace(
+        _shared_params(body, max_tokens=16), logprobs=body.logprobs, prompt_logprobs=prompt_logprobs
+    )
 
 
 def chat_params(body: ChatCompletionRequest) -> SamplingParams:
@@ -57,7 +71,10 @@ def chat_params(body: ChatCompletionRequest) -> SamplingParams:
 def _shared_params(body: GenerationRequest, *, max_tokens: int | None) -> SamplingParams:
     """The shared fields; those that are not given (or null) keep the defaults of SamplingParams."""
     given = {name: getattr(body, name) for name in _SHARED if getattr(body, name) is not None}
-    return SamplingParams(**{"max_tokens": max_tokens, **given})
+    structured = None
+    if body.structured_outputs is not None:
+        structured = StructuredOutputsParams(**body.structured_outputs.model_dump(by_alias=True))
+    return SamplingParams(**{"max_tokens": max_tokens, "structured_outputs": structured, **given})
 
 
 def for_choices(params: SamplingParams, prompts: int, n: int) -> list[SamplingParams]:

@@ -9,12 +9,14 @@ import signal
 import socket
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mainspring.engine.config import EngineConfig
-from mainspring.engine.server.client import EngineProcess
-from mainspring.engine.server.protocol import Load, Progress, Ready
+from mainspring.engine.sampling_params import MAX_N
+from mainspring.engine.server.protocol import Load, Ready
 from mainspring.engine.server.reporter import Reporter
+from mainspring.engine.server.supervisor import EngineSupervisor
 from mainspring.errors import ChatTemplateError, ConfigError, EngineDeadError
 
 if TYPE_CHECKING:
@@ -39,6 +41,15 @@ class ServerSettings:
         num_threads: threads of one operation on a CPU; None: PyTorch's choice.
         max_body_bytes: largest request body.
         drain_seconds: how long running requests may go on after SIGTERM.
+        max_choices: largest `n` of a request.
+        template_seconds: how long the chat template may take for one conversation.
+        chat_template: a file with a Jinja template to use instead of the model's own.
+        tool_parser: the format of the model's calls: "auto" (by its chat template), "none", or one of TOOL_FORMATS.
+        reasoning_parser: "think", "none", or "auto" (by its chat template).
+        api_keys: any of these opens the API; without one it is open.
+        admin_keys: any of these opens the routes of administration; without one they are closed.
+        open_paths: paths that need no key: files of a page that asks for it.
+        max_restarts: how often the engine process is started again after it has died.
         allowed_hosts: names that a Host header may have besides the loopback ones. The header is checked
             when the server listens on a loopback address only, or when names are given.
 
@@ -57,6 +68,15 @@ class ServerSettings:
     num_threads: int | None = None
     max_body_bytes: int = 16 * 2**20
     drain_seconds: float = 30.0
+    max_choices: int = 128
+    template_seconds: float = 5.0
+    chat_template: str | None = None
+    tool_parser: str = "auto"
+    reasoning_parser: str = "auto"
+    api_keys: tuple[str, ...] = ()
+    admin_keys: tuple[str, ...] = ()
+    open_paths: frozenset[str] = frozenset()
+    max_restarts: int = 0
     allowed_hosts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -68,6 +88,14 @@ class ServerSettings:
             raise ConfigError(f"max_body_bytes is {self.max_body_bytes}, but must be at least 1")
         if not 0 <= self.drain_seconds < float("inf"):
             raise ConfigError(f"drain_seconds is {self.drain_seconds}, but must be a number of at least 0")
+        if not 1 <= self.max_choices <= MAX_N:
+            raise ConfigError(f"max_choices is {self.max_choices}, but must be between 1 and {MAX_N}")
+        if not 0 < self.template_seconds < float("inf"):
+            raise ConfigError(f"template_seconds is {self.template_seconds}, but must be a number above 0")
+        if self.max_restarts < 0:
+            raise ConfigError(f"max_restarts is {self.max_restarts}, but must be at least 0")
+        if not all((*self.api_keys, *self.admin_keys)):
+            raise ConfigError("an empty key was given, which everybody knows; give another or none")
 
 
 def run_server(
@@ -83,13 +111,14 @@ def run_server(
         EngineDeadError: the engine process ended before it was ready.
     """
     listener = _bind(settings.host, settings.port)
-    with listener, _engine_process() as engine:
+    template = _read_template(settings.chat_template)
+    with listener, EngineSupervisor(reporter, settings.max_restarts) as supervisor:
         reporter.step(f"Looking for the model {settings.model}")
         # The engine process imports PyTorch meanwhile.
         from mainspring.engine.server.model_source import resolve_model
 
         resolved = resolve_model(settings.model, settings.dtype, reporter)
-        engine.send(
+        supervisor.load(
             Load(
                 model=str(resolved.path),
                 device=settings.device,
@@ -100,20 +129,16 @@ def run_server(
             )
         )
         reporter.step("Starting the engine")
-        return asyncio.run(_serve(settings, reporter, extend, listener, engine, resolved))
+        return asyncio.run(_serve(settings, reporter, extend, listener, supervisor, resolved, template))
 
 
-@contextlib.contextmanager
-def _engine_process() -> Iterator[EngineProcess]:
-    engine = EngineProcess()
+def _read_template(path: str | None) -> str | None:
+    if path is None:
+        return None
     try:
-        yield engine
-    except BaseException:
-        # It may be importing or loading, where it reads no messages.
-        engine.kill()
-        raise
-    finally:
-        engine.stop()
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The chat template {path!r} cannot be read: {error}") from error
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -142,41 +167,32 @@ async def _serve(
     reporter: Reporter,
     extend: Callable[[FastAPI, AsyncLLM], None] | None,
     listener: socket.socket,
-    engine: EngineProcess,
+    supervisor: EngineSupervisor,
     resolved: ResolvedModel,
+    template: str | None,
 ) -> int:
-    signals = _Signals(engine)
+    signals = _Signals(supervisor)
     # Imported here, and the tokenizer read, while the engine process loads the model.
     import uvicorn
 
-    from mainspring.engine.server.app import create_app
-    from mainspring.engine.server.async_llm import AsyncLLM
-    from mainspring.engine.server.metrics import Metrics
-    from mainspring.engine.server.middleware import LOOPBACK_NAMES, DrainGate, is_loopback
-    from mainspring.engine.server.service import Service
     from mainspring.formats.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.from_directory(resolved.path)
+    tokenizer = Tokenizer.from_directory(
+        resolved.path, chat_template=template, template_seconds=settings.template_seconds
+    )
     warm = asyncio.create_task(asyncio.to_thread(_start_template, tokenizer))
-    ready = await signals.unless_stopped(_until_ready(engine, reporter))
+    ready = await signals.unless_stopped(supervisor.until_ready())
     if ready is None:
-        engine.kill()
+        supervisor.kill()
         return 0
     await warm
     name = settings.served_model_name or resolved.name
-    llm = AsyncLLM(engine, ready, tokenizer, tokenizer.eos_token_ids, Metrics(name, ready.stats))
-    gate = DrainGate()
-    hosts: set[str] = set(settings.allowed_hosts)
-    if hosts or is_loopback(settings.host):
-        hosts |= {*LOOPBACK_NAMES, settings.host}
-    app = create_app(Service(llm, name, gate), max_body_bytes=settings.max_body_bytes, allowed_hosts=hosts)
-    if extend is not None:
-        extend(app, llm)
+    gate, llm, app = _application(settings, extend, supervisor, ready, tokenizer, name)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=2
     )
     server = _server_without_signals(config)
-    messages = asyncio.create_task(llm.run())
+    messages = asyncio.create_task(supervisor.run(llm))
     drain = asyncio.create_task(_drain(signals, gate, llm, server, settings.drain_seconds, reporter))
     # From here on connections wait in the listener's queue until uvicorn takes them.
     listener.listen(config.backlog)
@@ -190,23 +206,46 @@ async def _serve(
     return 0
 
 
+def _application(
+    settings: ServerSettings,
+    extend: Callable[[FastAPI, AsyncLLM], None] | None,
+    supervisor: EngineSupervisor,
+    ready: Ready,
+    tokenizer: Tokenizer,
+    name: str,
+) -> tuple[DrainGate, AsyncLLM, FastAPI]:
+    """The engine's asynchronous face, and the routes on it."""
+    from mainspring.engine.server.app import create_app
+    from mainspring.engine.server.async_llm import AsyncLLM
+    from mainspring.engine.server.keys import AccessKeys
+    from mainspring.engine.server.metrics import Metrics
+    from mainspring.engine.server.middleware import LOOPBACK_NAMES, DrainGate, is_loopback
+    from mainspring.engine.server.service import Service, ServiceLimits
+    from mainspring.engine.server.tool_calls.formats import detect
+
+    form = detect(tokenizer.chat_template, settings.tool_parser, settings.reasoning_parser)
+    llm = AsyncLLM(supervisor.engine, ready, tokenizer, tokenizer.eos_token_ids, Metrics(name, ready.stats))
+    gate = DrainGate()
+    hosts: set[str] = set(settings.allowed_hosts)
+    if hosts or is_loopback(settings.host):
+        hosts |= {*LOOPBACK_NAMES, settings.host}
+    service = Service(llm, name, gate, form, ServiceLimits(max_choices=settings.max_choices))
+    app = create_app(
+        service,
+        max_body_bytes=settings.max_body_bytes,
+        allowed_hosts=hosts,
+        keys=AccessKeys(settings.api_keys, settings.admin_keys, settings.open_paths),
+    )
+    if extend is not None:
+        extend(app, llm)
+    return gate, llm, app
+
+
 def _start_template(tokenizer: Tokenizer) -> None:
     """Starts the chat template's process, so that the first request need not wait for it."""
     # A template may refuse this conversation, and a model may have none; requests will be told.
     with contextlib.suppress(ChatTemplateError):
         tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}])
-
-
-async def _until_ready(engine: EngineProcess, reporter: Reporter) -> Ready:
-    """Shows the engine's progress until it is ready."""
-    while True:
-        match await engine.receive():
-            case Progress(message):
-                reporter.step(message)
-            case Ready() as ready:
-                return ready
-            case other:
-                raise EngineDeadError(f"The engine sent {type(other).__name__} before it was ready.")
 
 
 async def _drain(
@@ -235,16 +274,16 @@ async def _drain(
 class _Signals:
     """SIGTERM and Ctrl-C: the first sets `stop`, the second ends both processes at once."""
 
-    def __init__(self, engine: EngineProcess) -> None:
+    def __init__(self, supervisor: EngineSupervisor) -> None:
         self.stop = asyncio.Event()
-        self._engine = engine
+        self._supervisor = supervisor
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self.stop.is_set():
-            self._engine.kill()
+            self._supervisor.kill()
             os._exit(128 + number)
         self.stop.set()
 

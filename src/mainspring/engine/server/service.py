@@ -11,10 +11,18 @@ from fastapi import Request, Response
 
 from mainspring.engine.server.async_llm import AsyncLLM
 from mainspring.engine.server.middleware import DrainGate
+from mainspring.engine.server.tool_calls.formats import AnswerFormat
 from mainspring.errors import InvalidRequestError, ModelNotFoundError
 
 # One body may ask for that many texts: prompts times choices.
 MAX_TEXTS = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceLimits:
+    """What one request may ask for at most. `max_choices`: its `n`."""
+
+    max_choices: int = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +32,35 @@ class Service:
     llm: AsyncLLM
     model_name: str
     gate: DrainGate
+    answer_format: AnswerFormat
+    limits: ServiceLimits = field(default_factory=ServiceLimits)
     created: int = field(default_factory=lambda: int(time.time()))
 
     def check_model(self, name: str | None) -> None:
         """Refuses a model that is not served here; none means the one that is."""
         if name is not None and name != self.model_name:
             raise ModelNotFoundError(f"There is no model {name!r} here; this server has {self.model_name!r}.")
+
+    def check_choices(self, prompts: int, n: int | None) -> int:
+        """The number of choices a prompt; refuses a body that asks for too many."""
+        choices = 1 if n is None else n
+        most = self.limits.max_choices
+        if choices > most:
+            raise InvalidRequestError(f"n is {choices}, but this server gives at most {most} choices", "n")
+        if prompts * choices > MAX_TEXTS:
+            raise InvalidRequestError(
+                f"{prompts} prompts with n={choices} ask for {prompts * choices} texts; "
+                f"at most {MAX_TEXTS} go in one request",
+                "n",
+            )
+        return choices
+
+    def check_template_reads(self, variable: str) -> None:
+        """Refuses a field that the chat template would not look at."""
+        if variable not in (self.llm.tokenizer.chat_template or ""):
+            raise InvalidRequestError(
+                f"this model's chat template does not read {variable}; leave it out", variable
+            )
 
 
 def service_of(request: Request) -> Service:
@@ -38,15 +69,6 @@ def service_of(request: Request) -> Service:
     if not isinstance(service, Service):
         raise TypeError("app.state.service is not set")
     return service
-
-
-def check_texts(prompts: int, n: int) -> None:
-    """Refuses a body that asks for too many texts."""
-    if prompts * n > MAX_TEXTS:
-        raise InvalidRequestError(
-            f"{prompts} prompts with n={n} ask for {prompts * n} texts; at most {MAX_TEXTS} go in one request",
-            "n",
-        )
 
 
 def new_id(prefix: str) -> str:

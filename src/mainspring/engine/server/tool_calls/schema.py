@@ -19,10 +19,11 @@ def calls_schema(
     definitions: dict[str, Any] = {}
     choices: list[dict[str, Any]] = []
     for number, (name, parameters) in enumerate(functions):
-        schema = dict(parameters) if parameters else {"type": "object"}
+        schema: dict[str, Any] = dict(parameters) if parameters else {"type": "object"}
         renamed: dict[str, str] = {}
         for place in _DEFINITIONS:
-            for key, value in (schema.pop(place, None) or {}).items():
+            found = schema.pop(place, None)
+            for key, value in (found if isinstance(found, dict) else {}).items():
                 renamed[f"#/{place}/{key}"] = f"#/$defs/{number}.{key}"
                 definitions[f"{number}.{key}"] = value
         for key in [key for key in definitions if key.startswith(f"{number}.")]:

@@ -1,0 +1,211 @@
+"""A conversation, with the tools that may be called in it, becomes a prompt and a plan for reading its answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import msgspec
+
+from mainspring.engine.sampling_params import SamplingParams, StructuredOutputsParams
+from mainspring.engine.server.chat_types import (
+    ChatMessage,
+    FunctionDefinition,
+    NamedToolChoice,
+    ResponseFormat,
+    Tool,
+)
+from mainspring.engine.server.service import Service
+from mainspring.engine.server.tool_calls.formats import AnswerFormat, AnswerPlan, prompt_opens_reasoning
+from mainspring.engine.server.tool_calls.schema import arguments_schema, calls_schema
+from mainspring.errors import InvalidRequestError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """What the chat routes share.
+
+    Attributes:
+        turns: the messages as chat templates expect them.
+        tool_choice: "none", "auto", "required", or the one function that must be called.
+        structured: what the answer's text must be, besides calls.
+        variables: handed to the chat template.
+    """
+
+    turns: list[dict[str, Any]]
+    tools: Sequence[FunctionDefinition] = ()
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice = "auto"
+    parallel_calls: bool = True
+    structured: StructuredOutputsParams | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    add_generation_prompt: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """The prompt's token ids, how its answers are to be read, and what holds the model to a form."""
+
+    token_ids: list[int]
+    plan: AnswerPlan
+    structured: StructuredOutputsParams | None
+    keep_special_tokens: bool
+
+    def held_to_its_form(self, params: SamplingParams) -> SamplingParams:
+        """The parameters of an answer to this prompt."""
+        if self.keep_special_tokens:
+            params = msgspec.structs.replace(params, skip_special_tokens=False)
+        return msgspec.structs.replace(params, structured_outputs=self.structured)
+
+
+def turn_of(message: ChatMessage) -> dict[str, Any]:
+    """A message as templates expect it. OpenAI's "developer" is what models were taught as "system".
+
+    Raises: InvalidRequestError, if a call's arguments are not JSON.
+    """
+    role = "system" if message.role == "developer" else message.role
+    turn: dict[str, Any] = {"role": role, "content": "" if message.content is None else message.content}
+    if message.name is not None:
+        turn["name"] = message.name
+    if message.reasoning_content is not None:
+        turn["reasoning_content"] = message.reasoning_content
+    if message.tool_call_id is not None:
+        turn["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        turn["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": _function(call.function.name, call.function.arguments),
+            }
+            for call in message.tool_calls
+        ]
+    return turn
+
+
+def _function(name: str, arguments: str) -> dict[str, Any]:
+    """Templates write arguments as JSON themselves, so they get them as values."""
+    try:
+        return {"name": name, "arguments": json.loads(arguments) if arguments.strip() else {}}
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequestError(
+            f"the arguments of a call of {name!r} are not JSON: {error}", "messages"
+        ) from error
+
+
+def structured_of(form: ResponseFormat | None) -> StructuredOutputsParams | None:
+    """What a response_format asks for.
+
+    Raises: InvalidRequestError.
+    """
+    if form is None or form.type == "text":
+        return None
+    if form.type == "json_object" or form.json_schema is None or form.json_schema.schema_ is None:
+        return StructuredOutputsParams(json_object=True)
+    return StructuredOutputsParams(json=form.json_schema.schema_)
+
+
+def functions_of(tools: Sequence[Tool] | None) -> list[FunctionDefinition]:
+    """The functions of a request's tools. Raises: InvalidRequestError, if two have one name."""
+    functions = [tool.function for tool in tools or ()]
+    names = [function.name for function in functions]
+    for name in names:
+        if names.count(name) > 1:
+            raise InvalidRequestError(f"tools has the function {name!r} more than once", "tools")
+    return functions
+
+
+async def make_prompt(service: Service, chat: Conversation) -> ChatPrompt:
+    """Renders the conversation and plans how its answers are read.
+
+    Raises:
+        InvalidRequestError: the tools do not go together with the rest, or with this model.
+        ChatTemplateError, TokenizerError.
+    """
+    mode, names, structured = _calls(chat, service.answer_format)
+    tools = [_described(function) for function in chat.tools] if mode != "text" else None
+    tokenizer = service.llm.tokenizer
+    text = await asyncio.to_thread(
+        tokenizer.apply_chat_template,
+        chat.turns,
+        tools=tools,
+        add_generation_prompt=chat.add_generation_prompt,
+        template_variables=chat.variables,
+    )
+    # The template has written the special tokens itself.
+    token_ids = await service.llm.encode(text, add_special_tokens=False)
+    form = service.answer_format
+    plan = AnswerPlan(
+        mode=mode,
+        names=names,
+        tools=form.tools,
+        # JSON begins at once: there is no room for thoughts.
+        reasons=form.reasons and (structured is None or not _is_json(structured)),
+        opened=prompt_opens_reasoning(text),
+    )
+    return ChatPrompt(token_ids, plan, structured, mode == "auto" and form.needs_special_tokens)
+
+
+def _calls(
+    chat: Conversation, form: AnswerFormat
+) -> tuple[Literal["text", "auto", "required", "named"], tuple[str, ...], StructuredOutputsParams | None]:
+    """How calls are to be read, the functions that may be called, and what holds the model to a form."""
+    names = tuple(function.name for function in chat.tools)
+    if not chat.tools:
+        if chat.tool_choice not in ("none", "auto"):
+            raise InvalidRequestError("tool_choice asks for a call, but there are no tools", "tool_choice")
+        return "text", (), chat.structured
+    if chat.tool_choice == "none":
+        return "text", (), chat.structured
+    if not form.presents_tools:
+        raise InvalidRequestError(
+            "this model's chat template does not show tools to the model; leave tools out, or start the server "
+            "with a template that does (--chat-template)",
+            "tools",
+        )
+    if chat.structured is not None and (chat.tool_choice != "auto" or _is_json(chat.structured)):
+        raise InvalidRequestError(
+            "an answer cannot be held to a form and call tools; leave out tools or the form, "
+            'or set tool_choice to "none"',
+            "tool_choice",
+        )
+    if chat.tool_choice == "auto":
+        if form.tools is None:
+            raise InvalidRequestError(
+                'this model\'s format of calls is not known; set tool_choice to "required" or to a function, or '
+                "start the server with --tool-parser",
+                "tools",
+            )
+        return "auto", names, chat.structured
+    try:
+        if chat.tool_choice == "required":
+            functions = [(function.name, function.parameters) for function in chat.tools]
+            return "required", names, _json(calls_schema(functions, parallel=chat.parallel_calls))
+        wanted = chat.tool_choice.function.name
+        for function in chat.tools:
+            if function.name == wanted:
+                return "named", (wanted,), _json(arguments_schema(function.parameters))
+    except RecursionError as error:
+        raise InvalidRequestError("the parameters of a tool are nested too deeply", "tools") from error
+    raise InvalidRequestError(
+        f"tool_choice names {wanted!r}, but the tools are {', '.join(map(repr, names))}", "tool_choice"
+    )
+
+
+def _is_json(structured: StructuredOutputsParams) -> bool:
+    return structured.json is not None or bool(structured.json_object)
+
+
+def _json(schema: dict[str, Any]) -> StructuredOutputsParams:
+    return StructuredOutputsParams(json=schema)
+
+
+def _described(function: FunctionDefinition) -> dict[str, Any]:
+    """A tool as templates show it."""
+    described: dict[str, Any] = {"name": function.name}
+    if function.description is not None:
+        described["description"] = function.description
+    described["parameters"] = function.parameters or {"type": "object", "properties": {}}
+    return {"type": "function", "function": described}
