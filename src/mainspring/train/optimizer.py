@@ -41,7 +41,7 @@ class Optimizer:
         self._gradients: dict[str, Tensor] = {}
         use_muon = settings.name == "muon"
         muon_names = {
-            name for name in self._masters if use_muon and _is_inner_matrix(name, self._masters[name])
+            name for name in self._masters if use_muon and is_inner_matrix(name, self._masters[name].ndim)
         }
         self._muon_parts = [part for part in self._parts if part.parameter in muon_names]
         self._muon = Muon(
@@ -66,7 +66,7 @@ class Optimizer:
             master,
             torch.zeros_like(master),
             torch.zeros_like(master),
-            self._settings.weight_decay if _is_inner_matrix(name, master) else 0.0,
+            self._settings.weight_decay if is_inner_matrix(name, master.ndim) else 0.0,
             self._weights[name] if self._has_masters else None,
         )
 
@@ -153,6 +153,6 @@ class Optimizer:
             yield f"muon.momentum.{part.name}", buffer
 
 
-def _is_inner_matrix(name: str, weight: Tensor) -> bool:
+def is_inner_matrix(name: str, dimensions: int) -> bool:
     """Matrices inside the layers, one or a stack of experts; not embeddings, the router, norms or biases."""
-    return weight.ndim >= 2 and name not in _EMBEDDINGS and not name.endswith("router.weight")
+    return dimensions >= 2 and name not in _EMBEDDINGS and not name.endswith("router.weight")

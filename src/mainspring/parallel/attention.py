@@ -1,0 +1,45 @@
+"""The twin of `Attention` under context parallelism: the same projections around a ring or an exchange of heads."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mainspring import ops
+from mainspring.model.layers import Attention
+from mainspring.ops import RopeAngles, TokenBatch
+from mainspring.parallel.context import ContextBatch
+from mainspring.parallel.layout import ContextMethod
+from mainspring.parallel.mesh import Group
+from mainspring.parallel.ring import ring_attention
+from mainspring.parallel.ulysses import ulysses_attention
+
+
+class ContextAttention(nn.Module):
+    """x: [T, hidden] of the rank's tokens -> [T, hidden]."""
+
+    def __init__(self, attention: Attention, group: Group, method: ContextMethod) -> None:
+        super().__init__()
+        self.group, self.method = group, method
+        self.layer, self.policy = attention.layer, attention.policy
+        self.num_heads, self.num_kv_heads = attention.num_heads, attention.num_kv_heads
+        self.head_dim, self.window, self.scale = attention.head_dim, attention.window, attention.scale
+        self.qkv, self.output = attention.qkv, attention.output
+        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
+
+    def forward(self, x: Tensor, batch: TokenBatch, angles: RopeAngles) -> Tensor:
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        qkv = self.qkv(x).unflatten(-1, (heads + 2 * kv_heads, self.head_dim))
+        q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = ops.rope(q, k, angles, policy=self.policy)
+        assert isinstance(batch, ContextBatch)  # `ParallelDecoder.batch` makes one under cp
+        if self.method == "ring":
+            out = ring_attention(q, k, v, batch, self.group, self.scale, self.window)
+        else:
+            out = ulysses_attention(
+                q, k, v, batch, self.group, layer=self.layer, scale=self.scale, window=self.window,
+                policy=self.policy,
+            )  # fmt: skip
+        attended: Tensor = self.output(out.flatten(1))
+        return attended

@@ -1,0 +1,128 @@
+"""The sharded twin of `Decoder`: a rank's stages of it, each a run of layers between the embedding and the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mainspring.formats.model_config import ModelConfig
+from mainspring.model.layers import RmsNorm
+from mainspring.model.rope import RotaryEmbedding
+from mainspring.ops import Policy, TokenBatch
+from mainspring.parallel.collectives import gather_rows
+from mainspring.parallel.context import ContextBatch, cut_stream
+from mainspring.parallel.experts import Balance, ParallelExperts
+from mainspring.parallel.layout import Layout
+from mainspring.parallel.mesh import Mesh, even_bounds
+from mainspring.parallel.placement import Placement
+from mainspring.parallel.tensor import TensorParallel
+from mainspring.parallel.vocabulary import embed, token_loss, whole_logits
+
+
+class ParallelDecoder(nn.Module):
+    """Made by `parallelize`. Parameters and modules bear the unsharded decoder's names (`layers.3.attention.qkv`).
+
+    `forward` and `logits` are the decoder's own, for layouts without a pipeline; a pipeline runs `run_stage`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        policy: Policy,
+        layout: Layout,
+        mesh: Mesh,
+        placement: Placement,
+        tp: TensorParallel,
+        balance: Balance,
+        embedding: nn.Parameter | None,
+        layers: dict[int, nn.Module],
+        norm: RmsNorm | None,
+        output_embedding: nn.Parameter | None,
+    ) -> None:
+        super().__init__()
+        self.config, self.policy, self.layout, self.mesh = config, policy, layout, mesh
+        self.placement, self.tp, self.balance = placement, tp, balance
+        self.embedding = embedding
+        self.layers = nn.ModuleDict({str(number): layer for number, layer in layers.items()})
+        self.norm = norm
+        self.output_embedding = output_embedding
+        self.rotary = RotaryEmbedding(config)
+        self.stages = layout.stages_of(mesh.index["pp"])
+        self.stage_layers = layout.stage_layers(config.num_layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The rank's rows of the output embedding, which may be the input one."""
+        weight = self.embedding if self.config.tie_word_embeddings else self.output_embedding
+        assert weight is not None  # asked of the last stage only
+        return weight
+
+    def batch(self, lengths: Sequence[int]) -> TokenBatch:
+        """The rank's part of a stream of whole documents of these lengths."""
+        if self.layout.cp > 1:
+            return cut_stream(lengths, self.mesh.group("cp"), self.device)
+        return TokenBatch.packed(lengths, self.device)
+
+    def own(self, tokens: Tensor, batch: TokenBatch) -> Tensor:
+        """Of a tensor over the whole stream [T, ...], what belongs to the rank's context [T / cp, ...]."""
+        if isinstance(batch, ContextBatch):
+            assert batch.index is not None  # `cut_stream` sets it
+            return tokens[batch.index]
+        return tokens
+
+    def stage_rows(self, batch: TokenBatch) -> int:
+        """Rows of the residual stream that pass between stages on this rank."""
+        if not self.tp.sliced:
+            return batch.num_tokens
+        bounds = even_bounds(batch.num_tokens, self.tp.group.size)
+        return bounds[self.tp.group.rank + 1] - bounds[self.tp.group.rank]
+
+    def run_stage(self, stage: int, x: Tensor, batch: TokenBatch) -> Tensor:
+        """x: tokens [T] int64 at the first stage, else the residual stream [rows, H] -> the residual stream; after
+        the last stage the hidden states under the final norm. Under tp the rows may be the rank's slice."""
+        self.tp.tokens = batch.num_tokens
+        if stage == 0:
+            assert self.embedding is not None  # the first stage holds it
+            residual = embed(x, self.embedding, self.config.vocab_size, self.tp)
+        else:
+            residual = x
+        angles = self.rotary.angles(batch)
+        update: Tensor | None = None
+        for number in self.stage_layers[stage]:
+            update, residual = self.layers[str(number)](update, residual, batch, angles)
+        assert update is not None  # a stage has at least one layer
+        if stage < self.layout.stages - 1:
+            return update + residual
+        assert self.norm is not None  # the last stage holds it
+        hidden, _ = self.norm.add(update, residual)
+        return hidden
+
+    def loss_sum(self, hidden: Tensor, batch: TokenBatch, targets: Tensor) -> Tensor:
+        """The sum of -log p of the rank's targets [T]; under tp the same on every rank of the group."""
+        self.tp.tokens = batch.num_tokens
+        return token_loss(hidden, self.output_weight, targets, self.config.vocab_size, self.tp)
+
+    def forward(self, tokens: Tensor, batch: TokenBatch) -> Tensor:
+        """tokens: [T] int64 -> hidden states after the final norm, [T, hidden], as `Decoder.forward`."""
+        hidden = self.run_stage(0, tokens, batch)
+        if self.tp.sliced:
+            hidden = gather_rows(hidden, batch.num_tokens, self.tp.group)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [N, hidden] -> [N, vocab] float32 on every rank. Without a gradient."""
+        return whole_logits(hidden, self.output_weight, self.config.vocab_size, self.tp)
+
+    def expert_blocks(self) -> list[ParallelExperts]:
+        """The rank's mixture-of-experts blocks, first to last."""
+        return [module for module in self.modules() if isinstance(module, ParallelExperts)]

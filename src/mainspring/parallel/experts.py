@@ -1,0 +1,215 @@
+"""Expert parallelism: each rank holds some experts, and tokens travel to theirs and back by all-to-all, none dropped.
+
+(GShard, arXiv 2006.16668, without its capacity; MegaBlocks, arXiv 2211.15841.) Under tensor parallelism the experts
+are cut like a dense MLP, and the ranks of a tensor-parallel group send the same tokens, each with its slice of the
+experts. Balance: an auxiliary loss (Switch Transformers, arXiv 2101.03961, equations 4 to 6) or a bias on the choice
+of experts that is moved by the load (Wang et al., arXiv 2408.15664).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mainspring import ops
+from mainspring.model.layers import MixtureOfExperts
+from mainspring.ops import Routing
+from mainspring.ops.precision import accumulator
+from mainspring.parallel.collectives import all_reduce, gather_rows, start_exchange
+from mainspring.parallel.mesh import Group
+from mainspring.parallel.tensor import TensorParallel, start_sum
+
+
+@dataclass
+class Balance:
+    """How experts are kept busy, and what they did. Shared by the blocks of a model.
+
+    auxiliary: coefficient of the loss E · sum_e f_e P_e, where f_e is the share of a micro-batch's slots that went to
+    expert e and P_e its mean probability (1 where all are equal). bias_rate: step of the bias on the choice.
+    """
+
+    auxiliary: float = 0.0
+    bias_rate: float = 0.0
+    weight: float = 1.0
+    """Of the micro-batch in flight: its tokens over the step's."""
+    losses: list[Tensor] = field(default_factory=list)
+    """Auxiliary losses of the forward pass in flight, times coefficient and weight, one a block."""
+
+    def take(self) -> Tensor | None:
+        """The sum of the forward pass's auxiliary losses, or None; it is to be added to the loss."""
+        losses, self.losses = self.losses, []
+        return torch.stack(losses).sum() if losses else None
+
+
+class ParallelExperts(nn.Module):
+    """The twin of `MixtureOfExperts` with the rank's experts (and its slice of each).
+
+    x: [T, H], the rank's tokens (of its rows, if the sequence is sliced) -> the same shape.
+    `load` counts the slots that each expert has been given since it was last cleared, [E] float64, by this rank.
+    """
+
+    load: Tensor
+    choice_bias: Tensor
+
+    def __init__(
+        self, block: MixtureOfExperts, tp: TensorParallel, experts: Group, context: Group, balance: Balance
+    ) -> None:
+        super().__init__()
+        self.tp, self.experts, self.context, self.balance = tp, experts, context, balance
+        self.num_experts, self.top_k, self.normalise = block.num_experts, block.top_k, block.normalise
+        self.router, self.gate_up, self.down = block.router, block.gate_up, block.down
+        device = block.gate_up.device
+        self.register_buffer("load", torch.zeros(self.num_experts, dtype=torch.float64, device=device), False)
+        self.register_buffer("choice_bias", torch.zeros(self.num_experts, device=device), False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tp, policy = self.tp, self.tp.policy
+        whole: Tensor = _Enter.apply(x, tp) if tp.group.size > 1 else x
+        routing = self._route(whole)
+        rows = dispatch(whole, routing, self.experts)
+        if rows.sorted.shape[0]:
+            gate_up = ops.grouped_linear(rows.sorted, self.gate_up, rows.counts, policy=policy)
+            out = ops.grouped_linear(
+                ops.swiglu(gate_up, policy=policy), self.down, rows.counts, policy=policy
+            )
+        else:  # no token came; the way back must still be in the graph, for all ranks walk it together
+            out = rows.sorted
+        mixed = ops.combine(rows.bring_back(out), routing, policy=policy)
+        if tp.group.size == 1:
+            return mixed
+        total: Tensor = _Leave.apply(mixed, tp)
+        return total
+
+    def _route(self, x: Tensor) -> Routing:
+        logits = self.router(x)
+        wide, policy = accumulator(x.dtype), self.tp.policy
+        chosen_by = logits
+        if self.balance.bias_rate:
+            chosen_by = logits.detach().to(wide) + self.choice_bias.to(wide)
+        routing = ops.route(
+            chosen_by, self.top_k, normalise=self.normalise, weights_dtype=wide, policy=policy
+        )
+        if self.balance.bias_rate:  # the bias chooses, it does not weigh
+            routing = dataclasses.replace(routing, weights=self._weights(logits, routing.experts))
+        if self.training:
+            counts = routing.offsets.diff().to(torch.float64)
+            self.load += counts
+            if self.balance.auxiliary:
+                self.balance.losses.append(self._auxiliary_loss(logits, counts))
+        return routing
+
+    def _weights(self, logits: Tensor, experts: Tensor) -> Tensor:
+        wide = logits.to(accumulator(logits.dtype))
+        if self.normalise:
+            return torch.softmax(wide.gather(1, experts.long()), -1)
+        return torch.softmax(wide, -1).gather(1, experts.long())
+
+    def _auxiliary_loss(self, logits: Tensor, counts: Tensor) -> Tensor:
+        """This rank's part: the sum over context and tensor ranks is the micro-batch's."""
+        counts = all_reduce(counts.clone(), self.context)
+        slots = counts.sum()
+        share = (counts / slots).to(accumulator(logits.dtype))
+        probabilities = torch.softmax(logits.to(share.dtype), -1).sum(0) / (slots / self.top_k).to(
+            share.dtype
+        )
+        loss = self.num_experts * (share * probabilities).sum()
+        return loss * (self.balance.auxiliary * self.balance.weight / self.tp.group.size)
+
+    @torch.no_grad()
+    def move_bias(self, data: Group) -> None:
+        """After a step: the choice of overloaded experts is made less likely, of idle ones more; clears the load.
+
+        data: the ranks with other tokens of the step.
+        """
+        counts = all_reduce(self.load.clone(), data)
+        self.load.zero_()
+        if self.balance.bias_rate:
+            self.choice_bias += self.balance.bias_rate * torch.sign(counts.mean() - counts).to(
+                self.choice_bias.dtype
+            )
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """Rows at the ranks of their experts, sorted by expert, and the way back."""
+
+    sorted: Tensor
+    """[R, H]"""
+    counts: list[int]
+    """Rows of each expert of this rank."""
+    order: Tensor | None
+    sent: list[int]
+    received: list[int]
+    group: Group
+
+    def bring_back(self, rows: Tensor) -> Tensor:
+        """The experts' outputs at the ranks of their tokens, in the order in which those were sent."""
+        if self.order is None:
+            return rows
+        back = torch.empty_like(self.order)
+        back[self.order] = torch.arange(self.order.shape[0], device=rows.device)
+        out: Tensor = _AllToAll.apply(rows[back], self.received, self.sent, self.group)
+        return out
+
+
+def dispatch(x: Tensor, routing: Routing, group: Group) -> Dispatched:
+    """Sends each of the T · k rows to the rank of its expert."""
+    rows = x[routing.tokens.long()]  # sorted by expert, hence by rank
+    counts = routing.offsets.diff().long()
+    if group.size == 1:
+        return Dispatched(rows, counts.tolist(), None, [], [], group)
+    local = counts.shape[0] // group.size
+    theirs = (
+        start_exchange(counts, [local] * group.size, [local] * group.size, group)
+        .wait()
+        .view(group.size, local)
+    )
+    sent = counts.view(group.size, local).sum(1).tolist()
+    received = theirs.sum(1).tolist()
+    arrived: Tensor = _AllToAll.apply(rows, sent, received, group)
+    # They come sorted by sender, then by expert; a stable sort by expert keeps the senders in the order of ranks.
+    expert = torch.arange(local, device=x.device).repeat(group.size).repeat_interleave(theirs.flatten())
+    order = expert.argsort(stable=True)
+    return Dispatched(arrived[order], theirs.sum(0).tolist(), order, sent, received, group)
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int], group: Group) -> Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        return start_exchange(x, sent, received, group).wait()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return start_exchange(grad, ctx.received, ctx.sent, ctx.group).wait(), None, None, None
+
+
+class _Enter(torch.autograd.Function):
+    """All tokens forward; backward the sum over the ranks, each of which has gradients of its slice of the experts."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.tp = tp
+        return gather_rows(x, tp.tokens, tp.group) if tp.sliced else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return start_sum(grad, ctx.tp)(), None
+
+
+class _Leave(torch.autograd.Function):
+    """The sum over the ranks' slices of the experts; its gradient reaches all of them whole."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.tp, ctx.tokens = tp, tp.tokens
+        return start_sum(x, tp)()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tp: TensorParallel = ctx.tp
+        return gather_rows(grad, ctx.tokens, tp.group) if tp.sliced else grad, None

@@ -1,0 +1,159 @@
+"""ZeRO's unit: parameters end to end in one flat buffer, of which each rank of a group owns an equal shard.
+
+Rajbhandari et al., arXiv 1910.02054. Parameters are views of the buffer `full`. With ZeRO-3 its storage is empty
+except while the unit computes; the views stay what they are, as autograd's saved tensors need. Gradients are summed
+in fp32 (fp64 for fp64), over micro-batches and over ranks.
+
+    zero   full (parameters)     gradient (sum over micro-batches)      optimizer's state
+    0      all                   all, summed over ranks at the end      all
+    1      all                   all, reduce-scattered at the end       the shard's
+    2      all                   the shard, after each backward pass    the shard's
+    3      the shard             the shard, after each backward pass    the shard's
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mainspring.ops.precision import accumulator
+from mainspring.parallel.collectives import (
+    Pending,
+    all_reduce,
+    start_all_reduce,
+    start_gather_flat,
+    start_reduce_scatter_flat,
+)
+from mainspring.parallel.mesh import Group
+
+
+class FlatUnit:
+    """shard_group: the ranks that shard it; copy_group: those that hold the same shard and whose gradients are summed.
+
+    spans: begin and end of each parameter in `full`. shard: the rank's part of `full`. gradient_shard: of the sum.
+    `parameters` are new ones, views of `full`; those given may be on the meta device, and `full` then holds zeros.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parameters: Mapping[str, nn.Parameter],
+        shard_group: Group,
+        copy_group: Group,
+        zero: int,
+        device: torch.device,
+    ) -> None:
+        self.name, self.zero = name, zero
+        self.shard_group, self.copy_group = shard_group, copy_group
+        self.dtype, self.device = next(iter(parameters.values())).dtype, device
+        self.spans: dict[str, tuple[int, int]] = {}
+        end = 0
+        for key, parameter in parameters.items():
+            self.spans[key] = (end, end + parameter.numel())
+            end += parameter.numel()
+        size = shard_group.size
+        self.shard_size = -(-end // size)
+        self.begin = self.shard_size * shard_group.rank  # of the shard in full
+        self.full = torch.zeros(self.shard_size * size, dtype=self.dtype, device=self.device)
+        self.parameters: dict[str, nn.Parameter] = {}
+        for key, parameter in parameters.items():
+            a, b = self.spans[key]
+            view = self.full[a:b].view(parameter.shape)
+            if not parameter.is_meta:
+                view.copy_(parameter.detach())
+            # `data` has a version counter of its own: gathering into `full` is no change of the parameter to autograd.
+            self.parameters[key] = nn.Parameter(torch.empty(0, dtype=self.dtype, device=device))
+            self.parameters[key].data = view
+        self.shard = self.full[self.begin : self.begin + self.shard_size]
+        self._bytes = self.full.untyped_storage().nbytes()
+        self._is_whole = True
+        self._gathering: Pending | None = None
+        self._gradient: Tensor | None = None  # of the whole unit
+        self._reducing: Pending | None = None
+        self.gradient_shard: Tensor | None = None
+        if zero == 3:
+            self.shard = self.shard.clone()
+            self.release()
+
+    # Parameters
+
+    def start_gather(self) -> None:
+        """Begins to fetch the other ranks' shards, if they are not here."""
+        if self._is_whole or self._gathering is not None:
+            return
+        self.full.untyped_storage().resize_(self._bytes)
+        self._gathering = start_gather_flat(self.full, self.shard, self.shard_group)
+
+    def gather(self) -> None:
+        """Makes the parameters usable."""
+        self.start_gather()
+        if self._gathering is not None:
+            self._gathering.wait()
+            self._gathering, self._is_whole = None, True
+
+    def release(self) -> None:
+        """Frees what other ranks own (ZeRO-3)."""
+        if self.zero == 3 and self._is_whole:
+            self.full.untyped_storage().resize_(0)
+            self._is_whole = False
+
+    def start_refresh(self) -> Pending | None:
+        """After the optimizer has moved the shards: brings the other ranks' into `full`."""
+        if self.zero == 3 or self.shard_group.size == 1:
+            return None
+        return start_gather_flat(self.full, self.shard.clone(), self.shard_group)
+
+    # Gradients
+
+    def collect(self, name: str) -> None:
+        """Takes a parameter's gradient over and adds it to the unit's."""
+        parameter = self.parameters[name]
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is None:
+            return
+        a, b = self.spans[name]
+        self._whole_gradient()[a:b].add_(gradient.reshape(-1))
+
+    def start_reduce(self, *, last: bool) -> None:
+        """Begins to sum the gradient over ranks: after each backward pass with ZeRO-2 and 3, else after the last."""
+        if self.zero < 2 and not last:
+            return
+        self._finish_scatter()
+        whole = self._whole_gradient()
+        if self.shard_group.size > 1:
+            self._reducing = start_reduce_scatter_flat(whole, self.shard_group)
+            if self.zero >= 2:
+                self._gradient = None  # the collective keeps it as long as it needs it
+        elif self.zero >= 2:
+            self._reducing, self._gradient = Pending(whole), None
+        else:
+            self._reducing = start_all_reduce(whole, self.copy_group)
+
+    def finish_reduce(self) -> Tensor:
+        """The rank's shard of the sum over ranks and micro-batches; call it once, after the last `start_reduce`."""
+        self._finish_scatter()
+        if self.gradient_shard is None:
+            self.gradient_shard = self._empty(self.shard_size)
+        if self.shard_group.size > 1 or self.zero >= 2:
+            all_reduce(self.gradient_shard, self.copy_group)
+        return self.gradient_shard
+
+    def clear(self) -> None:
+        """Forgets the gradients."""
+        self._gradient = self._reducing = self.gradient_shard = None
+
+    def _finish_scatter(self) -> None:
+        if self._reducing is None:
+            return
+        piece, self._reducing = self._reducing.wait(), None
+        self.gradient_shard = piece if self.gradient_shard is None else self.gradient_shard.add_(piece)
+
+    def _whole_gradient(self) -> Tensor:
+        if self._gradient is None:
+            self._gradient = self._empty(self.full.shape[0])
+        return self._gradient
+
+    def _empty(self, size: int) -> Tensor:
+        return torch.zeros(size, dtype=accumulator(self.dtype), device=self.device)

@@ -1,0 +1,212 @@
+"""Runs a step's micro-batches through a rank's stages by its list of actions: F, B, F, B where there is no pipeline.
+
+Messages between two ranks go over a group of their own for each direction, in the order in which they are sent: so
+no send can wait for a receive that waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mainspring.ops import IGNORE_INDEX, TokenBatch
+from mainspring.parallel.collectives import Pending, all_reduce, start_receive, start_send
+from mainspring.parallel.decoder import ParallelDecoder
+from mainspring.parallel.mesh import Group
+from mainspring.parallel.schedule import Action, make_schedule
+from mainspring.parallel.units import Units
+
+
+class PackedTokens(Protocol):
+    """Documents end to end: tokens and targets [T] int64 (IGNORE_INDEX is left out), and the documents' lengths."""
+
+    @property
+    def tokens(self) -> NDArray[np.int64]: ...
+    @property
+    def targets(self) -> NDArray[np.int64]: ...
+    @property
+    def lengths(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class _Message:
+    """The output of a stage's forward pass, or the gradient of its input, for the neighbouring stage."""
+
+    stage: int  # of the sender
+    micro: int
+    forward: bool
+
+
+@dataclass
+class _InFlight:
+    """A micro-batch between its forward and its backward pass through a stage."""
+
+    entered: Tensor
+    outputs: list[Tensor]
+    weights_later: list[tuple[nn.Parameter, Callable[[], Tensor]]] | None = None
+
+
+class Pipeline:
+    """A rank's executor."""
+
+    def __init__(self, model: ParallelDecoder, units: Units) -> None:
+        self.model, self.units = model, units
+        self.layout, self.mesh = model.layout, model.mesh
+        self._stages = self.layout.stages
+
+    def run(self, micro_batches: Sequence[PackedTokens]) -> float:
+        """Forward and backward over the step's micro-batches, of which the rank takes its replica's.
+
+        Gradients are left in the units, summed over all ranks (`Units.gradient`). Returns the mean loss over all
+        targets of the step, auxiliary losses left out. Every rank is given the same micro-batches.
+        """
+        self.layout.check(self.model.config, len(micro_batches))
+        count = max(1, sum(int((m.targets != IGNORE_INDEX).sum()) for m in micro_batches))
+        group = self.mesh.group("dp")
+        mine = list(micro_batches[group.rank :: group.size])
+        schedule = make_schedule(self.layout.schedule, self.layout.pp, self.layout.virtual, len(mine))
+        run = _Run(self, mine, count, sum(len(m.tokens) for m in micro_batches), schedule)
+        self.units.begin_step()
+        for action in schedule[self.mesh.index["pp"]]:
+            run.do(action)
+        run.finish()
+        self.units.finish_step()
+        # Tensor-parallel ranks have the same loss; only the last stage has one.
+        total = all_reduce(run.loss / self.layout.tp, self.mesh.group("world"))
+        return float(total) / count
+
+
+class _Run:
+    """One step."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        micro_batches: list[PackedTokens],
+        count: int,
+        tokens: int,
+        schedule: list[list[Action]],
+    ) -> None:
+        self.model, self.units, self.mesh = pipeline.model, pipeline.units, pipeline.mesh
+        self.stages, self.ranks = pipeline.layout.stages, pipeline.layout.pp
+        self.device = self.model.device
+        self.micro_batches, self.count, self.tokens = micro_batches, count, tokens
+        self.rank = self.mesh.index["pp"]
+        self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._batches: dict[int, TokenBatch] = {}
+        self._flight: dict[tuple[int, int], _InFlight] = {}
+        self._sending: list[Pending] = []
+        self._arriving: dict[_Message, Pending] = {}
+        self._local: dict[_Message, Tensor] = {}
+        # What each neighbour will send here, in its order.
+        self._expected = {
+            source: [
+                message for action in actions for message, to in self._messages(action) if to == self.rank
+            ]
+            for source, actions in enumerate(schedule)
+            if source != self.rank
+        }
+        self._last = {a.stage: a for a in schedule[self.rank] if a.kind in ("B", "I")}
+
+    def do(self, action: Action) -> None:
+        if self._last.get(action.stage) == action:
+            self.units.expect_last(action.stage)
+        if action.kind == "F":
+            self._forward(action)
+        elif action.kind == "W":
+            flight = self._flight.pop((action.stage, action.micro))
+            assert flight.weights_later is not None  # I comes before W
+            self.model.tp.deferred.run(flight.weights_later)
+        else:
+            self._backward(action)
+
+    def finish(self) -> None:
+        for pending in self._sending:
+            pending.wait()
+
+    def _forward(self, action: Action) -> None:
+        stage, micro = action.stage, action.micro
+        batch = self._batch(micro)
+        packed = self.micro_batches[micro]
+        if stage == 0:
+            x = self.model.own(torch.from_numpy(packed.tokens).to(self.device), batch)
+        else:
+            x = self._receive(_Message(stage - 1, micro, True), batch).requires_grad_()
+        balance = self.model.balance
+        balance.weight = len(packed.tokens) / self.tokens
+        out = self.model.run_stage(stage, x, batch)
+        outputs = [out]
+        if stage == self.stages - 1:
+            targets = self.model.own(torch.from_numpy(packed.targets).to(self.device), batch)
+            loss = self.model.loss_sum(out, batch, targets)
+            self.loss += loss.detach()
+            outputs = [loss / self.count]
+        else:
+            self._send(_Message(stage, micro, True), out.detach())
+        auxiliary = balance.take()
+        if auxiliary is not None:
+            outputs.append(auxiliary)
+        self._flight[stage, micro] = _InFlight(x, outputs)
+
+    def _backward(self, action: Action) -> None:
+        stage, micro = action.stage, action.micro
+        flight = self._flight[stage, micro]
+        grads: list[Tensor | None] = [None] * len(flight.outputs)
+        if stage < self.stages - 1:
+            grads[0] = self._receive(_Message(stage + 1, micro, False), self._batch(micro))
+        deferred = self.model.tp.deferred
+        deferred.deferring = action.kind == "I"
+        torch.autograd.backward(flight.outputs, grads)
+        deferred.deferring = False
+        if stage > 0:
+            gradient = flight.entered.grad
+            assert gradient is not None  # every stage's output depends on its input
+            self._send(_Message(stage, micro, False), gradient)
+        if action.kind == "I":
+            self._flight[stage, micro] = _InFlight(flight.entered, [], deferred.take())
+        else:
+            del self._flight[stage, micro]
+
+    def _batch(self, micro: int) -> TokenBatch:
+        if micro not in self._batches:
+            self._batches[micro] = self.model.batch(self.micro_batches[micro].lengths)
+        return self._batches[micro]
+
+    def _messages(self, action: Action) -> list[tuple[_Message, int]]:
+        """What an action sends, and to which pipeline rank."""
+        if action.kind == "F" and action.stage < self.stages - 1:
+            return [(_Message(action.stage, action.micro, True), (action.stage + 1) % self.ranks)]
+        if action.kind in ("B", "I") and action.stage > 0:
+            return [(_Message(action.stage, action.micro, False), (action.stage - 1) % self.ranks)]
+        return []
+
+    def _edge(self, message: _Message) -> Group:
+        to = (message.stage + (1 if message.forward else -1)) % self.ranks
+        return self.mesh.edge(message.stage % self.ranks, to)
+
+    def _send(self, message: _Message, x: Tensor) -> None:
+        group = self._edge(message)
+        if group.size == 1:
+            self._local[message] = x
+            return
+        self._sending.append(start_send(x, 1, group))
+
+    def _receive(self, message: _Message, batch: TokenBatch) -> Tensor:
+        group = self._edge(message)
+        if group.size == 1:
+            return self._local.pop(message)
+        waiting = self._expected[message.stage % self.ranks]
+        while message not in self._arriving:
+            coming = waiting.pop(0)
+            rows = self.model.stage_rows(self._batch(coming.micro))
+            like = torch.empty(
+                rows, self.model.config.hidden_size, dtype=self.model.dtype, device=self.device
+            )
+            self._arriving[coming] = start_receive(like, 0, group)
+        return self._arriving.pop(message).wait()

@@ -1,0 +1,194 @@
+"""Tensor parallelism: linear layers whose weight is cut by rows (column-parallel) or by columns (row-parallel).
+
+Megatron-LM (Shoeybi et al., arXiv 1909.08053), with its sequence parallelism (Korthikanti et al., arXiv 2205.05198):
+between the layers each rank holds a slice of the tokens, which a column-parallel layer gathers and the row-parallel
+one after it sums and cuts again. Communication runs beside the product that does not need it.
+
+    forward    column: gather x, y = x Wᵀ                     row: partial = x Wᵀ, sum the rows
+    backward   column: gather x beside dx = g W,              row: gather g, dx = g W, dW = gᵀ x
+               then dW = gᵀ x beside the sum of dx
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mainspring import ops
+from mainspring.model.layers import Linear
+from mainspring.ops import Policy
+from mainspring.ops.precision import accumulator
+from mainspring.parallel.collectives import (
+    gather_rows,
+    gather_terms,
+    in_order,
+    start_all_reduce,
+    start_gather_rows,
+    start_sum_rows,
+)
+from mainspring.parallel.mesh import Group
+
+
+@dataclass
+class WeightGradients:
+    """Weight gradients that wait: a zero-bubble schedule computes them where a rank would idle.
+
+    (Qi et al., arXiv 2401.10241.) While `deferring`, a layer's backward pass leaves a function here.
+    """
+
+    deferring: bool = False
+    collect: Callable[[nn.Parameter], None] | None = None
+    """Told of every parameter whose gradient `run` has added to."""
+    _waiting: list[tuple[nn.Parameter, Callable[[], Tensor]]] = field(default_factory=list)
+
+    def put(self, parameter: nn.Parameter, compute: Callable[[], Tensor]) -> None:
+        self._waiting.append((parameter, compute))
+
+    def take(self) -> list[tuple[nn.Parameter, Callable[[], Tensor]]]:
+        """What a backward pass has left, to be given to `run` later."""
+        taken, self._waiting = self._waiting, []
+        return taken
+
+    def run(self, waiting: list[tuple[nn.Parameter, Callable[[], Tensor]]]) -> None:
+        """Computes and adds them."""
+        for parameter, compute in waiting:
+            gradient = compute()
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+            if self.collect is not None:
+                self.collect(parameter)
+
+
+@dataclass
+class TensorParallel:
+    """What the twins of one model share."""
+
+    group: Group
+    policy: Policy
+    sliced: bool = False
+    """Whether the ranks hold slices of the tokens between the layers."""
+    invariant: bool = False
+    tokens: int = 0
+    """Of the stream that is going through the model now, over all ranks; the decoder sets it."""
+    deferred: WeightGradients = field(default_factory=WeightGradients)
+
+    @property
+    def ordered(self) -> bool:
+        """Whether sums go from the first rank to the last, whatever the backend would choose."""
+        return self.policy.numerics == "lockstep"
+
+
+class start_sum:
+    """The sum of the ranks' x: this rank's rows of it if the sequence is sliced, else all; calling it waits."""
+
+    def __init__(self, x: Tensor, tp: TensorParallel) -> None:
+        self._rows: start_sum_rows | None = None
+        self._whole: Callable[[], Tensor]
+        if tp.sliced:
+            self._whole = start_sum_rows(x, tp.group, ordered=tp.ordered)
+        elif tp.ordered:
+            self._whole = lambda: in_order(gather_terms(x, tp.group))
+        else:
+            self._whole = start_all_reduce(x, tp.group).wait
+
+    def __call__(self) -> Tensor:
+        return self._whole()
+
+
+class ColumnParallelLinear(nn.Module):
+    """The rank's rows of W: x (all features) -> the rank's features."""
+
+    def __init__(self, linear: Linear, tp: TensorParallel) -> None:
+        super().__init__()
+        self.weight, self.bias, self.tp = linear.weight, linear.bias, tp
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [T, in] (the rank's rows, if the sequence is sliced) -> [T, out / tp], of all tokens."""
+        out: Tensor = _ColumnProduct.apply(x, self.weight, self.bias, self)
+        return out
+
+
+class RowParallelLinear(nn.Module):
+    """The rank's columns of W: the rank's features -> all features, summed over the ranks."""
+
+    def __init__(self, linear: Linear, tp: TensorParallel) -> None:
+        super().__init__()
+        self.weight, self.bias, self.tp = linear.weight, linear.bias, tp
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [T, in / tp], of all tokens -> [T, out] (the rank's rows, if the sequence is sliced)."""
+        out: Tensor = _RowProduct.apply(x, self.weight, self.bias, self)
+        return out
+
+
+class _ColumnProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: ColumnParallelLinear
+    ) -> Tensor:
+        tp = layer.tp
+        ctx.layer, ctx.tokens = layer, tp.tokens
+        ctx.save_for_backward(x, weight)  # a slice of x: the whole is gathered again
+        whole = gather_rows(x, tp.tokens, tp.group) if tp.sliced else x
+        return ops.linear(whole, weight, bias, policy=tp.policy)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        tp: TensorParallel = ctx.layer.tp
+        gather = start_gather_rows(x, ctx.tokens, tp.group) if tp.sliced else (lambda: x)
+        d_x = grad @ weight
+        total = start_sum(d_x, tp)
+        whole = gather()
+        d_weight = weight_gradient(ctx.layer.weight, grad, whole, tp)
+        d_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
+        return total(), d_weight, d_bias, None
+
+
+class _RowProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: RowParallelLinear) -> Tensor:
+        tp = layer.tp
+        ctx.layer, ctx.tokens = layer, tp.tokens
+        ctx.save_for_backward(x, weight)
+        return row_product(x, weight, bias, tp)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        tp: TensorParallel = ctx.layer.tp
+        # Of the rank's rows if the sequence is sliced: then a term of the sum over the ranks.
+        d_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
+        grad = gather_rows(grad, ctx.tokens, tp.group) if tp.sliced else grad
+        return grad @ weight, weight_gradient(ctx.layer.weight, grad, x, tp), d_bias, None
+
+
+def row_product(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
+    """x Wᵀ + b over the ranks' columns of W; in order, fp32 partial sums are added from the first rank to the last."""
+    size = tp.group.size
+    if size == 1:
+        product = ops.linear_tp_invariant if tp.invariant else ops.linear
+        return product(x, weight, bias, policy=tp.policy)
+    if tp.invariant:
+        partial = ops.linear_tp_partial(x, weight, degree=size, policy=tp.policy)
+        terms = (
+            start_sum_rows(partial, tp.group, ordered=True).terms()
+            if tp.sliced
+            else gather_terms(partial, tp.group)
+        )
+        return ops.join_tp_partials(terms, bias, x.dtype)
+    wide = accumulator(x.dtype) if tp.ordered else x.dtype
+    partial = ops.linear(x, weight, None, out_dtype=wide, policy=tp.policy)
+    total = start_sum(partial, tp)()
+    return (total if bias is None else total + bias.to(total.dtype)).to(x.dtype)
+
+
+def weight_gradient(parameter: nn.Parameter, grad: Tensor, x: Tensor, tp: TensorParallel) -> Tensor | None:
+    """gradᵀ x now, or None and a promise."""
+    if not tp.deferred.deferring:
+        return grad.t() @ x
+    tp.deferred.put(parameter, lambda: grad.t() @ x)
+    return None

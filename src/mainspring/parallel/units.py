@@ -1,0 +1,276 @@
+"""A model's parameters as flat units, gathered before and reduced behind the layers as they compute.
+
+One unit for each layer (and one for its experts, which fewer ranks share), for the embedding, the last norm and the
+output embedding. While a layer computes, the next one's parameters are on their way (ZeRO-3), and the gradients of
+the one before are being summed. The embedding, norm and output units are whole during a step and sharded between.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mainspring.parallel.collectives import all_reduce
+from mainspring.parallel.decoder import ParallelDecoder
+from mainspring.parallel.flat import FlatUnit
+from mainspring.parallel.mesh import Group
+from mainspring.parallel.placement import Block, rule_of
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part of a block that lies in the rank's shard: shard[begin:end] is the block's elements from `offset` on.
+
+    weight: what its square counts in a sum over all ranks, so that each element counts once.
+    """
+
+    block: Block
+    unit: FlatUnit
+    begin: int
+    end: int
+    offset: int
+    weight: float
+
+    def of(self, shard: Tensor) -> Tensor:
+        return shard[self.begin : self.end]
+
+
+class Units:
+    """All units of a rank's decoder, and their sums. The decoder's parameters become views of the units'.
+
+    device: where parameters on the meta device come to life, as zeros.
+    """
+
+    def __init__(self, model: ParallelDecoder, device: torch.device | None = None) -> None:
+        self._device = device if device is not None else model.device
+        self.model, self.layout, self.mesh = model, model.layout, model.mesh
+        self.units: list[FlatUnit] = []
+        self._of_parameter: dict[str, FlatUnit] = {}
+        self._of_layer: dict[str, list[FlatUnit]] = {}
+        self._last: set[int] = set()
+        self._reduced: set[str] = set()
+        self._build()
+        for block in model.expert_blocks():
+            if block.load.is_meta:
+                block.load, block.choice_bias = (
+                    torch.zeros_like(b, device=self._device) for b in (block.load, block.choice_bias)
+                )
+        self.pieces = [piece for unit in self.units for piece in self._pieces(unit)]
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        for name, parameter in model.named_parameters():
+            parameter.register_post_accumulate_grad_hook(partial(self._collect, name))
+        model.tp.deferred.collect = lambda parameter: self._collect(self._names[parameter], parameter)
+        order = list(model.layers)
+        for i, number in enumerate(order):
+            before = order[i - 1] if i else None
+            after = order[i + 1] if i + 1 < len(order) else None
+            self._hook(model.layers[number], number, before, after)
+
+    # Around a step
+
+    def begin_step(self) -> None:
+        """Makes whole what stays whole during a step."""
+        self._reduced.clear()
+        self._last.clear()
+        for unit in self._roots():
+            unit.start_gather()
+        for unit in self._roots():
+            unit.gather()
+
+    def expect_last(self, stage: int) -> None:
+        """The next backward pass through this stage is the step's last: gradients may be summed behind it."""
+        self._last.add(stage)
+
+    @torch.no_grad()
+    def finish_step(self) -> None:
+        """Sums all gradients: `gradient(piece)` is then whole."""
+        for unit in self.units:
+            if unit.name not in self._reduced:
+                unit.start_reduce(last=True)
+        for unit in self.units:
+            unit.finish_reduce()
+            unit.release()
+        self._sum_terms()
+
+    def gradient(self, piece: Piece) -> Tensor:
+        """The piece's gradient, a view."""
+        shard = piece.unit.gradient_shard
+        assert shard is not None  # after finish_step
+        return piece.of(shard)
+
+    @torch.no_grad()
+    def gradient_norm(self) -> float:
+        """Of the whole model's gradient, each parameter once."""
+        total = torch.zeros((), dtype=torch.float64, device=self.model.device)
+        for piece in self.pieces:
+            norm = torch.linalg.vector_norm(self.gradient(piece)).to(torch.float64)
+            total += piece.weight * norm * norm
+        return math.sqrt(float(all_reduce(total, self.mesh.group("world"))))
+
+    def scale_gradients(self, factor: float) -> None:
+        for unit in self.units:
+            if unit.gradient_shard is not None:
+                unit.gradient_shard.mul_(factor)
+
+    def clear(self) -> None:
+        for unit in self.units:
+            unit.clear()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """After the shards have moved: brings the parameters up to date."""
+        pending = [unit.start_refresh() for unit in self.units]
+        for each in pending:
+            if each is not None:
+                each.wait()
+
+    def gather_all(self) -> None:
+        """Makes every parameter usable, for evaluation between steps; `release_all` undoes it."""
+        for unit in self.units:
+            unit.gather()
+
+    def release_all(self) -> None:
+        for unit in self.units:
+            unit.release()
+
+    # Construction
+
+    def _build(self) -> None:
+        groups: dict[str, dict[str, nn.Parameter]] = defaultdict(dict)
+        for name, parameter in self.model.named_parameters():
+            groups[_unit_name(name)][name] = parameter
+        mesh, zero = self.mesh, self.layout.zero
+        for name, parameters in groups.items():
+            experts = name.endswith("experts")
+            if zero == 0:
+                shard, copies = Group.alone("shard"), mesh.group("expert_data" if experts else "data")
+            else:
+                shard = mesh.group("expert_shard" if experts else "shard")
+                copies = mesh.group("replicate")
+            unit = FlatUnit(name, parameters, shard, copies, zero, self._device)
+            for key, parameter in unit.parameters.items():
+                owner, _, attribute = key.rpartition(".")
+                setattr(self.model.get_submodule(owner), attribute, parameter)
+            self.units.append(unit)
+            self._of_parameter.update(dict.fromkeys(parameters, unit))
+            if name.startswith("layers."):
+                self._of_layer.setdefault(name.split(".")[1], []).append(unit)
+
+    def _pieces(self, unit: FlatUnit) -> Iterator[Piece]:
+        shapes, blocks = self.model.placement.shapes, self.model.placement.blocks
+        tied = self.model.config.tie_word_embeddings and self.layout.pp > 1
+        for name, (start, _) in unit.spans.items():
+            for block in blocks[name]:
+                first = start + block.offset(shapes[name]) - unit.begin
+                begin, end = max(first, 0), min(first + math.prod(block.shape), unit.shard_size)
+                if begin < end:
+                    holders = block.copies * unit.copy_group.size * (2 if tied and name == "embedding" else 1)
+                    yield Piece(block, unit, begin, end, begin - first, 1.0 / holders)
+
+    def _roots(self) -> list[FlatUnit]:
+        return [unit for unit in self.units if not unit.name.startswith("layers.")]
+
+    # Hooks
+
+    def _collect(self, name: str, parameter: Tensor) -> None:
+        self._of_parameter[name].collect(name)
+
+    def _hook(self, layer: nn.Module, number: str, before: str | None, after: str | None) -> None:
+        units = self._of_layer[number]
+        stage = next(s for s in self.model.stages if int(number) in self.model.stage_layers[s])
+
+        def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            self._gather(units, after)
+            if not torch.is_grad_enabled():
+                return args
+            return _mark(lambda: self._reduce(units, stage), args)
+
+        def leave(module: nn.Module, args: tuple[Any, ...], out: tuple[Any, ...]) -> tuple[Any, ...]:
+            for unit in units:
+                unit.release()
+            if not torch.is_grad_enabled():
+                return out
+            return _mark(lambda: self._gather(units, before), out)
+
+        layer.register_forward_pre_hook(enter)
+        layer.register_forward_hook(leave)
+
+    def _gather(self, units: list[FlatUnit], coming: str | None) -> None:
+        for unit in units:
+            unit.gather()
+        for unit in self._of_layer[coming] if coming is not None else []:
+            unit.start_gather()
+
+    def _reduce(self, units: list[FlatUnit], stage: int) -> None:
+        """Behind a layer's backward pass."""
+        last = stage in self._last
+        for unit in units:
+            unit.release()
+            if self.model.tp.deferred.deferring:
+                continue
+            unit.start_reduce(last=last)
+            if last:
+                self._reduced.add(unit.name)
+
+    # Sums of terms
+
+    def _sum_terms(self) -> None:
+        """Adds what ranks of other groups than the data's have: slices of tokens, shared key heads, tied embeddings."""
+        terms: dict[str, list[Tensor]] = defaultdict(list)
+        for piece in self.pieces:
+            if piece.block.is_sum:
+                assert piece.block.holders is not None  # a sum has them
+                terms[piece.block.holders].append(self.gradient(piece))
+        for holders in ("tp", "keys"):
+            if terms[holders]:
+                self._sum(terms[holders], self.mesh.group(holders))
+        if self.model.config.tie_word_embeddings and "embedding" in self._of_parameter:
+            shard = self._of_parameter["embedding"].gradient_shard
+            assert shard is not None
+            self._sum([shard], self.mesh.group("tied"))
+
+    @staticmethod
+    def _sum(tensors: list[Tensor], group: Group) -> None:
+        if group.size == 1:
+            return
+        whole = all_reduce(torch.cat(tensors), group)
+        for tensor, total in zip(tensors, whole.split([t.shape[0] for t in tensors]), strict=True):
+            tensor.copy_(total)
+
+
+def _unit_name(parameter: str) -> str:
+    if not parameter.startswith("layers."):
+        return parameter.split(".")[0]
+    layer = ".".join(parameter.split(".")[:2])
+    return f"{layer}.experts" if rule_of(parameter).experts else layer
+
+
+def _mark(action: Callable[[], None], values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same values; in the backward pass `action` runs once the gradients of all tensors among them are known."""
+    places = [i for i, value in enumerate(values) if isinstance(value, Tensor) and value.requires_grad]
+    if not places:
+        return values
+    marked = _Mark.apply(action, *(values[i] for i in places))
+    result = list(values)
+    for i, tensor in zip(places, marked, strict=True):
+        result[i] = tensor
+    return tuple(result)
+
+
+class _Mark(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, action: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.action = action
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.action()
+        return None, *grads
