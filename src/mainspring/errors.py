@@ -53,3 +53,31 @@ class ModelNotFoundError(MainspringError):
 
 class EngineDeadError(MainspringError):
     """The engine process has ended; nothing can be served until it is restarted."""
+
+
+class RetrievalError(MainspringError):
+    """Base of what goes wrong in indexing, searching and answering from documents."""
+
+
+class DocumentError(RetrievalError):
+    """A document cannot be read: corrupt, binary, too large, or of an unknown kind."""
+
+
+class EmptyCorpusError(RetrievalError):
+    """A folder holds no document, or an index no passage."""
+
+
+class PassageTooLongError(RetrievalError):
+    """A passage has more tokens than the model's window; nothing is ever cut silently."""
+
+
+class StoreError(RetrievalError):
+    """A vector store is damaged, unreachable, or refuses an operation."""
+
+
+class StoreLockedError(StoreError):
+    """Another process is writing to the index."""
+
+
+class EmbeddingModelChangedError(StoreError):
+    """An index was built with other embeddings than those asked for."""
