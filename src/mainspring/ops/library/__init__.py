@@ -6,7 +6,7 @@ recorded (`needs_grad`) is known only while the call is traced, so it is an argu
 only while it is traced: an operator's dispatch costs more than a small kernel.
 """
 
-from mainspring.ops.library.cache import rope_write_cache
+from mainspring.ops.library.cache import paged_attention, rope_write_cache
 from mainspring.ops.library.experts import combine, grouped_linear, route
 from mainspring.ops.library.linear import linear
 from mainspring.ops.library.losses import (
@@ -29,6 +29,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_log_probs",
     "linear_log_probs_and_entropy",
+    "paged_attention",
     "rms_norm",
     "rope",
     "rope_write_cache",
