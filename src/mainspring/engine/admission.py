@@ -6,9 +6,9 @@ Needs no PyTorch, so that the HTTP frontend refuses a bad request without asking
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from mainspring.engine.messages import EngineLimits, EngineRequest
+from mainspring.engine.messages import EngineLimits, EngineRequest, Pooling
 from mainspring.engine.sampling_params import SamplingParams
 from mainspring.errors import InvalidRequestError, RequestTooLongError
 
@@ -19,8 +19,10 @@ def make_request(
     params: SamplingParams,
     limits: EngineLimits,
     eos_token_ids: Sequence[int],
+    *,
+    pooling: Pooling | None = None,
 ) -> EngineRequest:
-    """Resolve `max_tokens` and check the request.
+    """Resolve `max_tokens` and check the request. With `pooling` nothing is generated.
 
     The completion is capped at the context's end, as in vLLM (finish reason "length"). A request whose
     prompt leaves no room for one token, or that the whole KV cache could not hold, is refused.
@@ -39,7 +41,12 @@ def make_request(
     else:
         max_tokens = min(room, params.max_tokens)
     request = EngineRequest(
-        request_id, token_ids, params, tuple(eos_token_ids), max_tokens=max(1, max_tokens)
+        request_id,
+        token_ids,
+        params,
+        tuple(eos_token_ids),
+        max_tokens=max(1, max_tokens) if pooling is None else 0,
+        pooling=pooling,
     )
     check_request(request, limits)
     return request
@@ -51,26 +58,32 @@ def check_request(request: EngineRequest, limits: EngineLimits) -> None:
     if not request.prompt_token_ids:
         raise InvalidRequestError("the prompt is empty; give at least one token", "prompt")
     _check_token_ids("prompt", request.prompt_token_ids, limits)
-    if params.stop_token_ids:
-        _check_token_ids("stop_token_ids", params.stop_token_ids, limits)
+    for name, token_ids in (
+        ("stop_token_ids", params.stop_token_ids),
+        ("allowed_token_ids", params.allowed_token_ids),
+        ("logit_bias", params.logit_bias),
+    ):
+        if token_ids:
+            _check_token_ids(name, token_ids, limits)
     for name, value in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
         if value is not None and value > limits.max_logprobs:
             raise InvalidRequestError(f"{name} is {value}, but at most {limits.max_logprobs} are given", name)
     num_prompt = len(request.prompt_token_ids)
-    if num_prompt + 1 > limits.max_model_len:
+    least = 1 if request.pooling is None else 0
+    if num_prompt + least > limits.max_model_len:
         raise RequestTooLongError(
             f"the prompt has {num_prompt} tokens, but the model's context is {limits.max_model_len} tokens, "
             "prompt and completion together; shorten the prompt",
             "prompt",
         )
-    if request.max_tokens < 1 or num_prompt + request.max_tokens > limits.max_model_len:
+    if request.max_tokens < least or num_prompt + request.max_tokens > limits.max_model_len:
         raise RequestTooLongError(
             f"{num_prompt} prompt tokens and max_tokens={request.max_tokens} do not fit the model's context "
             f"of {limits.max_model_len} tokens; lower max_tokens",
             "max_tokens",
         )
     # The last generated token is never fed back, so it needs no place in the cache.
-    needed = num_prompt + request.max_tokens - 1
+    needed = num_prompt + max(0, request.max_tokens - 1)
     if needed > limits.max_cache_tokens:
         raise RequestTooLongError(
             f"the request needs {needed} tokens of KV cache ({num_prompt} of the prompt, max_tokens="
@@ -80,7 +93,7 @@ def check_request(request: EngineRequest, limits: EngineLimits) -> None:
         )
 
 
-def _check_token_ids(param: str, token_ids: Sequence[int], limits: EngineLimits) -> None:
+def _check_token_ids(param: str, token_ids: Collection[int], limits: EngineLimits) -> None:
     for token_id in (min(token_ids), max(token_ids)):
         if not 0 <= token_id < limits.vocab_size:
             raise InvalidRequestError(

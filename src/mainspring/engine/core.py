@@ -14,14 +14,16 @@ from mainspring.engine.block_allocator import BlockAllocator
 from mainspring.engine.block_hash import root_hash
 from mainspring.engine.config import EngineConfig
 from mainspring.engine.hooks import Drafter, Sampler
-from mainspring.engine.host_sampler import HostSampler
 from mainspring.engine.messages import EngineLimits, EngineRequest, EngineStats, TokenLogprobs, TokenOutput
 from mainspring.engine.model_runner import ModelRunner, StepResult
 from mainspring.engine.outputs import FinishReason
 from mainspring.engine.random_numbers import key_from_seed
 from mainspring.engine.request import Request
+from mainspring.engine.sampler import SeatSampler
 from mainspring.engine.scheduler import ScheduledRequest, Scheduler
+from mainspring.engine.token_rules import TokenRules
 from mainspring.errors import InvalidRequestError
+from mainspring.formats.tokenizer import Tokenizer
 from mainspring.model.decoder import Decoder
 
 __all__ = ["EngineCore", "EngineLimits", "EngineRequest", "EngineStats", "TokenLogprobs", "TokenOutput"]
@@ -39,7 +41,10 @@ class EngineCore:
         ConfigError: the settings do not fit the model or the machine.
     """
 
-    def __init__(self, model: Decoder, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self, model: Decoder, config: EngineConfig | None = None, *, tokenizer: Tokenizer | None = None
+    ) -> None:
+        """tokenizer: for requests with bad words or a structure to follow; without one they are refused."""
         config = config if config is not None else EngineConfig()
         device = model.device
         max_model_len = sizing.max_model_len(config, model.config)
@@ -63,7 +68,9 @@ class EngineCore:
             policy=config.scheduling_policy,
             prefix_caching=config.enable_prefix_caching,
         )
-        self._sampler: Sampler = HostSampler()
+        self._sampler: Sampler = SeatSampler(seats, model.config.vocab_size, device)
+        ends = () if tokenizer is None else tokenizer.eos_token_ids
+        self._rules = TokenRules(tokenizer, model.config.vocab_size, (*model.config.eos_token_ids, *ends))
         self._drafter: Drafter | None = None
         self._runner = ModelRunner(
             model,
@@ -110,6 +117,7 @@ class EngineCore:
         seed = request.params.seed
         key = self._random.getrandbits(64) if seed is None else key_from_seed(seed)
         state = Request(request, key)
+        state.grammar = self._rules.of(request.params)
         own_base = self._runner.rope_depends_on_length(state.rope_length)
         state.cache_root = root_hash(
             request.cache_salt, request.lora_id, state.rope_length if own_base else None

@@ -83,7 +83,7 @@ class LLM:
             self.model = load_model(directory, device=device, dtype=dtype, numerics=numerics)
             tokenizer = tokenizer if tokenizer is not None else Tokenizer.from_directory(directory)
         self.tokenizer = tokenizer
-        self.engine = EngineCore(self.model, config)
+        self.engine = EngineCore(self.model, config, tokenizer=tokenizer)
         self._processor = OutputProcessor(tokenizer)
         self._request_ids = count()
         ends = self.model.config.eos_token_ids + (() if tokenizer is None else tokenizer.eos_token_ids)

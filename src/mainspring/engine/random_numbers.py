@@ -1,4 +1,4 @@
-"""Random numbers by counter: each is a function of a request's key and a position, never of call order.
+"""Keys of random numbers. The numbers themselves are drawn by `ops.sample`, counted by position from a request's key.
 
 That is what makes a seeded request give the same text in any batch, after a preemption, and on any machine.
 """
@@ -19,11 +19,3 @@ def _mix(value: int) -> int:
 def key_from_seed(seed: int) -> int:
     """A 64-bit key. Neighbouring seeds give unrelated keys, so that their streams are not shifted copies."""
     return _mix((seed + _GOLDEN) & _MASK)
-
-
-def uniform(key: int, counter: int) -> float:
-    """Number `counter` of the key's stream: a multiple of 2^-52 in [0, 1).
-
-    52 bits and not 53: the product with a total x < 2 is then below x in double precision.
-    """
-    return (_mix((key + (counter + 1) * _GOLDEN) & _MASK) >> 12) * 2.0**-52
