@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import random
 from collections import deque
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from mainspring.engine import sizing
 from mainspring.engine.admission import check_request
@@ -22,7 +24,8 @@ from mainspring.engine.request import Request
 from mainspring.engine.sampler import SeatSampler
 from mainspring.engine.scheduler import ScheduledRequest, Scheduler
 from mainspring.engine.token_rules import TokenRules
-from mainspring.errors import InvalidRequestError
+from mainspring.engine.weights import copy_weights, weights_checksum
+from mainspring.errors import ConfigError, InvalidRequestError
 from mainspring.formats.tokenizer import Tokenizer
 from mainspring.model.decoder import Decoder
 
@@ -80,11 +83,13 @@ class EngineCore:
             num_seats=seats,
             max_model_len=max_model_len,
             cache_dtype=cache_dtype,
+            graphs=device.type == "cuda" if config.cuda_graphs is None else config.cuda_graphs,
         )
         # Steps that have been launched and whose results have not been looked at; at most so many more than one.
         self._launched: deque[StepResult] = deque()
         asynchronous = device.type == "cuda" if config.async_scheduling is None else config.async_scheduling
         self._lag = 1 if asynchronous else 0
+        self._paused = False
         self._random = random.Random(config.seed)
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
@@ -134,7 +139,65 @@ class EngineCore:
         return True
 
     def has_work(self) -> bool:
-        return bool(self._scheduler.running or self._scheduler.waiting or self._launched)
+        """There is something that a step could do now; while paused, only to hand out what is under way."""
+        if self._launched:
+            return True
+        return not self._paused and bool(self._scheduler.running or self._scheduler.waiting)
+
+    @property
+    def is_lockstep(self) -> bool:
+        """The reported log-probabilities are the trainer's, bit for bit."""
+        return self._model.numerics == "lockstep" and self.config.kv_cache_dtype == "auto"
+
+    @property
+    def is_sleeping(self) -> bool:
+        return not self._runner.has_cache
+
+    def pause(self) -> None:
+        """Launch no further steps until `resume`; requests keep their places, and more can be added."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """Go on after `pause`. Raises ConfigError while the engine sleeps."""
+        if self.is_sleeping:
+            raise ConfigError("the engine sleeps; wake it, and it goes on")
+        self._paused = False
+
+    def reset_prefix_cache(self) -> None:
+        """Share no block that was computed before; requests that run keep theirs."""
+        self._scheduler.forget_prefixes()
+
+    @torch.inference_mode()
+    def sleep(self) -> list[TokenOutput]:
+        """Give the cache's memory back, and pause. What runs is computed again after `wake`.
+
+        Returns the outputs of the step that was under way.
+        """
+        self._paused = True
+        outputs = [output for step in self._launched for output in self._collect(step)]
+        self._launched.clear()
+        self._scheduler.preempt_all()
+        self._scheduler.forget_prefixes()
+        self._runner.free_cache()
+        return outputs
+
+    @torch.inference_mode()
+    def wake(self) -> None:
+        """Take the cache's memory again and go on."""
+        self._runner.allocate_cache()
+        self._paused = False
+
+    def update_weights(self, state_dict: Mapping[str, Tensor]) -> str:
+        """Copy new weights into the model's own tensors; no cached prefix outlives them.
+
+        Tokens of running requests that come later are the new weights', over keys of the old ones, unless all are
+        recomputed: `sleep` and `wake` around it, or update while nothing runs.
+
+        Returns the checksum of all weights (`weights_checksum`). Raises CheckpointError; then nothing has changed.
+        """
+        copy_weights(self._model, state_dict)
+        self._scheduler.forget_prefixes()
+        return weights_checksum(self._model)
 
     @torch.inference_mode()
     def step(self) -> list[TokenOutput]:
@@ -142,8 +205,10 @@ class EngineCore:
 
         [] without work, and where nothing has come yet.
         """
-        self._draft()
-        scheduled = self._scheduler.schedule()
+        scheduled: list[ScheduledRequest] = []
+        if not self._paused:
+            self._draft()
+            scheduled = self._scheduler.schedule()
         if scheduled:
             self._launched.append(self._runner.launch(scheduled, self._scheduler.block_copies))
             self._scheduler.block_copies.clear()

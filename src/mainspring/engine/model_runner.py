@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mainspring.engine.decode_graphs import DecodeGraphs
 from mainspring.engine.hooks import Adapters, Sampler, SampleRows
 from mainspring.engine.logprobs import LogprobTensors, compute_logprobs
 from mainspring.engine.messages import TokenLogprobs
@@ -73,14 +74,19 @@ class ModelRunner:
         num_seats: int,
         max_model_len: int,
         cache_dtype: torch.dtype,
+        graphs: bool,
     ) -> None:
+        """graphs: run decode steps of fixed sizes; on a GPU, from CUDA graphs."""
         self._model = model
         self._sampler = sampler
         self._num_blocks = num_blocks
         self._block_size = block_size
         self._cache_dtype = cache_dtype
         self._tables = SeatTables(num_seats, max_model_len, block_size, model.device)
+        self._max_model_len = max_model_len
+        self._wants_graphs = graphs
         self._cache: KVCache | None = None
+        self._graphs: DecodeGraphs | None = None
         self.adapters: Adapters | None = None
         self.allocate_cache()
 
@@ -97,6 +103,14 @@ class ModelRunner:
                 self._cache_dtype,
                 self._model.device,
             )
+            if self._wants_graphs:
+                self._graphs = DecodeGraphs(
+                    self._model, self._tables, self._sampler, self._cache, self._max_model_len
+                )
+
+    @property
+    def has_cache(self) -> bool:
+        return self._cache is not None
 
     @property
     def cache_bytes(self) -> int:
@@ -117,6 +131,7 @@ class ModelRunner:
 
     def free_cache(self) -> None:
         """Give the cache's memory back."""
+        self._graphs = None
         self._cache = None
 
     def launch(
@@ -131,20 +146,51 @@ class ModelRunner:
         for item in scheduled:
             if not item.request.is_seated:
                 self._sampler.take_seat(item.request.seat, item.request)
-        step = build_input(scheduled, self._model.device)
-        hidden = self._forward(scheduled, step)
         result = StepResult(scheduled)
-        result.prompt_logprobs = self._prompt_logprobs(scheduled, hidden)
-        result.embeddings = _pool(scheduled, hidden)
-        samplers = [item for item in scheduled if item.samples]
-        if samplers:
-            rows = step.sample_rows
-            logits = self._model.logits(hidden if len(rows) == len(hidden) else hidden.index_select(0, rows))
-            self._sample(result, logits, samplers, step)
+        if self._graphs is not None and all(self._fits_graph(item) for item in scheduled):
+            self._decode(self._graphs, result)
+        else:
+            self._compute(result)
         if self._model.device.type == "cuda":
             result.done = torch.cuda.Event()
             result.done.record()
         return result
+
+    def _fits_graph(self, item: ScheduledRequest) -> bool:
+        """One token is to be computed and another sampled, of a request of which the device knows the rest."""
+        request = item.request
+        return (
+            item.num_tokens == 1
+            and item.samples
+            and request.is_seated
+            and len(request.block_table) - request.num_blocks_uploaded <= 1
+            and not request.lora_id
+            and not (request.prompt_logprobs is not None and request.needs_all_hidden_states)
+            and not self.rope_depends_on_length(request.rope_length)
+        )
+
+    def _decode(self, graphs: DecodeGraphs, result: StepResult) -> None:
+        size = self._block_size
+        rows = [
+            (item.request.seat, item.start, item.request.block_table[item.start // size])
+            for item in result.scheduled
+        ]
+        step = graphs.run(np.array(rows, dtype=np.int64).T)
+        requests = [item.request for item in result.scheduled]
+        is_plain = all(self._sampler.is_plain(request) for request in requests)
+        self._sample(result, step.logits, step.seats, step.positions, step.tokens if is_plain else None)
+
+    def _compute(self, result: StepResult) -> None:
+        """A step of any kind."""
+        scheduled = result.scheduled
+        step = build_input(scheduled, self._model.device)
+        hidden = self._forward(scheduled, step)
+        result.prompt_logprobs = self._prompt_logprobs(scheduled, hidden)
+        result.embeddings = _pool(scheduled, hidden)
+        rows = step.sample_rows
+        if len(rows):
+            logits = self._model.logits(hidden if len(rows) == len(hidden) else hidden.index_select(0, rows))
+            self._sample(result, logits, step.sample_seats, step.sample_positions, None)
 
     def _forward(self, scheduled: Sequence[ScheduledRequest], step: StepInput) -> Tensor:
         tables = self._tables
@@ -176,20 +222,23 @@ class ModelRunner:
         return self.adapters.of_batch(send([np.repeat(ids, lengths)], self._model.device)[0])
 
     def _sample(
-        self, result: StepResult, logits: Tensor, samplers: Sequence[ScheduledRequest], step: StepInput
+        self, result: StepResult, logits: Tensor, seats: Tensor, positions: Tensor, tokens: Tensor | None
     ) -> None:
+        """Sample (unless the tokens are there already), tell the device's tables, and send all to the host."""
+        samplers = [item for item in result.scheduled if item.samples]
         requests = [item.request for item in samplers for _ in range(1 + item.num_drafts)]
-        offsets = [offset for item in samplers for offset in range(1 + item.num_drafts)]
         on_cpu = logits.device.type == "cpu"
         with single_threaded(on_cpu):
-            seats, positions = step.sample_seats, step.sample_positions
-            if all(self._sampler.is_plain(request) for request in requests):
-                tokens = self._sampler.sample_plain(logits, seats, positions)
-            else:
-                rows = SampleRows(requests, offsets, seats, positions, self._bitmask(requests))
-                tokens = self._sampler.sample(logits, rows)
-            self._tables.write_tokens(seats, positions, tokens)
-            result.tokens = tokens if on_cpu else tokens.to("cpu", non_blocking=True)
+            if tokens is None:
+                if all(self._sampler.is_plain(request) for request in requests):
+                    tokens = self._sampler.sample_plain(logits, seats, positions)
+                else:
+                    offsets = [offset for item in samplers for offset in range(1 + item.num_drafts)]
+                    rows = SampleRows(requests, offsets, seats, positions, self._bitmask(requests))
+                    tokens = self._sampler.sample(logits, rows)
+                self._tables.write_tokens(seats, positions, tokens)
+            # A copy: the next step may overwrite what a graph gave.
+            result.tokens = tokens.clone() if on_cpu else tokens.to("cpu", non_blocking=True)
             wanted = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
             if wanted:
                 result.logprob_rows = wanted

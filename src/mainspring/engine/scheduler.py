@@ -19,6 +19,8 @@ from mainspring.engine.config import SchedulingPolicy
 from mainspring.engine.request import NO_SEAT, Request
 from mainspring.engine.waiting_queue import WaitingQueue
 
+_NEVER = 1 << 62
+
 
 @dataclass(frozen=True, slots=True)
 class ScheduledRequest:
@@ -140,6 +142,12 @@ class Scheduler:
             for number in range(request.num_published, full):
                 self._allocator.publish(request.block_table[number], request.block_hashes[number])
             request.num_published = full
+
+    def forget_prefixes(self) -> None:
+        """No block can be shared from now on that was computed before: the weights have changed."""
+        self._allocator.forget_all()
+        for request in self.running.values():
+            request.num_published = _NEVER  # its blocks to come follow upon old ones
 
     def preempt_all(self) -> None:
         """Send every running request back to the line (before the cache is given up)."""

@@ -1,0 +1,167 @@
+"""Decode steps of fixed sizes, from the tables on the device to the sampled tokens, replayed from CUDA graphs.
+
+A step of n requests runs in the smallest size that holds it. The rows beyond n are the dummy seat's: they read and
+write the null block and a row of the tables that nobody looks at. In lockstep a row's bits do not depend on how many
+there are, so padding changes nothing.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mainspring.engine.hooks import Sampler
+from mainspring.engine.seats import SeatTables
+from mainspring.engine.step_input import Ints, send
+from mainspring.model.decoder import Decoder
+from mainspring.ops.batch import KVCache, TokenBatch
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRows:
+    """What a decode step gave. logits: [n, V] float32 and tokens: [n] int64, valid until the next step;
+    seats, positions: [n] int64, whose the tokens are and where they stand."""
+
+    logits: Tensor
+    tokens: Tensor
+    seats: Tensor
+    positions: Tensor
+
+
+@dataclass(slots=True)
+class _Size:
+    """One size's inputs, outputs, and the graph between them. `graph` is None on a CPU, where the step is run anew."""
+
+    inputs: Tensor  # [3, N] int64: seats, positions of the tokens to be computed, blocks of their keys
+    boundaries: Tensor  # [N + 1] int32: 0, 1 ... N
+    logits: Tensor | None = None
+    tokens: Tensor | None = None
+    positions: Tensor | None = None
+    graph: torch.cuda.CUDAGraph | None = None
+
+
+def sizes_up_to(most: int) -> list[int]:
+    """1, 2, 4, 8, 16, 24 ... and `most`: what products of few rows are tiled by."""
+    return sorted({size for size in (1, 2, 4, *range(8, most, 8)) if size < most} | {most})
+
+
+class DecodeGraphs:
+    """Decode steps of one token a request, for requests that the sampler calls plain or not (it samples these again).
+
+    All graphs share one pool of memory: only one runs at a time, and what it gave is read before the next.
+    """
+
+    def __init__(
+        self, model: Decoder, tables: SeatTables, sampler: Sampler, cache: KVCache, max_model_len: int
+    ) -> None:
+        self._model = model
+        self._tables = tables
+        self._sampler = sampler
+        self._cache = cache
+        self._max_model_len = max_model_len
+        self._numbers = sizes_up_to(tables.dummy)
+        self._sizes: dict[int, _Size] = {}
+        self._tickets = torch.zeros(
+            tables.dummy * model.config.num_heads, dtype=torch.int32, device=model.device
+        )
+        if model.device.type == "cuda":
+            self._capture_all()
+
+    def run(self, rows: Ints) -> DecodeRows:
+        """rows: [3, n] seats, positions, blocks, of at least one and at most as many requests as there are seats."""
+        count = rows.shape[1]
+        size = self._numbers[bisect_left(self._numbers, count)]
+        padded = np.zeros((3, size), dtype=np.int64)
+        padded[0, count:] = self._tables.dummy
+        padded[:, :count] = rows
+        step = self._size(size)
+        if step.graph is None:
+            step.inputs.copy_(send([padded], self._model.device)[0])
+            self._run(step, tuple((padded[1] + 1).tolist()))
+        else:
+            pinned = torch.empty((3, size), dtype=torch.int64, pin_memory=True)
+            pinned.numpy()[:] = padded
+            step.inputs.copy_(pinned, non_blocking=True)
+            step.graph.replay()
+        assert (
+            step.logits is not None and step.tokens is not None and step.positions is not None
+        )  # set by _run
+        return DecodeRows(
+            step.logits[:count], step.tokens[:count], step.inputs[0, :count], step.positions[:count]
+        )
+
+    def _size(self, size: int) -> _Size:
+        if size not in self._sizes:
+            inputs = torch.zeros((3, size), dtype=torch.int64, device=self._model.device)
+            inputs[0] = self._tables.dummy
+            boundaries = torch.arange(size + 1, dtype=torch.int32, device=self._model.device)
+            self._sizes[size] = _Size(inputs, boundaries)
+        return self._sizes[size]
+
+    def _run(self, step: _Size, contexts: tuple[int, ...]) -> None:
+        """The step itself. contexts: the keys of each row, or bounds of them where the device alone knows."""
+        tables, size = self._tables, self._tables.block_size
+        seats, positions, blocks = step.inputs
+        places = torch.div(positions, size, rounding_mode="floor")
+        tables.write_blocks(seats, places, blocks)
+        step.positions = positions + 1
+        context_lens = step.positions.to(torch.int32)
+        ones = (1,) * len(contexts)
+        batch = TokenBatch(
+            positions=positions,
+            cu_seqlens=step.boundaries,
+            context_lens=context_lens,
+            lengths=ones,
+            contexts=contexts,
+            rope_lengths=ones,  # where it matters the step is none of these
+            cache=self._cache,
+            slots=blocks * size + positions % size,
+            block_tables=tables.block_tables(seats, -(-max(contexts) // size)),
+            tickets=self._tickets,
+        )
+        hidden = self._model(tables.read_tokens(seats, positions), batch)
+        step.logits = self._model.logits(hidden)
+        step.tokens = self._sampler.sample_plain(step.logits, seats, step.positions)
+        tables.write_tokens(seats, step.positions, step.tokens)
+
+    def _capture_all(self) -> None:
+        """The largest first: the smaller ones then find all the memory that they need in the pool."""
+        pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        for size in reversed(self._numbers):
+            step = self._size(size)
+            contexts = (self._max_model_len,) * size
+            with torch.cuda.stream(stream):
+                self._run(step, contexts)  # compiles and loads what a capture could not
+            step.logits = step.tokens = step.positions = None
+            stream.synchronize()
+            step.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(step.graph, pool=pool, stream=stream):
+                self._run(step, contexts)
+            assert step.logits is not None  # set by _run
+            # The memory goes back to the pool, for the logits of the next graph.
+            step.logits = _unowned(step.logits)
+        torch.cuda.current_stream().wait_stream(stream)
+
+
+class _Address:
+    """A tensor's memory, described to PyTorch without owning it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.__cuda_array_interface__: dict[str, Any] = {
+            "shape": tuple(tensor.shape),
+            "typestr": "<f4",
+            "data": (tensor.data_ptr(), False),
+            "version": 3,
+        }
+
+
+def _unowned(tensor: Tensor) -> Tensor:
+    """A float32 tensor on the same memory, which somebody else must keep alive: here, the graph's pool."""
+    return torch.as_tensor(_Address(tensor), device=tensor.device)

@@ -1,0 +1,67 @@
+"""New weights into a running model, and a checksum by which two processes see that they have the same ones."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mainspring.errors import CheckpointError
+from mainspring.model.decoder import Decoder
+
+_CHUNK = 1 << 24  # elements that are widened to 64 bits at a time
+_FACTOR = 0x9E3779B97F4A7C15 - (
+    1 << 64
+)  # odd, so that no factor below is even and each bit of a value counts
+
+
+@torch.no_grad()
+def copy_weights(model: Decoder, state_dict: Mapping[str, Tensor]) -> None:
+    """Copy tensors, by their Hugging Face names, into the model's own: no parameter moves in memory.
+
+    Any part of the model may be given; a tied output embedding may come a second time under its own name.
+
+    Raises:
+        CheckpointError: a name that the model does not have, or another shape; then nothing has been changed.
+    """
+    views = model.hf_tensors()
+    given = dict(state_dict)
+    if model.config.tie_word_embeddings:
+        given.pop("lm_head.weight", None)
+    for name, tensor in given.items():
+        if name not in views:
+            raise CheckpointError(f"the model has no tensor {name!r}")
+        if tensor.shape != views[name].shape:
+            raise CheckpointError(
+                f"tensor {name!r} has shape {list(tensor.shape)}, the model needs {list(views[name].shape)}"
+            )
+    for name, tensor in given.items():
+        views[name].copy_(tensor, non_blocking=True)
+
+
+@torch.no_grad()
+def weights_checksum(model: Decoder) -> str:
+    """128 bits of the names, shapes, dtypes and bits of all tensors, in hexadecimal digits; the same on every device.
+
+    Each tensor is summed up in 64-bit integers, each element times an odd factor of its own, so that the sum has no
+    order and moving, swapping or changing an element changes it.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.hf_tensors().items()):
+        total = _sum_of_bits(tensor)
+        digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype), int(total))).encode())
+    return digest.hexdigest()
+
+
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    words = (
+        tensor.contiguous().view(-1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
+    )
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, words.numel(), _CHUNK):
+        chunk = words[start : start + _CHUNK].to(torch.int64)
+        place = torch.arange(start, start + chunk.numel(), device=tensor.device)
+        total += (chunk * (2 * place * _FACTOR + 1)).sum()
+    return total
