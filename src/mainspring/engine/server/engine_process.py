@@ -102,6 +102,7 @@ def load_core(message: Load, channel: Channel) -> EngineCore:
     """Loads the model and builds the engine on it; tells the frontend what it does."""
     # PyTorch was imported while the frontend still looked for the model.
     from mainspring.engine.core import EngineCore
+    from mainspring.formats.tokenizer import Tokenizer
     from mainspring.model.checkpoint import load_model
     from mainspring.ops.threads import set_num_threads
 
@@ -110,7 +111,8 @@ def load_core(message: Load, channel: Channel) -> EngineCore:
     channel.send(Progress("Loading the weights"))
     model = load_model(message.model, device=message.device, dtype=message.dtype, numerics=message.numerics)
     channel.send(Progress("Preparing the engine"))
-    core = EngineCore(model, message.config)
+    # For structured outputs and bad words; the frontend has read the same files.
+    core = EngineCore(model, message.config, tokenizer=Tokenizer.from_directory(message.model))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     dtype = str(model.dtype).removeprefix("torch.")
     channel.send(Ready(core.limits, core.stats(), str(model.device), dtype, parameters))
