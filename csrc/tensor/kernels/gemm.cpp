@@ -50,6 +50,19 @@ MS_INLINE register_d multiply_add(register_d a, register_d b, register_d c) {
 template <class A> struct RegisterOf { using V = vf; };
 template <> struct RegisterOf<double> { using V = register_d; };
 
+// Where a step finds the kTileRows elements of A.
+template <class Unit>
+struct Panel {
+  const Unit* p;
+  MS_INLINE Unit operator[](int r) const { return p[r]; }
+};
+template <class Unit>
+struct Lines {
+  const Unit* at[(kTileRows + 2) / 3];
+  int64_t row;
+  MS_INLINE Unit operator[](int r) const { return at[r / 3][r % 3 * row]; }
+};
+
 // float and double: units are elements of the accumulator's type; bfloat16 and float16 are widened while they are packed.
 template <class Element, class A>
 struct Plain {
@@ -61,7 +74,8 @@ struct Plain {
   static constexpr int kVectors = 2;
   static constexpr int kPair = 1;
   static MS_INLINE Unit unit(const T* p, int64_t, int) { return as_float(*p); }
-  static MS_INLINE void step(V (&acc)[kTileRows][kVectors], const Unit* a, const Unit* b) {
+  template <class Rows>
+  static MS_INLINE void step(V (&acc)[kTileRows][kVectors], const Rows& a, const Unit* b) {
     V bv[kVectors];
     for (int v = 0; v < kVectors; ++v) bv[v] = load_register(b + v * kWidth);
 #pragma GCC unroll 16
@@ -87,7 +101,8 @@ struct Pairs {
     memcpy(&out, &bits, sizeof out);
     return out;
   }
-  static MS_INLINE void step(V (&acc)[kTileRows][kVectors], const Unit* a, const Unit* b) {
+  template <class Rows>
+  static MS_INLINE void step(V (&acc)[kTileRows][kVectors], const Rows& a, const Unit* b) {
     __m512bh bv[kVectors];
     for (int v = 0; v < kVectors; ++v) bv[v] = (__m512bh)_mm512_loadu_ps(b + v * kLanes);
 #pragma GCC unroll 16
@@ -151,17 +166,33 @@ void pack_panel(const typename G::T* x, int64_t line, int64_t step, int width, i
   }
 }
 
-// A tile of C: rows x cols of kTileRows x (kVectors * kLanes).
-template <class G>
-void multiply_tile(int64_t units, const typename G::Unit* a, const typename G::Unit* b, typename G::Acc* c,
-                   int64_t c_row, int rows, int cols, bool add) {
+// A tile of C: rows x cols of kTileRows x (kVectors * kLanes). A is a panel, or (Direct) a matrix as it lies, a_row
+// between its rows and a_col along them.
+template <class G, bool Direct>
+void multiply_tile(int64_t units, const typename G::Unit* a, int64_t a_row, int64_t a_col, const typename G::Unit* b,
+                   typename G::Acc* c, int64_t c_row, int rows, int cols, bool add) {
   constexpr int kCols = G::kVectors * G::kWidth;
   typename G::V acc[kTileRows][G::kVectors];
   for (auto& row : acc)
     for (auto& v : row) v = typename G::V{};
   for (int r = 0; r < rows; ++r)  // needed when the products are done
     for (int v = 0; v < G::kVectors; ++v) __builtin_prefetch(c + r * c_row + v * G::kWidth, 1);
-  for (int64_t u = 0; u < units; ++u) G::step(acc, a + u * kTileRows, b + u * kCols);
+  if constexpr (Direct) {
+    if (a_row == 1) {
+      for (int64_t u = 0; u < units; ++u) G::step(acc, Panel<typename G::Unit>{a + u * a_col}, b + u * kCols);
+    } else {
+      // Four pointers, three rows from each: as many as a processor's addresses can express without more registers.
+      Lines<typename G::Unit> lines;
+      for (int i = 0; i < (kTileRows + 2) / 3; ++i) lines.at[i] = a + 3 * i * a_row;
+      lines.row = a_row;
+      for (int64_t u = 0; u < units; ++u) {
+        G::step(acc, lines, b + u * kCols);
+        for (auto& p : lines.at) ++p;
+      }
+    }
+  } else {
+    for (int64_t u = 0; u < units; ++u) G::step(acc, Panel<typename G::Unit>{a + u * kTileRows}, b + u * kCols);
+  }
   if (rows == kTileRows && cols == kCols) {
     for (int r = 0; r < kTileRows; ++r)
       for (int v = 0; v < G::kVectors; ++v) {
@@ -209,15 +240,61 @@ bool few_rows(const GemmArgs& g, A* c, int64_t c_row) {
           row[j] = sum_lanes(acc[0] + acc[1]);
         }
       } else {
-        for (int64_t j = begin; j < end; ++j) row[j] = 0;
-        for (int64_t p = 0; p < g.k; ++p) {
-          const auto x = splat<typename Traits<T>::V>(as_float(a[i * g.a_row + p * g.a_col]));
-          const T* w = b + p * g.b_row;
-          for_lanes(end - begin, [&](int64_t j, int l) {
-            store_lanes(row + begin + j, fma(x, load_lanes(w + begin + j, l), load_lanes(row + begin + j, l)), l);
-          });
+        // Stretches of the row that stay in the nearest cache, four rows of B at a time.
+        using V = typename Traits<T>::V;
+        constexpr int64_t kStretch = 1024;
+        for (int64_t j0 = begin; j0 < end; j0 += kStretch) {
+          const int64_t count = min_of(kStretch, end - j0);
+          A* to = row + j0;
+          for (int64_t j = 0; j < count; ++j) to[j] = 0;
+          for (int64_t p = 0; p < g.k; p += 4) {
+            V x[4];
+            const T* w[4];
+            for (int r = 0; r < 4; ++r) {
+              const int64_t at = min_of(p + r, g.k - 1);
+              x[r] = splat<V>(p + r < g.k ? as_float(a[i * g.a_row + at * g.a_col]) : 0);
+              w[r] = b + at * g.b_row + j0;
+            }
+            if (p + 4 > g.k) {  // the rest one by one: 0 times what is not finite would count
+              for (int r = 0; p + r < g.k; ++r)
+                for_lanes(count, [&](int64_t j, int l) {
+                  store_lanes(to + j, fma(x[r], load_lanes(w[r] + j, l), load_lanes(to + j, l)), l);
+                });
+              break;
+            }
+            for_lanes(count, [&](int64_t j, int l) {
+              V v = load_lanes(to + j, l);
+#pragma GCC unroll 4
+              for (int r = 0; r < 4; ++r) v = fma(x[r], load_lanes(w[r] + j, l), v);
+              store_lanes(to + j, v, l);
+            });
+          }
         }
       }
+    }
+  });
+  return true;
+}
+
+// One or two products for each element, such as the gradient of a weight from a single row: nothing to copy for.
+template <class T, class A>
+bool shallow(const GemmArgs& g, A* c, int64_t c_row) {
+  if (g.k > 2 || g.b_col != 1) return false;
+  const T* a = static_cast<const T*>(g.a);
+  const T* b = static_cast<const T*>(g.b);
+  const T* b1 = g.k == 2 ? b + g.b_row : b;
+  constexpr int64_t kGrain = 64 * 1024;
+  parallel_ranges(g.m, kGrain / max_of(1, g.n), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const auto x = splat<typename Traits<T>::V>(as_float(a[i * g.a_row]));
+      const auto y = splat<typename Traits<T>::V>(g.k == 2 ? as_float(a[i * g.a_row + g.a_col]) : 0);
+      A* row = c + i * c_row;
+      for_lanes(g.n, [&](int64_t j, int l) {
+        auto v = x * load_lanes(b + j, l);
+        if (g.k == 2) v = fma(y, load_lanes(b1 + j, l), v);
+        if (g.add) v = v + load_lanes(row + j, l);
+        store_lanes(row + j, v, l);
+      });
     }
   });
   return true;
@@ -226,7 +303,10 @@ bool few_rows(const GemmArgs& g, A* c, int64_t c_row) {
 template <class G>
 void multiply(const GemmArgs& g, typename G::Acc* c, int64_t c_row) {
   using T = typename G::T;
+  using A = typename G::Acc;
   using Unit = typename G::Unit;
+  // A panel of A pays when many panels of B meet it.
+  constexpr bool kCanBeDirect = std::is_same_v<T, Unit>;
   constexpr int kCols = G::kVectors * G::kWidth;
   constexpr int64_t kDepth = 512 * G::kPair;    // of k: an A block of 192 rows then takes 384 KB
   constexpr int64_t kRows = 16 * kTileRows;     // of A, in the second-level cache
@@ -235,6 +315,7 @@ void multiply(const GemmArgs& g, typename G::Acc* c, int64_t c_row) {
   const T* b = static_cast<const T*>(g.b);
   const int64_t wide = min_of(g.n, kWide), panels = (wide + kCols - 1) / kCols;
   const int64_t max_units = (min_of(g.k, kDepth) + G::kPair - 1) / G::kPair;
+  const bool direct = kCanBeDirect && g.n <= 2 * kCols && (g.a_row == 1 || g.a_col == 1);
   const size_t b_bytes = static_cast<size_t>(panels * kCols * max_units + kLanes) * sizeof(Unit);
   Unit* packed_b = static_cast<Unit*>(tensor::allocate(b_bytes));
   for (int64_t n0 = 0; n0 < g.n; n0 += kWide) {
@@ -255,20 +336,29 @@ void multiply(const GemmArgs& g, typename G::Acc* c, int64_t c_row) {
       auto block = [&](int64_t task) {
         const int64_t i0 = task / splits * kRows, i1 = min_of(g.m, i0 + kRows), split = task % splits;
         const int64_t tiles = (i1 - i0 + kTileRows - 1) / kTileRows;
+        const int64_t whole = direct ? (i1 - i0) / kTileRows : 0;  // tiles that read A where it is
         Unit* packed_a = static_cast<Unit*>(
-            thread_scratch(static_cast<size_t>(tiles * kTileRows * units + kLanes) * sizeof(Unit)));
-        for (int64_t t = 0; t < tiles; ++t) {
+            thread_scratch(static_cast<size_t>((tiles - whole) * kTileRows * units + kLanes) * sizeof(Unit)));
+        for (int64_t t = whole; t < tiles; ++t) {
           const int64_t i = i0 + t * kTileRows;
           pack_panel<G, kTileRows>(a + i * g.a_row + k0 * g.a_col, g.a_row, g.a_col,
-                                   static_cast<int>(min_of(kTileRows, i1 - i)), depth, packed_a + t * kTileRows * units);
+                                   static_cast<int>(min_of(kTileRows, i1 - i)), depth, packed_a + (t - whole) * kTileRows * units);
         }
         for (int64_t p = n_panels * split / splits; p < n_panels * (split + 1) / splits; ++p) {
           const int64_t j = n0 + p * kCols;
           for (int64_t t = 0; t < tiles; ++t) {
             const int64_t i = i0 + t * kTileRows;
-            multiply_tile<G>(units, packed_a + t * kTileRows * units, packed_b + p * kCols * units, c + i * c_row + j,
-                             c_row, static_cast<int>(min_of(kTileRows, i1 - i)), static_cast<int>(min_of(kCols, n1 - j)),
-                             k0 > 0 || g.add);
+            const int rows = static_cast<int>(min_of(kTileRows, i1 - i)), cols = static_cast<int>(min_of(kCols, n1 - j));
+            const bool add = k0 > 0 || g.add;
+            const Unit* panel = packed_b + p * kCols * units;
+            A* to = c + i * c_row + j;
+            if constexpr (kCanBeDirect) {
+              if (t < whole) {
+                multiply_tile<G, true>(units, a + i * g.a_row + k0 * g.a_col, g.a_row, g.a_col, panel, to, c_row, rows, cols, add);
+                continue;
+              }
+            }
+            multiply_tile<G, false>(units, packed_a + (t - whole) * kTileRows * units, 0, 0, panel, to, c_row, rows, cols, add);
           }
         }
       };
@@ -292,7 +382,7 @@ void gemm(const GemmArgs& g) {
     if (g.add) return;
     for (int64_t i = 0; i < g.m; ++i)
       for (int64_t j = 0; j < g.n; ++j) c[i * c_row + j] = 0;
-  } else if (g.add || !few_rows<T, A>(g, c, c_row)) {
+  } else if (!shallow<T, A>(g, c, c_row) && (g.add || !few_rows<T, A>(g, c, c_row))) {
     multiply<G>(g, c, c_row);
   }
   if (!direct || g.bias != nullptr) {

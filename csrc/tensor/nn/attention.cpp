@@ -79,18 +79,19 @@ void store_rows(const Tensor& x, int64_t b, int64_t h, int64_t first, int64_t co
 }
 
 // The probabilities of queries first .. first + count; columns that no query sees are not touched. Returns how many
-// keys the last one sees.
+// keys the last one sees. `scaled` takes these queries times the scale: [count, dim].
 template <class A>
-int64_t probabilities(const AttentionShape& s, const Operand<A>& q, const Operand<A>& k, int64_t first, int64_t count, A* p) {
+int64_t probabilities(const AttentionShape& s, const Operand<A>& q, const Operand<A>& k, int64_t first, int64_t count,
+                      A* scaled, A* p) {
   constexpr int index = float_index(sizeof(A) == 8 ? DType::Float64 : DType::Float32);
-  constexpr int type = static_cast<int>(sizeof(A) == 8 ? DType::Float64 : DType::Float32);
   const int64_t limit = s.causal ? first + count + s.keys - s.queries : s.keys;
-  gemm<A>(q.data + first * q.row, q.row, 1, k.data, 1, k.row, p, limit, count, limit, s.dim, false);
   const A scale = static_cast<A>(s.scale);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = 0; j < s.dim; ++j) scaled[i * s.dim + j] = q.data[(first + i) * q.row + j] * scale;
+  gemm<A>(scaled, s.dim, 1, k.data, 1, k.row, p, limit, count, limit, s.dim, false);
   for (int64_t i = 0; i < count; ++i) {
     A* row = p + i * limit;
     const int64_t seen = s.causal ? first + i + 1 + s.keys - s.queries : s.keys;
-    kernels().binary[static_cast<int>(BinaryKernel::Mul)][type](seen, row, 1, &scale, 0, row);
     kernels().softmax[index](RowKernel::Softmax, 1, seen, row, row);
     for (int64_t j = seen; j < limit; ++j) row[j] = 0;
   }
@@ -104,10 +105,10 @@ void forward(const AttentionShape& s, const Tensor& q, const Tensor& k, const Te
     const int64_t b = task / s.heads, h = task % s.heads;
     const Operand<A> qm(q, b, h), km(k, b, h / repeats), vm(v, b, h / repeats);
     const int64_t block = s.queries < kBlock ? s.queries : kBlock;
-    const Buffer<A> p(block * s.keys), o(block * s.value_dim);
+    const Buffer<A> scaled(block * s.dim), p(block * s.keys), o(block * s.value_dim);
     for (int64_t first = 0; first < s.queries; first += block) {
       const int64_t count = s.queries - first < block ? s.queries - first : block;
-      const int64_t limit = probabilities<A>(s, qm, km, first, count, p.get());
+      const int64_t limit = probabilities<A>(s, qm, km, first, count, scaled.get(), p.get());
       gemm<A>(p.get(), limit, 1, vm.data, vm.row, 1, o.get(), s.value_dim, count, s.value_dim, limit, false);
       store_rows<A>(out, b, h, first, count, o.get());
     }
@@ -118,7 +119,7 @@ template <class A>
 void backward(const AttentionShape& s, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& grad,
               const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v) {
   constexpr int index = float_index(sizeof(A) == 8 ? DType::Float64 : DType::Float32);
-  constexpr int type = static_cast<int>(sizeof(A) == 8 ? DType::Float64 : DType::Float32);
+  const A scale = static_cast<A>(s.scale);
   const int64_t repeats = s.heads / s.groups;
   parallel_for(s.batch * s.groups, [&](int64_t task) {
     const int64_t b = task / s.groups, group = task % s.groups;
@@ -127,21 +128,20 @@ void backward(const AttentionShape& s, const Tensor& q, const Tensor& k, const T
     std::memset(gk.get(), 0, static_cast<size_t>(s.keys * s.dim) * sizeof(A));
     std::memset(gv.get(), 0, static_cast<size_t>(s.keys * s.value_dim) * sizeof(A));
     const int64_t block = s.queries < kBlock ? s.queries : kBlock;
-    const Buffer<A> p(block * s.keys), gp(block * s.keys), gq(block * s.dim);
+    const Buffer<A> scaled(block * s.dim), p(block * s.keys), gp(block * s.keys), gq(block * s.dim);
     for (int64_t h = group * repeats; h < (group + 1) * repeats; ++h) {
       const Operand<A> qm(q, b, h), gm(grad, b, h);
       for (int64_t first = 0; first < s.queries; first += block) {
         const int64_t count = s.queries - first < block ? s.queries - first : block;
-        const int64_t limit = probabilities<A>(s, qm, km, first, count, p.get());
+        const int64_t limit = probabilities<A>(s, qm, km, first, count, scaled.get(), p.get());
         const A* go = gm.data + first * gm.row;
         gemm<A>(p.get(), 1, limit, go, gm.row, 1, gv.get(), s.value_dim, limit, s.value_dim, count, true);
         gemm<A>(go, gm.row, 1, vm.data, 1, vm.row, gp.get(), limit, count, limit, s.value_dim, false);
         kernels().softmax_grad[index](RowKernel::Softmax, count, limit, p.get(), gp.get(), gp.get());
-        const A scale = static_cast<A>(s.scale);
-        kernels().binary[static_cast<int>(BinaryKernel::Mul)][type](count * limit, gp.get(), 1, &scale, 0, gp.get());
         gemm<A>(gp.get(), limit, 1, km.data, km.row, 1, gq.get(), s.dim, count, s.dim, limit, false);
+        for (int64_t i = 0; i < count * s.dim; ++i) gq.get()[i] *= scale;
         store_rows<A>(grad_q, b, h, first, count, gq.get());
-        gemm<A>(gp.get(), 1, limit, qm.data + first * qm.row, qm.row, 1, gk.get(), s.dim, limit, s.dim, count, true);
+        gemm<A>(gp.get(), 1, limit, scaled.get(), s.dim, 1, gk.get(), s.dim, limit, s.dim, count, true);
       }
     }
     store_rows<A>(grad_k, b, group, 0, s.keys, gk.get());
