@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import mainspring
+from mainspring.cli.bench import bench
 from mainspring.cli.doctor import doctor
 from mainspring.cli.generate import generate
 from mainspring.cli.serve import serve
@@ -31,6 +32,7 @@ app.command()(serve)
 app.command()(generate)
 app.command()(train)
 app.command()(doctor)
+app.add_typer(bench)
 app.add_typer(tensor)
 
 

@@ -11,7 +11,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mainspring.engine.admission import make_request
-from mainspring.engine.config import EngineConfig
+from mainspring.engine.config import EngineConfig, KVCacheDtype, SchedulingPolicy
 from mainspring.engine.core import EngineCore
 from mainspring.engine.messages import EngineRequest
 from mainspring.engine.output_processor import OutputKind, OutputProcessor
@@ -48,6 +48,11 @@ class LLM:
         block_size: int = 16,
         kv_cache_bytes: int | None = None,
         num_blocks: int | None = None,
+        enable_prefix_caching: bool = True,
+        kv_cache_dtype: KVCacheDtype = "auto",
+        scheduling_policy: SchedulingPolicy = "fcfs",
+        cuda_graphs: bool | None = None,
+        async_scheduling: bool | None = None,
         seed: int | None = None,
     ) -> None:
         """Load the model, or take a `Decoder` as it is (its parameters are shared, not copied).
@@ -69,6 +74,11 @@ class LLM:
             kv_cache_bytes=kv_cache_bytes,
             num_blocks=num_blocks,
             max_model_len=max_model_len,
+            enable_prefix_caching=enable_prefix_caching,
+            kv_cache_dtype=kv_cache_dtype,
+            scheduling_policy=scheduling_policy,
+            cuda_graphs=cuda_graphs,
+            async_scheduling=async_scheduling,
             seed=seed,
         )
         if isinstance(model, Decoder):
