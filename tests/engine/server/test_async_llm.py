@@ -8,49 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from mainspring.engine.messages import EngineLimits, EngineStats, TokenOutput
+from mainspring.engine.messages import EngineLimits, TokenOutput
 from mainspring.engine.sampling_params import SamplingParams
 from mainspring.engine.server.async_llm import AsyncLLM
 from mainspring.engine.server.metrics import Metrics
-from mainspring.engine.server.protocol import (
-    Abort,
-    FromEngine,
-    Outputs,
-    Ready,
-    Refused,
-    Submit,
-    ToEngine,
-    decode_from_engine,
-    decode_to_engine,
-    encode,
-)
+from mainspring.engine.server.protocol import Abort, Ready, Refused, Submit
 from mainspring.errors import EngineDeadError, RequestTooLongError
 from mainspring.formats.tokenizer import Tokenizer
+from support.scripted_engine import STATS, ScriptedEngine
 from support.serving import VOCAB_SIZE
 
-STATS = EngineStats(0, 0, 0, 10, 16, 0, 0, 0, 0, {"stop": 0, "length": 0, "abort": 0})
 READY = Ready(EngineLimits(64, 160, VOCAB_SIZE, 20), STATS, "cpu", "float32", 1)
-
-
-class ScriptedEngine:
-    """Stands in for EngineProcess: keeps what it is sent, and says what it is told to."""
-
-    def __init__(self) -> None:
-        self.sent: list[ToEngine] = []
-        self.says: asyncio.Queue[FromEngine | EngineDeadError] = asyncio.Queue()
-
-    def send(self, message: ToEngine) -> None:
-        self.sent.append(decode_to_engine(encode(message)))
-
-    async def receive(self) -> FromEngine:
-        message = await self.says.get()
-        if isinstance(message, EngineDeadError):
-            raise message
-        return decode_from_engine(encode(message))
-
-    def gives(self, *outputs: TokenOutput) -> None:
-        """The next step gives these."""
-        self.says.put_nowait(Outputs(list(outputs), STATS))
 
 
 @pytest.fixture

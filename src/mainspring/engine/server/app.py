@@ -8,7 +8,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from starlette.middleware import Middleware
 
 import mainspring
-from mainspring.engine.server import chat, completions
+from mainspring.engine.server import chat, completions, responses, tokens
 from mainspring.engine.server.http_errors import error_response, install_error_handlers
 from mainspring.engine.server.keys import AccessKeys, KeyCheck
 from mainspring.engine.server.metrics import CONTENT_TYPE
@@ -38,9 +38,8 @@ def create_app(
     )
     app.state.service = service
     install_error_handlers(app)
-    app.include_router(router)
-    app.include_router(chat.router)
-    app.include_router(completions.router)
+    for part in (router, chat.router, completions.router, responses.router, tokens.router):
+        app.include_router(part)
     return app
 
 

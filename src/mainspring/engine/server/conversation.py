@@ -78,15 +78,18 @@ def turn_of(message: ChatMessage) -> dict[str, Any]:
             {
                 "id": call.id,
                 "type": "function",
-                "function": _function(call.function.name, call.function.arguments),
+                "function": function_of(call.function.name, call.function.arguments),
             }
             for call in message.tool_calls
         ]
     return turn
 
 
-def _function(name: str, arguments: str) -> dict[str, Any]:
-    """Templates write arguments as JSON themselves, so they get them as values."""
+def function_of(name: str, arguments: str) -> dict[str, Any]:
+    """A call as templates expect it: they write the arguments as JSON themselves, so they get them as values.
+
+    Raises: InvalidRequestError, if they are not JSON.
+    """
     try:
         return {"name": name, "arguments": json.loads(arguments) if arguments.strip() else {}}
     except (ValueError, RecursionError) as error:
@@ -110,11 +113,17 @@ def structured_of(form: ResponseFormat | None) -> StructuredOutputsParams | None
 def functions_of(tools: Sequence[Tool] | None) -> list[FunctionDefinition]:
     """The functions of a request's tools. Raises: InvalidRequestError, if two have one name."""
     functions = [tool.function for tool in tools or ()]
-    names = [function.name for function in functions]
-    for name in names:
-        if names.count(name) > 1:
-            raise InvalidRequestError(f"tools has the function {name!r} more than once", "tools")
+    check_names(functions)
     return functions
+
+
+def check_names(functions: Sequence[FunctionDefinition]) -> None:
+    """Refuses functions of which two have one name."""
+    seen: set[str] = set()
+    for function in functions:
+        if function.name in seen:
+            raise InvalidRequestError(f"tools has the function {function.name!r} more than once", "tools")
+        seen.add(function.name)
 
 
 async def make_prompt(service: Service, chat: Conversation) -> ChatPrompt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
@@ -15,6 +16,14 @@ from mainspring.engine.server.http_errors import mainspring_error_bytes
 from mainspring.errors import MainspringError
 
 
+@dataclass(frozen=True, slots=True)
+class NamedEvent:
+    """An event with a name of its own. A stream of these ends without `[DONE]`."""
+
+    name: str
+    data: bytes
+
+
 class EventStream(Response):
     """A response of server-sent events: the JSON of each, then `[DONE]`; an error ends it with an error event.
 
@@ -23,7 +32,9 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None]) -> None:
+    def __init__(
+        self, first: bytes | NamedEvent, rest: AsyncGenerator[bytes, None] | AsyncGenerator[NamedEvent, None]
+    ) -> None:
         # X-Accel-Buffering keeps nginx from holding events back.
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
@@ -31,7 +42,9 @@ class EventStream(Response):
         self._rest = rest
 
     @classmethod
-    async def start(cls, request: Request, events: AsyncGenerator[bytes, None]) -> EventStream:
+    async def start(
+        cls, request: Request, events: AsyncGenerator[bytes, None] | AsyncGenerator[NamedEvent, None]
+    ) -> EventStream:
         """Waits for the first event, so that what fails before it is answered with its own HTTP status."""
         return cls(await until_disconnect(request.receive, _next(events)), events)
 
@@ -47,15 +60,23 @@ class EventStream(Response):
             try:
                 async for event in events:
                     await send(_event(event))
-                await send(_event(b"[DONE]"))
+                if not isinstance(self._first, NamedEvent):
+                    await send(_event(b"[DONE]"))
             except MainspringError as error:
                 await send(_event(mainspring_error_bytes(error)))
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _next(events: AsyncGenerator[bytes, None]) -> bytes:
+async def _next(
+    events: AsyncGenerator[bytes, None] | AsyncGenerator[NamedEvent, None],
+) -> bytes | NamedEvent:
     return await anext(events)
 
 
-def _event(data: bytes) -> dict[str, Any]:
-    return {"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True}
+def _event(event: bytes | NamedEvent) -> dict[str, Any]:
+    data = (
+        b"data: " + event
+        if isinstance(event, bytes)
+        else b"event: %s\ndata: %s" % (event.name.encode(), event.data)
+    )
+    return {"type": "http.response.body", "body": data + b"\n\n", "more_body": True}

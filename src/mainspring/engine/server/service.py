@@ -55,11 +55,11 @@ class Service:
             )
         return choices
 
-    def check_template_reads(self, variable: str) -> None:
-        """Refuses a field that the chat template would not look at."""
+    def check_template_reads(self, variable: str, param: str | None = None) -> None:
+        """Refuses a field (of another name: `param`) that the chat template would not look at."""
         if variable not in (self.llm.tokenizer.chat_template or ""):
             raise InvalidRequestError(
-                f"this model's chat template does not read {variable}; leave it out", variable
+                f"this model's chat template does not read {variable}; leave it out", param or variable
             )
 
 
