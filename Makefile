@@ -44,7 +44,7 @@ $(VENV)/.serve: $(SOURCES)
 	@touch $@
 
 $(VENV)/.dev: $(SOURCES)
-	@$(BOOTSTRAP) --extras serve,dev
+	@$(BOOTSTRAP) --extras serve,rag,milvus,dev
 	@touch $@ $(VENV)/.serve
 
 clean:

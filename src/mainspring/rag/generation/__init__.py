@@ -1,0 +1,1 @@
+"""From passages to an answer: language models, summaries, citations, abstention."""

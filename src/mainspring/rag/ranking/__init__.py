@@ -1,0 +1,1 @@
+"""Ordering passages: rerankers and repacking."""

@@ -1,0 +1,1 @@
+"""Finding the strategy that fits a user's own documents."""

@@ -1,0 +1,1 @@
+"""Where passages and vectors live: a protocol, LanceDB embedded, Milvus as a server."""
