@@ -86,7 +86,8 @@ def test_a_stop_string_in_the_very_last_token_wins_over_length_and_needs_no_abor
 def test_the_token_that_ends_a_request_is_counted_but_not_shown() -> None:
     [output], _ = feed([*b"hi", END], SamplingParams(), "final", "stop")
     assert (output.outputs[0].text, output.outputs[0].token_ids) == ("hi", [*b"hi", END])
-    [output], _ = feed([*b"hi."], SamplingParams(), "final", "stop", ord("."))
+    dot = SamplingParams(stop_token_ids=[ord(".")])
+    [output], _ = feed([*b"hi."], dot, "final", "stop", ord("."))
     assert (output.outputs[0].text, output.outputs[0].stop_reason) == ("hi", ord("."))
     shown = SamplingParams(include_stop_str_in_output=True, skip_special_tokens=False)
     [output], _ = feed([*b"hi", END], shown, "final", "stop")

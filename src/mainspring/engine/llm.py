@@ -11,6 +11,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mainspring.engine.admission import make_request
+from mainspring.engine.choices import ChoiceMerger, fan_out
 from mainspring.engine.config import EngineConfig, KVCacheDtype, SchedulingPolicy
 from mainspring.engine.core import EngineCore
 from mainspring.engine.messages import EngineRequest
@@ -203,23 +204,29 @@ class LLM:
         self, requests: Sequence[tuple[EngineRequest, str | None]], output_kind: OutputKind
     ) -> Iterator[RequestOutput]:
         """Step until all requests are done. However this ends, none of them stays in the engine."""
-        unfinished = {request.request_id for request, _ in requests}
+        children = {child.request_id: request for request, _ in requests for child in fan_out(request)}
+        mergers = {request.request_id: ChoiceMerger(request, output_kind) for request, _ in requests}
+        unfinished = set(mergers)
         try:
             for request, text in requests:
-                self._processor.add(request, text, output_kind)
-                self.engine.add_request(request)
+                for child in fan_out(request):
+                    self._processor.add(child, text, output_kind)
+                    self.engine.add_request(child)
             while unfinished:
                 outputs, to_abort = self._processor.process(self.engine.step())
                 for request_id in to_abort:
                     self.engine.abort(request_id)
                 for output in outputs:
-                    if output.finished:
-                        unfinished.discard(output.request_id)
-                    yield output
+                    merged = mergers[children[output.request_id].request_id].merge(output)
+                    if merged is not None:
+                        if merged.finished:
+                            unfinished.discard(merged.request_id)
+                        yield merged
         finally:
             for request_id in unfinished:
-                self._processor.abort(request_id)
-                self.engine.abort(request_id)
+                for child_id in mergers[request_id].unfinished:
+                    self._processor.abort(child_id)
+                    self.engine.abort(child_id)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

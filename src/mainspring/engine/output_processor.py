@@ -34,6 +34,7 @@ class _RequestState:
     output_kind: OutputKind
     decoder: IncrementalDecoder | None
     scanner: StopStringScanner
+    end_token_ids: frozenset[int]
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[PositionLogprobs] = field(default_factory=list)
@@ -84,6 +85,7 @@ class OutputProcessor:
             if self._tokenizer is None
             else IncrementalDecoder(self._tokenizer, params.skip_special_tokens),
             scanner=StopStringScanner(params.stop_strings, params.include_stop_str_in_output),
+            end_token_ids=frozenset((*request.eos_token_ids, *(params.stop_token_ids or ()))),
         )
 
     def process(self, outputs: Sequence[TokenOutput]) -> tuple[list[RequestOutput], list[str]]:
@@ -149,8 +151,10 @@ class OutputProcessor:
         decoder, params = state.decoder, state.request.params
         if decoder is None:
             return
-        # The token that ends a request (end of text or a stop token) is no part of the text.
-        hidden = finish_reason == "stop" and not params.include_stop_str_in_output
+        # The token that ends a request (end of text or a stop token) is no part of the text; the last one that a
+        # grammar allows is.
+        ends = finish_reason == "stop" and token_id in state.end_token_ids
+        hidden = ends and not params.include_stop_str_in_output
         text = "" if hidden else decoder.push(token_id)
         if finish_reason is not None:
             text += decoder.flush()
