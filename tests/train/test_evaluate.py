@@ -12,6 +12,8 @@ import torch
 from mainspring.model.decoder import Decoder
 from mainspring.ops import TokenBatch
 from mainspring.train.evaluate import evaluate
+from mainspring.train.recipe import OptimizerSection
+from mainspring.train.runner import SingleDevice
 from mainspring.train.shards import ShardWriter, TokenShard
 from train.models import tiny_model
 
@@ -53,7 +55,13 @@ def test_every_token_is_predicted_once_in_its_context(
     train, holdout = _shards(tmp_path, [20, 1, 3, 9], [30, 11, 0, 1])
     with torch.no_grad():
         result = evaluate(
-            model, train, holdout, 100, sequence_length=sequence_length, stride=stride, tokens_per_batch=40
+            SingleDevice(model, OptimizerSection()),
+            train,
+            holdout,
+            100,
+            sequence_length=sequence_length,
+            stride=stride,
+            tokens_per_batch=40,
         )
         expected = _one_by_one(model, train, holdout, sequence_length, stride)
     assert result.tokens == 42

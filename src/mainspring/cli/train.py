@@ -22,25 +22,39 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: --set training.max_steps=100."),
     ] = None,
+    pp: Annotated[int | None, typer.Option(help="Pipeline-parallel degree.")] = None,
+    dp: Annotated[int | None, typer.Option(help="Data-parallel degree; by default what the others leave.")] = None,
+    cp: Annotated[int | None, typer.Option(help="Context-parallel degree.")] = None,
+    tp: Annotated[int | None, typer.Option(help="Tensor-parallel degree.")] = None,
+    ep: Annotated[int | None, typer.Option(help="Expert-parallel degree, inside dp and cp.")] = None,
+    zero: Annotated[int | None, typer.Option(help="ZeRO stage, 0 to 3.")] = None,
 ) -> None:
-    """Train a language model by a recipe. Ctrl-C writes a checkpoint and stops."""
+    """Train a language model by a recipe. Ctrl-C writes a checkpoint and stops.
+
+    On several ranks: torchrun --nproc-per-node 4 -m mainspring train RECIPE --tp 2 --zero 1. Every key of the recipe's
+    [parallel] table can be --set.
+    """
     # GNU OpenMP's threads otherwise spin for milliseconds at every barrier; beside another busy process
     # each then waits for a core that the other's spinning holds. Read when PyTorch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from mainspring.train.recipe_file import load_recipe
 
     overrides = list(set_ or [])
+    degrees = {"pp": pp, "dp": dp, "cp": cp, "tp": tp, "ep": ep, "zero": zero}
+    overrides += [f"parallel.{name}={value}" for name, value in degrees.items() if value is not None]
     if output is not None:
         overrides.append(f"output={str(output)!r}")
     try:
         if resume and restart:
             raise typer.BadParameter("--resume and --restart exclude each other")
         settings = load_recipe(recipe, overrides)
-        from mainspring.train.trainer import (
-            Trainer,
-        )  # after the recipe is known to be good: this loads PyTorch
+        # After the recipe is known to be good: this loads PyTorch.
+        from mainspring.parallel.launch import joined
+        from mainspring.train.make_runner import Ranks
+        from mainspring.train.trainer import Trainer
 
-        result = Trainer(settings, resume=resume, restart=restart).run()
+        with joined(settings.training.device):
+            result = Trainer(settings, resume=resume, restart=restart, ranks=Ranks.present()).run()
     except MainspringError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error

@@ -78,6 +78,13 @@ def load_weights(model: Decoder, directory: str | Path) -> None:
             view.copy_(_stored_tensor(reader.entry(name), tuple(view.shape)))
 
 
+def read_tensors(directory: str | Path) -> dict[str, Tensor]:
+    """A directory's tensors by their Hugging Face names, as views of the mapped files. Raises CheckpointError."""
+    reader = CheckpointReader(directory)
+    names = [name for name in reader.names() if not name.endswith(".inv_freq")]
+    return {name: _stored_tensor(reader.entry(name), reader.entry(name).shape) for name in names}
+
+
 def save_model(
     model: Decoder,
     path: str | Path,
@@ -101,7 +108,7 @@ def save_model(
             for name, tensor in tensors.items():
                 flat = tensor.detach().cpu().contiguous().flatten()
                 writer.write(name, flat.view(torch.uint8).numpy())
-            write_json(directory / "config.json", _saved_config(model))
+            write_json(directory / "config.json", saved_config(model.config, model.dtype))
             if tokenizer is not None:
                 tokenizer.save(directory)
             writer.finish()
@@ -114,11 +121,12 @@ def _converted_dtype(wanted: torch.dtype | None) -> str:
     return next((name for name, dtype in DTYPES.items() if dtype == wanted), "float32")
 
 
-def _saved_config(model: Decoder) -> dict[str, object]:
-    stored = {dtype: name for name, dtype in DTYPES.items()}
-    config = model.config.to_dict()
-    config["dtype"] = stored.get(model.dtype, model.config.dtype)
-    return config
+def saved_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, object]:
+    """The config.json of a model whose weights are stored in `dtype`."""
+    stored = {torch_type: name for name, torch_type in DTYPES.items()}
+    table = config.to_dict()
+    table["dtype"] = stored.get(dtype, config.dtype)
+    return table
 
 
 def _stored_tensor(entry: TensorEntry, shape: tuple[int, ...]) -> Tensor:

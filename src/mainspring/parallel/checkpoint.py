@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,19 @@ def read_piece(entry: TensorEntry, piece: Piece) -> Tensor:
         )
     stored = torch.frombuffer(entry.data, dtype=DTYPES[entry.dtype]).view(entry.shape)
     block = piece.block
-    if any(
+    if stored.ndim != len(block.shape) or any(
         start + size > whole
         for start, size, whole in zip(block.start, block.shape, stored.shape, strict=True)
     ):
         raise CheckpointError(
             f"tensor {entry.name!r} has shape {list(entry.shape)}; the layout needs {block.shape} from {block.start} on"
         )
+    return _flat(stored, piece)
+
+
+def _flat(tensor: Tensor, piece: Piece) -> Tensor:
+    """The piece's elements of the whole tensor."""
+    block, stored = piece.block, tensor
     for dim, (start, size) in enumerate(zip(block.start, block.shape, strict=True)):
         stored = stored.narrow(dim, start, size)
     count = piece.end - piece.begin
@@ -76,6 +83,18 @@ def load_weights(units: Units, directory: str | Path) -> None:
     with torch.no_grad():
         for piece in units.pieces:
             piece.of(piece.unit.shard).copy_(read_piece(reader.entry(piece.block.name), piece))
+    units.refresh()
+
+
+def fill_weights(units: Units, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """As `load_weights`, from whole tensors that come one by one under Hugging Face's names."""
+    pieces: dict[str, list[Piece]] = defaultdict(list)
+    for piece in units.pieces:
+        pieces[piece.block.name].append(piece)
+    with torch.no_grad():
+        for name, tensor in tensors:
+            for piece in pieces[name]:
+                piece.of(piece.unit.shard).copy_(_flat(tensor, piece))
     units.refresh()
 
 
@@ -102,10 +121,14 @@ def check_names(
 
 @dataclass(frozen=True)
 class Stored:
-    """What goes into a file: for every tensor its spec, and for this rank the pieces of it with their values."""
+    """What goes into a file: for every tensor its spec, and for this rank the pieces of it with their values.
+
+    whole: small tensors that every rank has and the first one writes.
+    """
 
     specs: Mapping[str, TensorSpec]
     pieces: Sequence[tuple[str, Piece, Callable[[], Tensor]]]
+    whole: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def stored_weights(units: Units) -> Stored:
@@ -145,6 +168,8 @@ def write_together(directory: Path, stored: Stored, units: Units) -> None:
                     for start, rows in rectangles_of(piece):
                         flat = value().detach()[rows].cpu().contiguous()
                         helper.write_block(name, _numpy(flat).reshape(_shape_of(piece, flat)), start)
+            for name, tensor in stored.whole.items() if writer is not None else ():
+                helper.write(name, tensor.cpu().contiguous().numpy())
             if isinstance(helper, SafetensorsHelper):
                 helper.sync()
                 helper.close()

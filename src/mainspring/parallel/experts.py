@@ -49,7 +49,8 @@ class ParallelExperts(nn.Module):
     """The twin of `MixtureOfExperts` with the rank's experts (and its slice of each).
 
     x: [T, H], the rank's tokens (of its rows, if the sequence is sliced) -> the same shape.
-    `load` counts the slots that each expert has been given since it was last cleared, [E] float64, by this rank.
+    `load` counts the slots that this rank has given each expert (`balance.take_loads` clears it), [E] float64;
+    `choice_bias` [E] is added to the logits for the choice alone.
     """
 
     load: Tensor
@@ -118,19 +119,6 @@ class ParallelExperts(nn.Module):
         )
         loss = self.num_experts * (share * probabilities).sum()
         return loss * (self.balance.auxiliary * self.balance.weight / self.tp.group.size)
-
-    @torch.no_grad()
-    def move_bias(self, data: Group) -> None:
-        """After a step: the choice of overloaded experts is made less likely, of idle ones more; clears the load.
-
-        data: the ranks with other tokens of the step.
-        """
-        counts = all_reduce(self.load.clone(), data)
-        self.load.zero_()
-        if self.balance.bias_rate:
-            self.choice_bias += self.balance.bias_rate * torch.sign(counts.mean() - counts).to(
-                self.choice_bias.dtype
-            )
 
 
 @dataclass(frozen=True)

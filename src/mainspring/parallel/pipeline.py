@@ -78,8 +78,36 @@ class Pipeline:
         run.finish()
         self.units.finish_step()
         # Tensor-parallel ranks have the same loss; only the last stage has one.
-        total = all_reduce(run.loss / self.layout.tp, self.mesh.group("world"))
-        return float(total) / count
+        mine_total = torch.zeros((), dtype=torch.float64, device=self.model.device)
+        for loss in run.losses.values():
+            mine_total += loss / self.layout.tp
+        return float(all_reduce(mine_total, self.mesh.group("world"))) / count
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[PackedTokens]) -> list[float]:
+        """The sum of -log p over each micro-batch's targets, in nats; forward passes only, the same on every rank."""
+        self.layout.check(self.model.config, len(micro_batches))
+        group = self.mesh.group("dp")
+        mine = list(micro_batches[group.rank :: group.size])
+        forward = make_schedule("afab", self.layout.stages, 1, len(mine))
+        # A chunk's micro-batches, then the next chunk's: the order in which they become ready.
+        schedule = [
+            [a for stage in self.layout.stages_of(rank) for a in forward[stage] if a.kind == "F"]
+            for rank in range(self.layout.pp)
+        ]
+        run = _Run(self, mine, 1, max(1, sum(len(m.tokens) for m in micro_batches)), schedule)
+        was_training = self.model.training
+        self.model.eval()
+        self.units.begin_step()
+        for action in schedule[self.mesh.index["pp"]]:
+            run.do(action)
+        run.finish()
+        self.units.release_all()
+        self.model.train(was_training)
+        sums = torch.zeros(len(micro_batches), dtype=torch.float64, device=self.model.device)
+        for micro, loss in run.losses.items():
+            sums[micro * group.size + group.rank] = loss / self.layout.tp
+        return [float(value) for value in all_reduce(sums, self.mesh.group("world"))]
 
 
 class _Run:
@@ -98,7 +126,7 @@ class _Run:
         self.device = self.model.device
         self.micro_batches, self.count, self.tokens = micro_batches, count, tokens
         self.rank = self.mesh.index["pp"]
-        self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.losses: dict[int, Tensor] = {}
         self._batches: dict[int, TokenBatch] = {}
         self._flight: dict[tuple[int, int], _InFlight] = {}
         self._sending: list[Pending] = []
@@ -145,14 +173,15 @@ class _Run:
         if stage == self.stages - 1:
             targets = self.model.own(torch.from_numpy(packed.targets).to(self.device), batch)
             loss = self.model.loss_sum(out, batch, targets)
-            self.loss += loss.detach()
+            self.losses[micro] = loss.detach().to(torch.float64)
             outputs = [loss / self.count]
         else:
             self._send(_Message(stage, micro, True), out.detach())
         auxiliary = balance.take()
         if auxiliary is not None:
             outputs.append(auxiliary)
-        self._flight[stage, micro] = _InFlight(x, outputs)
+        if torch.is_grad_enabled():
+            self._flight[stage, micro] = _InFlight(x, outputs)
 
     def _backward(self, action: Action) -> None:
         stage, micro = action.stage, action.micro

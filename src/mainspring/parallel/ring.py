@@ -133,7 +133,8 @@ def rectangle_gradient(
     queries, keys = slice(part.q0, part.q1), slice(part.k0, part.k1)
 
     def by_head(x: Tensor) -> Tensor:  # [n, Hq, ...] -> [Hkv, G, n, ...]
-        return x[queries].transpose(0, 1).unflatten(0, (kv_heads, group))
+        heads: Tensor = x[queries].transpose(0, 1).unflatten(0, (kv_heads, group))
+        return heads
 
     p = torch.exp(scores - by_head(lse)[..., None])
     d_out = by_head(grad)

@@ -73,11 +73,27 @@ def save_checkpoint(
         tokenizer.save(partial)
         (partial / "optimizer").mkdir()
         _write_tensors(partial / "optimizer", optimizer.state_tensors() | _random_states(model.device))
-        write_json(partial / "optimizer" / "state.json", {"version": _VERSION, **asdict(state)})
-    _link(output / "latest", path.name)
+        write_json(partial / "optimizer" / "state.json", state_record(state))
+    point_latest(output, path)
     for _, old in checkpoints(output)[:-keep]:
         shutil.rmtree(old)
     return path
+
+
+def state_record(state: TrainerState) -> dict[str, Any]:
+    """What `read_state` reads."""
+    return {"version": _VERSION, **asdict(state)}
+
+
+def point_latest(output: Path, path: Path) -> None:
+    """OUTPUT/latest names the checkpoint from now on."""
+    _link(output / "latest", path.name)
+
+
+def remove_partial(output: Path) -> None:
+    """Deletes what a process that was killed in the middle of a save has left; nobody else may be saving there."""
+    for partial in output.glob(".step-*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def checkpoints(output: Path) -> list[tuple[int, Path]]:

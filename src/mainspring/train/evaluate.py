@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from mainspring.model.decoder import Decoder
-from mainspring.ops import TokenBatch
+from mainspring.train.packing import MicroBatch
+from mainspring.train.runner import Runner
 from mainspring.train.shards import TokenShard
 
 _IGNORED = -100
+_BATCHES_AT_A_TIME = 64
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,8 @@ class _Window:
     targets: NDArray[np.int64]  # [n], -100 where another window predicts the token
 
 
-@torch.no_grad()
 def evaluate(
-    model: Decoder,
+    runner: Runner,
     train: TokenShard,
     holdout: TokenShard,
     holdout_bytes: int,
@@ -51,18 +52,34 @@ def evaluate(
     document's training part (whose tokens are not counted). Positions start at 0 in each window, as in training.
     """
     total, count = 0.0, 0
+    batches = _packed(_windows(train, holdout, sequence_length, stride), tokens_per_batch)
+    while some := list(islice(batches, _BATCHES_AT_A_TIME)):
+        for value in runner.negative_log_likelihoods(some):
+            total += value
+        count += sum(int((batch.targets != _IGNORED).sum()) for batch in some)
+    return Evaluation(total / math.log(2) / holdout_bytes, total / max(count, 1), count, holdout_bytes)
+
+
+def _packed(windows: list[_Window], tokens_per_batch: int) -> Iterator[MicroBatch]:
+    """The windows end to end, as many as fit, in their order."""
     batch: list[_Window] = []
     room = tokens_per_batch
-    for window in _windows(train, holdout, sequence_length, stride):
+    for window in windows:
         if batch and len(window.tokens) > room:
-            total += _negative_log_likelihood(model, batch)
+            yield _joined(batch)
             batch, room = [], tokens_per_batch
         batch.append(window)
         room -= len(window.tokens)
-        count += int((window.targets != _IGNORED).sum())
     if batch:
-        total += _negative_log_likelihood(model, batch)
-    return Evaluation(total / math.log(2) / holdout_bytes, total / max(count, 1), count, holdout_bytes)
+        yield _joined(batch)
+
+
+def _joined(windows: list[_Window]) -> MicroBatch:
+    return MicroBatch(
+        np.concatenate([w.tokens for w in windows]),
+        np.concatenate([w.targets for w in windows]),
+        tuple(len(w.tokens) for w in windows),
+    )
 
 
 def _windows(train: TokenShard, holdout: TokenShard, sequence_length: int, stride: int) -> list[_Window]:
@@ -79,12 +96,3 @@ def _windows(train: TokenShard, holdout: TokenShard, sequence_length: int, strid
             targets[: first - begin - 1] = _IGNORED
             windows.append(_Window(tokens[begin : last - 1], targets))
     return windows
-
-
-def _negative_log_likelihood(model: Decoder, windows: list[_Window]) -> float:
-    """The sum over all targets, in nats."""
-    device = model.device
-    tokens = torch.from_numpy(np.concatenate([w.tokens for w in windows])).to(device)
-    targets = torch.from_numpy(np.concatenate([w.targets for w in windows])).to(device)
-    mean = model.loss(tokens, TokenBatch.packed([len(w.tokens) for w in windows], device), targets)
-    return float(mean) * int((targets != _IGNORED).sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Mapping
@@ -29,6 +30,8 @@ class StepMetrics:
     elapsed: float
     eta: float
     """Seconds of training that are left."""
+    expert_imbalance: float | None = None
+    """Of the last step: the busiest expert's load over the mean, in the worst layer; null where it is not known."""
 
 
 class MetricsFile:
@@ -62,10 +65,10 @@ def _lines_up_to(path: Path, step: int) -> list[str]:
 
 
 class Progress:
-    """The live line: rewritten in place on a terminal, one line a report elsewhere."""
+    """The live line: rewritten in place on a terminal, one line a report elsewhere. A silent one says nothing."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
+    def __init__(self, stream: TextIO | None = None, *, silent: bool = False) -> None:
+        self._stream = io.StringIO() if silent else stream or sys.stderr
         self._live = self._stream.isatty()
         self._open = False
 

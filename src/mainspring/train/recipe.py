@@ -44,7 +44,12 @@ class ModelSection:
     init_from: str | None = None
     """A model directory whose weights and tokenizer the run starts from; the other keys are then its own."""
     architecture: Literal[
-        "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM"
+        "LlamaForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM",
+        "MistralForCausalLM",
+        "MixtralForCausalLM",
+        "Qwen3MoeForCausalLM",
     ] = "LlamaForCausalLM"
     hidden_size: int = _limits(256, low=8)
     intermediate_size: int = _limits(768, low=8)
@@ -58,6 +63,11 @@ class ModelSection:
     """None: training.sequence_length."""
     rope_theta: float = _limits(10_000.0, low=1.0)
     rms_norm_eps: float = _limits(1e-6, low=1e-12, high=1e-2)
+    num_experts: int = _limits(0, low=0, high=4096)
+    """Experts of each layer, for the architectures that have them."""
+    num_experts_per_token: int = _limits(2, low=1)
+    moe_intermediate_size: int | None = _limits(None, low=8)
+    """Width of an expert; None: intermediate_size."""
     tie_word_embeddings: bool = True
     init_std: float = _limits(0.02, low=1e-6, high=1.0)
     """Standard deviation of the embedding (and of the output head, if it is not tied)."""
@@ -143,6 +153,38 @@ class CheckpointSection:
 
 
 @dataclass(frozen=True)
+class ParallelSection:
+    """How the run is spread over ranks (`parallel.layout.Layout` has the meaning of each key); one rank by default."""
+
+    pp: int = _limits(1, low=1)
+    dp: int | None = _limits(None, low=1)
+    """None: what the other degrees leave of the ranks that torchrun has started."""
+    cp: int = _limits(1, low=1)
+    tp: int = _limits(1, low=1)
+    ep: int = _limits(1, low=1)
+    zero: int = _limits(0, low=0, high=3)
+    replicate: int = _limits(1, low=1)
+    sequence_parallel: bool = True
+    schedule: Literal["afab", "1f1b", "interleaved", "zero_bubble"] = "1f1b"
+    virtual: int = _limits(1, low=1)
+    split: str = ""
+    """Layers of each stage, as 5+6+6+5; empty splits them evenly."""
+    context: Literal["ring", "ulysses"] = "ring"
+    watchdog_seconds: float = _limits(300.0, low=1.0)
+    """A rank that has done nothing for so long names its step and collective and ends the run."""
+
+
+@dataclass(frozen=True)
+class ExpertsSection:
+    """How a mixture of experts is kept balanced."""
+
+    auxiliary_loss: float = _limits(0.0, low=0.0, high=10.0)
+    """Coefficient of the load-balancing loss; the Hugging Face configuration calls it router_aux_loss_coef."""
+    bias_rate: float = _limits(0.0, low=0.0, high=1.0)
+    """Step of a bias on the choice of experts that follows the load."""
+
+
+@dataclass(frozen=True)
 class SamplesSection:
     """Texts printed at the end."""
 
@@ -169,4 +211,6 @@ class Recipe:
     schedule: ScheduleSection = ScheduleSection()
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    parallel: ParallelSection = ParallelSection()
+    experts: ExpertsSection = ExpertsSection()
     samples: SamplesSection = SamplesSection()

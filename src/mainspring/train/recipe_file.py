@@ -175,6 +175,12 @@ def _check_consistency(recipe: Recipe, where: str) -> None:
             f"{where}: tokenizer.path and model.init_from are both set; the model brings its own"
         )
     if model.init_from is None:
+        has_experts = model.architecture in ("MixtralForCausalLM", "Qwen3MoeForCausalLM")
+        if has_experts != bool(model.num_experts):
+            raise RecipeError(
+                f"{where}: model.num_experts = {model.num_experts} with model.architecture = "
+                f"{model.architecture!r}; Mixtral and Qwen3Moe have experts, the others none"
+            )
         if model.head_dim is None and model.hidden_size % model.num_heads:
             raise RecipeError(
                 f"{where}: model.hidden_size = {model.hidden_size} is no multiple of model.num_heads = "

@@ -26,9 +26,9 @@ from mainspring.model.decoder import Decoder
 from mainspring.model.layers import DecoderLayer, MixtureOfExperts
 from mainspring.ops import IGNORE_INDEX, Numerics, Policy, TokenBatch
 from mainspring.ops.precision import accumulator
+from mainspring.parallel.balance import take_loads
 from mainspring.parallel.checkpoint import NAMES, load_weights, read_piece
 from mainspring.parallel.collectives import all_reduce
-from mainspring.parallel.experts import ParallelExperts
 from mainspring.parallel.layout import Layout
 from mainspring.parallel.mesh import Mesh, local_device
 from mainspring.parallel.parallelize import parallelize
@@ -139,7 +139,7 @@ def run_layout(
         losses.append(pipeline.run(micro_batches(config, settings, step)))
         if step == 0:
             errors = gradient_errors(units, CheckpointReader(gradients))
-            loads = _loads(units)
+            loads = {f"layers.{n}": [int(c) for c in load] for n, load in take_loads(share).items()}
         norms.append(optimizer.step(1.0, 1.0))
     return Run(losses, norms, loads), errors
 
@@ -259,22 +259,6 @@ def _record_loads(model: Decoder) -> list[tuple[str, Tensor, Any]]:
 
         recorded.append((f"layers.{number}", counts, block.router.register_forward_hook(count)))
     return recorded
-
-
-def _loads(units: Units) -> dict[str, list[int]]:
-    """Of all layers, over all ranks' tokens."""
-    config, mesh = units.model.config, units.mesh
-    loads = {}
-    for number in [i for i, moe in enumerate(config.moe_layers) if moe]:
-        counts = torch.zeros(config.num_experts, dtype=torch.float64, device=units.model.device)
-        if (
-            str(number) in units.model.layers and mesh.index["tp"] == 0
-        ):  # its group's ranks route the same tokens
-            block = units.model.layers[str(number)].mlp
-            assert isinstance(block, ParallelExperts)
-            counts += block.load
-        loads[f"layers.{number}"] = [int(c) for c in all_reduce(counts, mesh.group("world")).tolist()]
-    return loads
 
 
 def _relative(difference: float, reference: float, missing: float) -> float:

@@ -1,0 +1,47 @@
+"""Joining the process group that torchrun (or `mainspring verify`) has prepared in the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from mainspring.errors import ConfigError
+from mainspring.parallel.mesh import TIMEOUT
+
+
+def ranks_started() -> int:
+    """How many processes the launcher has started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process's number on its host."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+@contextmanager
+def joined(device: str) -> Iterator[None]:
+    """Inside, the process belongs to the group of all ranks: gloo on the CPU, NCCL on CUDA.
+
+    Raises ConfigError if there are fewer devices than ranks on this host.
+    """
+    if ranks_started() == 1:
+        yield
+        return
+    if device == "cuda":
+        present = torch.cuda.device_count()
+        if local_rank() >= present:
+            raise ConfigError(
+                f"rank {os.environ['RANK']} is number {local_rank()} on this host, which has {present} CUDA devices; "
+                "start at most as many processes a host"
+            )
+        torch.cuda.set_device(local_rank())
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

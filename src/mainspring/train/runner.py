@@ -1,0 +1,128 @@
+"""What computes a run's steps, as the trainer sees it, and the one that does so on one device.
+
+`train.sharded.Sharded` is the other one: many ranks under a layout.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from mainspring.errors import ConfigError
+from mainspring.formats.model_config import ModelConfig
+from mainspring.model.decoder import Decoder
+from mainspring.ops import IGNORE_INDEX, TokenBatch
+from mainspring.train.checkpoint import TrainerState, load_optimizer, save_checkpoint
+from mainspring.train.finite import first_non_finite
+from mainspring.train.optimizer import Optimizer
+from mainspring.train.packing import MicroBatch
+from mainspring.train.recipe import OptimizerSection
+from mainspring.train.text_tokenizer import TextTokenizer
+
+
+class Runner(Protocol):
+    """Holds a model and its optimizer. Every rank of a layout calls every method, with the same arguments."""
+
+    config: ModelConfig
+    dtype: torch.dtype
+    device: torch.device
+    world: int
+    """Ranks that compute."""
+    speaks: bool
+    """Whether this process reports; one of all ranks does."""
+    expert_imbalance: float | None
+    """Of the last step: the busiest expert's load over the mean, in the worst layer."""
+
+    def num_weights(self) -> int:
+        """Of the whole model."""
+        ...
+
+    def train_step(
+        self, micro_batches: Sequence[MicroBatch], lr_factor: float, clip_norm: float
+    ) -> tuple[float, float]:
+        """(loss, gradient norm before clipping) of one optimizer step; a norm that is not finite moves nothing."""
+        ...
+
+    def first_non_finite(self, micro_batches: Sequence[MicroBatch]) -> str | None:
+        """After such a step: what was the first to be not finite."""
+        ...
+
+    def negative_log_likelihoods(self, batches: Sequence[MicroBatch]) -> list[float]:
+        """Of each batch's targets that count, the sum in nats."""
+        ...
+
+    def agree(self, stop: bool, elapsed: float) -> tuple[bool, float]:
+        """Whether any rank was asked to stop, and the largest of the ranks' seconds."""
+        ...
+
+    def save(self, output: Path, tokenizer: TextTokenizer, state: TrainerState, keep: int) -> Path:
+        """Writes a checkpoint; see `train.checkpoint`."""
+        ...
+
+
+class SingleDevice:
+    """The whole model on one device."""
+
+    world = 1
+    speaks = True
+    expert_imbalance: float | None = None
+
+    def __init__(self, model: Decoder, settings: OptimizerSection) -> None:
+        self.model = model.train()
+        self.config, self.dtype, self.device = model.config, model.dtype, model.device
+        self._optimizer = Optimizer(model, settings)
+
+    def load_optimizer(self, checkpoint: Path) -> None:
+        """Continues from a checkpoint's optimizer state. Raises CheckpointError where it does not fit."""
+        load_optimizer(checkpoint, self._optimizer, self.device)
+
+    def num_weights(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def train_step(
+        self, micro_batches: Sequence[MicroBatch], lr_factor: float, clip_norm: float
+    ) -> tuple[float, float]:
+        total = sum(len(micro.tokens) for micro in micro_batches)
+        step_loss = torch.zeros((), device=self.device)
+        for micro in micro_batches:
+            # Each micro-batch's mean weighs by its tokens: the sum is the mean over the whole step.
+            loss = self._loss(micro) * (len(micro.tokens) / total)
+            loss.backward()
+            self._optimizer.accumulate()
+            step_loss += loss.detach()
+        norm = self._optimizer.step(lr_factor, clip_norm)
+        return float(step_loss), norm
+
+    def first_non_finite(self, micro_batches: Sequence[MicroBatch]) -> str | None:
+        return first_non_finite(self.model, lambda: [self._loss(micro) for micro in micro_batches])
+
+    @torch.no_grad()
+    def negative_log_likelihoods(self, batches: Sequence[MicroBatch]) -> list[float]:
+        return [float(self._loss(b)) * int((b.targets != IGNORE_INDEX).sum()) for b in batches]
+
+    def agree(self, stop: bool, elapsed: float) -> tuple[bool, float]:
+        return stop, elapsed
+
+    def save(self, output: Path, tokenizer: TextTokenizer, state: TrainerState, keep: int) -> Path:
+        return save_checkpoint(output, self.model, self._optimizer, tokenizer, state, keep)
+
+    def _loss(self, micro: MicroBatch) -> torch.Tensor:
+        return self.model.loss(
+            torch.from_numpy(micro.tokens).to(self.device),
+            TokenBatch.packed(micro.lengths, self.device),
+            torch.from_numpy(micro.targets).to(self.device),
+        )
+
+
+def usable_device(name: str, index: int | None = None) -> torch.device:
+    """The device. On CUDA, PyTorch is told to take deterministic kernels, without which resuming is not exact."""
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError("training.device = 'cuda', but PyTorch sees no CUDA device; set it to 'cpu'")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+        torch.use_deterministic_algorithms(True)
+    return torch.device(name) if index is None else torch.device(name, index)
