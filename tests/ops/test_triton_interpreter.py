@@ -12,7 +12,7 @@ import pytest
 from support.triton_kernels import AVAILABLE, INTERPRETED
 
 NAMES = (
-    "adamw", "attention", "flash", "grouped_linear", "linear", "linear_tp_invariant", "losses", "muon", "rope",
+    "adamw", "attention", "decode_inputs", "flash", "grouped_linear", "linear", "linear_tp_invariant", "losses", "muon", "rope",
     "routing", "rowwise", "sample",
 )  # fmt: skip
 FILES = [f"test_triton_{name}.py" for name in NAMES]

@@ -20,6 +20,7 @@ from mainspring.engine.seats import SeatTables
 from mainspring.engine.step_input import Ints, send
 from mainspring.model.decoder import Decoder
 from mainspring.ops.batch import KVCache, TokenBatch
+from mainspring.ops.decode_inputs import decode_inputs, put_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +40,7 @@ class _Size:
 
     inputs: Tensor  # [3, N] int64: seats, positions of the tokens to be computed, blocks of their keys
     boundaries: Tensor  # [N + 1] int32: 0, 1 ... N
-    logits: Tensor | None = None
-    tokens: Tensor | None = None
-    positions: Tensor | None = None
+    outputs: tuple[Tensor, Tensor, Tensor] | None = None  # logits, tokens, positions
     graph: torch.cuda.CUDAGraph | None = None
 
 
@@ -82,7 +81,7 @@ class DecodeGraphs:
         step = self._size(size)
         if step.graph is None:
             step.inputs.copy_(send([padded], self._model.device)[0])
-            self._run(step, tuple((padded[1] + 1).tolist()))
+            step.outputs = self._run(step, tuple((padded[1] + 1).tolist()))
         else:
             pinned = torch.empty((3, size), dtype=torch.int64, pin_memory=True)
             pinned.numpy()[:] = padded
@@ -103,31 +102,33 @@ class DecodeGraphs:
             self._sizes[size] = _Size(inputs, boundaries)
         return self._sizes[size]
 
-    def _run(self, step: _Size, contexts: tuple[int, ...]) -> None:
-        """The step itself. contexts: the keys of each row, or bounds of them where the device alone knows."""
+    def _run(self, step: _Size, contexts: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """The step itself. contexts: the keys of each row, or bounds of them where the device alone knows.
+
+        Returns (logits, tokens, positions of the tokens).
+        """
         tables, size = self._tables, self._tables.block_size
-        seats, positions, blocks = step.inputs
-        places = torch.div(positions, size, rounding_mode="floor")
-        tables.write_blocks(seats, places, blocks)
-        step.positions = positions + 1
-        context_lens = step.positions.to(torch.int32)
+        policy = self._model.policy
+        seats, positions, _ = step.inputs
+        width = -(-max(contexts) // size)
+        known = decode_inputs(step.inputs, tables.tokens, tables.blocks, size, width, policy=policy)
         ones = (1,) * len(contexts)
         batch = TokenBatch(
             positions=positions,
             cu_seqlens=step.boundaries,
-            context_lens=context_lens,
+            context_lens=known.context_lens,
             lengths=ones,
             contexts=contexts,
             rope_lengths=ones,  # where it matters the step is none of these
             cache=self._cache,
-            slots=blocks * size + positions % size,
-            block_tables=tables.block_tables(seats, -(-max(contexts) // size)),
+            slots=known.slots,
+            block_tables=known.block_tables,
             tickets=self._tickets,
         )
-        hidden = self._model(tables.read_tokens(seats, positions), batch)
-        step.logits = self._model.logits(hidden)
-        step.tokens = self._sampler.sample_plain(step.logits, seats, step.positions)
-        tables.write_tokens(seats, step.positions, step.tokens)
+        logits = self._model.logits(self._model(known.tokens, batch))
+        sampled = self._sampler.sample_plain(logits, seats, known.next_positions)
+        put_tokens(tables.tokens, seats, known.next_positions, sampled, policy=policy)
+        return logits, sampled, known.next_positions
 
     def _capture_all(self) -> None:
         """The largest first: the smaller ones then find all the memory that they need in the pool."""
@@ -139,14 +140,13 @@ class DecodeGraphs:
             contexts = (self._max_model_len,) * size
             with torch.cuda.stream(stream):
                 self._run(step, contexts)  # compiles and loads what a capture could not
-            step.logits = step.tokens = step.positions = None
             stream.synchronize()
             step.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(step.graph, pool=pool, stream=stream):
-                self._run(step, contexts)
-            assert step.logits is not None  # set by _run
-            # The memory goes back to the pool, for the logits of the next graph.
-            step.logits = _unowned(step.logits)
+                logits, tokens, positions = self._run(step, contexts)
+            # The memory of the logits goes back to the pool, for those of the next graph.
+            step.outputs = _unowned(logits), tokens, positions
+            del logits
         torch.cuda.current_stream().wait_stream(stream)
 
 
