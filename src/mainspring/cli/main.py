@@ -16,6 +16,7 @@ from mainspring.cli.generate import generate
 from mainspring.cli.serve import serve
 from mainspring.cli.tensor import tensor
 from mainspring.cli.train import train
+from mainspring.cli.verify import verify
 from mainspring.errors import MainspringError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -31,6 +32,7 @@ app = typer.Typer(
 app.command()(serve)
 app.command()(generate)
 app.command()(train)
+app.command()(verify)
 app.command()(doctor)
 app.add_typer(bench)
 app.add_typer(tensor)

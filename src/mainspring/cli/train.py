@@ -23,7 +23,9 @@ def train(
         typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: --set training.max_steps=100."),
     ] = None,
     pp: Annotated[int | None, typer.Option(help="Pipeline-parallel degree.")] = None,
-    dp: Annotated[int | None, typer.Option(help="Data-parallel degree; by default what the others leave.")] = None,
+    dp: Annotated[
+        int | None, typer.Option(help="Data-parallel degree; by default what the others leave.")
+    ] = None,
     cp: Annotated[int | None, typer.Option(help="Context-parallel degree.")] = None,
     tp: Annotated[int | None, typer.Option(help="Tensor-parallel degree.")] = None,
     ep: Annotated[int | None, typer.Option(help="Expert-parallel degree, inside dp and cp.")] = None,

@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from mainspring import ops
+from mainspring.formats.files import new_directory
 from mainspring.formats.model_config import ModelConfig
+from mainspring.formats.named_models import resolve
 from mainspring.formats.safetensors_file import CheckpointReader, SafetensorsWriter, TensorSpec
-from mainspring.model.checkpoint import load_model
+from mainspring.model.checkpoint import load_model, save_model
 from mainspring.model.decoder import Decoder
+from mainspring.model.initialise import create_model
 from mainspring.model.layers import DecoderLayer, MixtureOfExperts
 from mainspring.ops import IGNORE_INDEX, Numerics, Policy, TokenBatch
 from mainspring.ops.precision import accumulator
@@ -92,6 +96,26 @@ def micro_batches(config: ModelConfig, settings: VerifySettings, step: int) -> l
         lengths = tuple(b - a for a, b in itertools.pairwise(bounds))
         batches.append(MicroBatch(tokens[:-1], targets, lengths))
     return batches
+
+
+def save_batch(config: ModelConfig, settings: VerifySettings, path: Path) -> None:
+    """Writes the first step's batch as safetensors: `tokens.N`, `targets.N` (-100 is left out), `lengths.N`, I64."""
+    tensors = {}
+    for number, batch in enumerate(micro_batches(config, settings, 0)):
+        tensors[f"tokens.{number}"], tensors[f"targets.{number}"] = batch.tokens, batch.targets
+        tensors[f"lengths.{number}"] = np.asarray(batch.lengths, np.int64)
+    specs = {name: TensorSpec("I64", value.shape) for name, value in tensors.items()}
+    _write_file(path, specs, tensors.items())
+
+
+def seed_checkpoint(model: Path, settings: VerifySettings, folder: Path) -> Path:
+    """Where both sides take their weights from: the model's directory or, if it has none, random ones in `folder`."""
+    found = Path(model) if (Path(model) / "config.json").is_file() else resolve(model, "float32").path
+    if any(found.glob("*.safetensors")):
+        return found
+    config = ModelConfig.from_file(found)
+    save_model(create_model(config, dtype=torch.float32, seed=settings.seed), folder)
+    return folder
 
 
 def run_reference(directory: Path, settings: VerifySettings, gradients: Path) -> Run:
@@ -197,14 +221,21 @@ def write_gradients(model: Decoder, sums: dict[str, Tensor], path: Path) -> None
         part.name: TensorSpec(NAMES[sums[part.parameter].dtype], tuple(part.view(sums[part.parameter]).shape))
         for part in parts
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # One file whatever its size: the reader takes a directory's model.safetensors or a file.
-    with SafetensorsWriter(path.parent / f"{path.stem}.parts", specs, max_shard_bytes=1 << 62) as writer:
-        for part in parts:
-            writer.write(part.name, part.view(sums[part.parameter]).cpu().contiguous().numpy())
-        writer.finish()
-    (path.parent / f"{path.stem}.parts" / "model.safetensors").replace(path)
-    (path.parent / f"{path.stem}.parts").rmdir()
+    values = ((p.name, p.view(sums[p.parameter]).cpu().contiguous().numpy()) for p in parts)
+    _write_file(path, specs, values)
+
+
+def _write_file(
+    path: Path, specs: dict[str, TensorSpec], values: Iterable[tuple[str, npt.NDArray[Any]]]
+) -> None:
+    """One safetensors file of this name, whatever its size."""
+    with new_directory(path.parent / f".{path.name}.parts") as folder:
+        with SafetensorsWriter(folder, specs, max_shard_bytes=1 << 62) as writer:
+            for name, value in values:
+                writer.write(name, value)
+            writer.finish()
+        (folder / "model.safetensors").replace(path)
+    (path.parent / f".{path.name}.parts").rmdir()
 
 
 def _optimizer(settings: VerifySettings) -> OptimizerSection:
