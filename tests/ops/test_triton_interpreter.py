@@ -12,8 +12,8 @@ import pytest
 from support.triton_kernels import AVAILABLE, INTERPRETED
 
 NAMES = (
-    "adamw", "attention", "decode_inputs", "flash", "grouped_linear", "linear", "linear_tp_invariant", "losses", "muon", "rope",
-    "routing", "rowwise", "sample",
+    "adamw", "attention", "decode_inputs", "flash", "grouped_linear", "linear", "linear_tp_invariant", "losses",
+    "muon", "rope", "routing", "rowwise", "sample",
 )  # fmt: skip
 FILES = [f"test_triton_{name}.py" for name in NAMES]
 

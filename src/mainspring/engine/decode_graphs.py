@@ -87,12 +87,9 @@ class DecodeGraphs:
             pinned.numpy()[:] = padded
             step.inputs.copy_(pinned, non_blocking=True)
             step.graph.replay()
-        assert (
-            step.logits is not None and step.tokens is not None and step.positions is not None
-        )  # set by _run
-        return DecodeRows(
-            step.logits[:count], step.tokens[:count], step.inputs[0, :count], step.positions[:count]
-        )
+        assert step.outputs is not None  # set just now, or when the graph was captured
+        logits, tokens, positions = step.outputs
+        return DecodeRows(logits[:count], tokens[:count], step.inputs[0, :count], positions[:count])
 
     def _size(self, size: int) -> _Size:
         if size not in self._sizes:
