@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from mainspring.engine.speculative import SpeculativeConfig
 from mainspring.errors import ConfigError
 
 SchedulingPolicy = Literal["fcfs", "priority"]
@@ -33,6 +34,7 @@ class EngineConfig:
         scheduling_policy: "fcfs" serves in order of arrival, "priority" by `EngineRequest.priority` first.
         cuda_graphs: replay decode steps from CUDA graphs; None: on a GPU.
         async_scheduling: launch a step before the tokens of the one before have come to the host; None: on a GPU.
+        speculative: guess tokens and verify several in one step; None: not.
         seed: makes requests without a seed reproducible (in their order of arrival); None: from the system.
 
     Raises:
@@ -51,6 +53,7 @@ class EngineConfig:
     scheduling_policy: SchedulingPolicy = "fcfs"
     cuda_graphs: bool | None = None
     async_scheduling: bool | None = None
+    speculative: SpeculativeConfig | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from mainspring.engine.admission import check_request
 from mainspring.engine.block_allocator import BlockAllocator
 from mainspring.engine.block_hash import root_hash
 from mainspring.engine.config import EngineConfig
-from mainspring.engine.hooks import Drafter, Sampler
+from mainspring.engine.drafters import blocks_beside, load_draft_model, make_drafter
 from mainspring.engine.messages import EngineLimits, EngineRequest, EngineStats, TokenLogprobs, TokenOutput
 from mainspring.engine.model_runner import ModelRunner, StepResult
 from mainspring.engine.outputs import FinishReason
@@ -23,6 +23,7 @@ from mainspring.engine.random_numbers import key_from_seed
 from mainspring.engine.request import Request
 from mainspring.engine.sampler import SeatSampler
 from mainspring.engine.scheduler import ScheduledRequest, Scheduler
+from mainspring.engine.speculative import may_draft
 from mainspring.engine.token_rules import TokenRules
 from mainspring.engine.weights import copy_weights, weights_checksum
 from mainspring.errors import ConfigError, InvalidRequestError
@@ -45,14 +46,23 @@ class EngineCore:
     """
 
     def __init__(
-        self, model: Decoder, config: EngineConfig | None = None, *, tokenizer: Tokenizer | None = None
+        self,
+        model: Decoder,
+        config: EngineConfig | None = None,
+        *,
+        tokenizer: Tokenizer | None = None,
+        draft_model: Decoder | None = None,
     ) -> None:
-        """tokenizer: for requests with bad words or a structure to follow; without one they are refused."""
+        """tokenizer: for requests with bad words or a structure to follow; without one they are refused.
+        draft_model: a loaded one, instead of a name in `config.speculative`."""
         config = config if config is not None else EngineConfig()
         device = model.device
+        draft = draft_model if draft_model is not None else load_draft_model(config.speculative, model)
         max_model_len = sizing.max_model_len(config, model.config)
         cache_dtype = sizing.cache_dtype(config, model.dtype, device)
         num_blocks = sizing.num_cache_blocks(config, model.config, cache_dtype, device, max_model_len)
+        if draft is not None and config.num_blocks is None:
+            num_blocks = blocks_beside(num_blocks, model, draft)
         self.config = config
         self.limits = EngineLimits(
             max_model_len=max_model_len,
@@ -71,10 +81,12 @@ class EngineCore:
             policy=config.scheduling_policy,
             prefix_caching=config.enable_prefix_caching,
         )
-        self._sampler: Sampler = SeatSampler(seats, model.config.vocab_size, device)
+        self._sampler = SeatSampler(seats, model.config.vocab_size, device)
         ends = () if tokenizer is None else tokenizer.eos_token_ids
         self._rules = TokenRules(tokenizer, model.config.vocab_size, (*model.config.eos_token_ids, *ends))
-        self._drafter: Drafter | None = None
+        self._drafter = make_drafter(
+            config.speculative, model, draft, self._sampler, num_blocks, config.block_size
+        )
         self._runner = ModelRunner(
             model,
             self._sampler,
@@ -96,6 +108,10 @@ class EngineCore:
         self._num_steps = 0
         self._num_drafts = 0
         self._num_accepted = 0
+        self._num_proposals = 0
+        self._accepted_by_position = [0] * (
+            config.speculative.num_speculative_tokens if config.speculative else 0
+        )
         self._finished: dict[FinishReason, int] = {"stop": 0, "length": 0, "abort": 0}
         log.info("%s", self.describe())
 
@@ -123,6 +139,7 @@ class EngineCore:
         key = self._random.getrandbits(64) if seed is None else key_from_seed(seed)
         state = Request(request, key)
         state.grammar = self._rules.of(request.params)
+        state.is_drafted = self._drafter is not None and may_draft(request.params)
         own_base = self._runner.rope_depends_on_length(state.rope_length)
         state.cache_root = root_hash(
             request.cache_salt, request.lora_id, state.rope_length if own_base else None
@@ -236,6 +253,8 @@ class EngineCore:
             prefix_cache_hits_total=prefix.hits,
             draft_tokens_total=self._num_drafts,
             accepted_tokens_total=self._num_accepted,
+            drafts_total=self._num_proposals,
+            accepted_tokens_per_position=tuple(self._accepted_by_position),
         )
 
     def check_integrity(self) -> None:
@@ -250,7 +269,7 @@ class EngineCore:
     def _draft(self) -> None:
         if self._drafter is not None:
             running = self._scheduler.running.values()
-            ready = [request for request in running if request.is_drafted and not request.num_in_flight]
+            ready = [request for request in running if request.is_drafted and request.decodes]
             if ready:
                 self._drafter.propose(ready)
 
@@ -314,8 +333,7 @@ class EngineCore:
             if finish_reason is not None or kept > len(drafts) or token != drafts[kept - 1]:
                 break
         self._num_generated_tokens += kept
-        self._num_drafts += len(drafts)
-        self._num_accepted += kept - 1
+        self._count_drafts(drafts, sampled[:kept])
         if request.is_seated:  # else it was preempted meanwhile, and starts again
             request.num_computed += kept - 1
             self._scheduler.publish(request)
@@ -331,6 +349,15 @@ class EngineCore:
             num_cached_tokens=request.num_cached if is_first else 0,
             rope_length=request.rope_length if is_first else None,
         )
+
+    def _count_drafts(self, drafts: list[int], kept: list[int]) -> None:
+        if drafts:
+            accepted = sum(draft == token for draft, token in zip(drafts, kept, strict=False))
+            self._num_proposals += 1
+            self._num_drafts += len(drafts)
+            self._num_accepted += accepted
+            for position in range(accepted):
+                self._accepted_by_position[position] += 1
 
     def _append(self, request: Request, token: int) -> tuple[FinishReason | None, int | None]:
         finish_reason, stop_reason = request.append(token)

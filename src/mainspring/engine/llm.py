@@ -18,6 +18,7 @@ from mainspring.engine.messages import EngineRequest
 from mainspring.engine.output_processor import OutputKind, OutputProcessor
 from mainspring.engine.outputs import RequestOutput
 from mainspring.engine.sampling_params import SamplingParams
+from mainspring.engine.speculative import SpeculativeConfig
 from mainspring.errors import ConfigError, InvalidRequestError
 from mainspring.formats.named_models import resolve
 from mainspring.formats.tokenizer import Tokenizer
@@ -55,6 +56,8 @@ class LLM:
         cuda_graphs: bool | None = None,
         async_scheduling: bool | None = None,
         seed: int | None = None,
+        speculative_config: SpeculativeConfig | None = None,
+        draft_model: Decoder | None = None,
     ) -> None:
         """Load the model, or take a `Decoder` as it is (its parameters are shared, not copied).
 
@@ -64,6 +67,8 @@ class LLM:
                 texts stay empty and stop strings are refused.
             dtype, device, numerics: as `load_model` takes them; a `Decoder` has its own.
             max_model_len ... seed: as in `EngineConfig`.
+            speculative_config: guess tokens and verify several in one step; the text stays the same.
+            draft_model: a loaded model that guesses, instead of `speculative_config.model`.
 
         Raises:
             ModelNotFoundError, CheckpointError, UnsupportedModelError, TokenizerError, ConfigError.
@@ -81,6 +86,7 @@ class LLM:
             cuda_graphs=cuda_graphs,
             async_scheduling=async_scheduling,
             seed=seed,
+            speculative=speculative_config,
         )
         if isinstance(model, Decoder):
             if dtype is not None:
@@ -94,7 +100,7 @@ class LLM:
             self.model = load_model(directory, device=device, dtype=dtype, numerics=numerics)
             tokenizer = tokenizer if tokenizer is not None else Tokenizer.from_directory(directory)
         self.tokenizer = tokenizer
-        self.engine = EngineCore(self.model, config, tokenizer=tokenizer)
+        self.engine = EngineCore(self.model, config, tokenizer=tokenizer, draft_model=draft_model)
         self._processor = OutputProcessor(tokenizer)
         self._request_ids = count()
         ends = self.model.config.eos_token_ids + (() if tokenizer is None else tokenizer.eos_token_ids)

@@ -114,6 +114,8 @@ class EngineStats(msgspec.Struct, frozen=True):
         prefix_cache_hits_total: how many of those were found.
         draft_tokens_total: drafted tokens that were verified.
         accepted_tokens_total: how many of those were accepted.
+        drafts_total: how many times tokens of a request were drafted and verified.
+        accepted_tokens_per_position: in how many of those the first, second, ... token was accepted.
     """
 
     running: int
@@ -130,3 +132,5 @@ class EngineStats(msgspec.Struct, frozen=True):
     prefix_cache_hits_total: int = 0
     draft_tokens_total: int = 0
     accepted_tokens_total: int = 0
+    drafts_total: int = 0
+    accepted_tokens_per_position: tuple[int, ...] = ()

@@ -145,6 +145,11 @@ class Request:
         return self.grammar is not None or self.is_drafted
 
     @property
+    def decodes(self) -> bool:
+        """All its tokens are known, and all but the last are computed."""
+        return self.num_in_flight == 0 and self.num_computed == len(self.token_ids) - 1
+
+    @property
     def forbids_stopping(self) -> bool:
         """The next token must not be one that ends the request."""
         return self.num_generated < self.params.min_tokens and bool(self.ignored_stop_ids)
