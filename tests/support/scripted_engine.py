@@ -72,6 +72,7 @@ class WritingEngine(ScriptedEngine):
     def __init__(self, tokenizer: Tokenizer, text: str, finish_reason: FinishReason = "stop") -> None:
         super().__init__()
         self._tokens = tokenizer.encode(text)
+        self._end = tokenizer.eos_token_ids[0]
         self._finish_reason = finish_reason
 
     def send(self, message: ToEngine) -> None:
@@ -87,8 +88,12 @@ class WritingEngine(ScriptedEngine):
                 self.gives(TokenOutput(request.request_id, [token], logprobs=logprobs, finish_reason=ends))
         if self._finish_reason == "stop":
             for request in message.requests:
-                logprobs = None if request.params.logprobs is None else [TokenLogprobs([0], [-1.0], 1)]
-                self.gives(TokenOutput(request.request_id, [0], logprobs=logprobs, finish_reason="stop"))
+                logprobs = (
+                    None if request.params.logprobs is None else [TokenLogprobs([self._end], [-1.0], 1)]
+                )
+                self.gives(
+                    TokenOutput(request.request_id, [self._end], logprobs=logprobs, finish_reason="stop")
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +116,7 @@ async def scripted_app(
     keys: AccessKeys | None = None,
 ) -> AsyncIterator[Scripted]:
     """The application on this engine."""
-    llm = AsyncLLM(engine, READY, tokenizer, [], Metrics(MODEL_NAME, STATS))  # type: ignore[arg-type]
+    llm = AsyncLLM(engine, READY, tokenizer, tokenizer.eos_token_ids, Metrics(MODEL_NAME, STATS))  # type: ignore[arg-type]
     form = detect(tokenizer.chat_template, tool_parser, reasoning_parser)
     service = Service(llm, MODEL_NAME, DrainGate(), form)
     app = create_app(service, max_body_bytes=2**20, allowed_hosts=(), keys=keys or AccessKeys())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -13,8 +13,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn
 from rich.table import Table
 
+from mainspring.errors import ConfigError
+
 if TYPE_CHECKING:
     from mainspring.engine.server.protocol import Ready
+
+Choice = TypeVar("Choice", bound=str)
 
 
 def serve(
@@ -34,18 +38,30 @@ def serve(
     max_model_len: Annotated[
         int | None, typer.Option(help="Longest sequence in tokens, prompt and answer together.")
     ] = None,
-    max_num_seqs: Annotated[int, typer.Option(help="Most requests that run at once.")] = 64,
+    max_num_seqs: Annotated[
+        int | None, typer.Option(help="Most requests that run at once; 64 on a CPU, 256 on a GPU.")
+    ] = None,
     max_num_batched_tokens: Annotated[
         int | None, typer.Option(help="Most tokens in one forward pass.")
     ] = None,
     kv_cache_mb: Annotated[
         int | None, typer.Option(help="Memory for the KV cache in MiB; a share of the free one by default.")
     ] = None,
+    prefix_caching: Annotated[
+        bool, typer.Option(help="Keep the keys and values of equal beginnings and share them.")
+    ] = True,
+    kv_cache_dtype: Annotated[
+        str, typer.Option(help="auto (the model's) or fp8, which holds twice the tokens (GPU).")
+    ] = "auto",
+    scheduling_policy: Annotated[
+        str, typer.Option(help="fcfs, in order of arrival, or priority, by the requests' priority first.")
+    ] = "fcfs",
     threads: Annotated[int | None, typer.Option(help="CPU threads of one operation.")] = None,
     max_body_mb: Annotated[float, typer.Option(help="Largest request body in MiB.")] = 16.0,
     drain_seconds: Annotated[
         float, typer.Option(help="How long running requests may go on after SIGTERM or Ctrl-C.")
     ] = 30.0,
+    pooling: Annotated[str, typer.Option(help="Pooling of embeddings: mean or last.")] = "mean",
     max_choices: Annotated[int, typer.Option(help="Largest n of a request.")] = 128,
     chat_template: Annotated[
         str | None, typer.Option(help="A file with a Jinja chat template, instead of the model's own.")
@@ -83,10 +99,7 @@ def serve(
     from mainspring.console.mount import console_files, mount_console
     from mainspring.engine.config import EngineConfig
     from mainspring.engine.server.serve import ServerSettings, run_server
-    from mainspring.errors import ConfigError
 
-    if numerics not in ("lockstep", "fast"):
-        raise ConfigError(f"numerics {numerics!r} is not one of lockstep, fast")
     settings = ServerSettings(
         model=model,
         host=host,
@@ -94,16 +107,20 @@ def serve(
         served_model_name=served_model_name,
         device=device,
         dtype=dtype,
-        numerics="lockstep" if numerics == "lockstep" else "fast",
+        numerics=one_of("numerics", numerics, ("lockstep", "fast")),
         engine=EngineConfig(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
+            enable_prefix_caching=prefix_caching,
+            kv_cache_dtype=one_of("kv_cache_dtype", kv_cache_dtype, ("auto", "fp8")),
+            scheduling_policy=one_of("scheduling_policy", scheduling_policy, ("fcfs", "priority")),
             kv_cache_bytes=None if kv_cache_mb is None else kv_cache_mb * 2**20,
         ),
         num_threads=threads,
         max_body_bytes=round(max_body_mb * 2**20),
         drain_seconds=drain_seconds,
+        pooling=one_of("pooling", pooling, ("mean", "last")),
         max_choices=max_choices,
         template_seconds=template_seconds,
         chat_template=chat_template,
@@ -118,6 +135,14 @@ def serve(
     with TerminalReporter(Console()) as reporter:
         status = run_server(settings, reporter, extend=mount_console)
     raise typer.Exit(status)
+
+
+def one_of(name: str, value: str, allowed: tuple[Choice, ...]) -> Choice:
+    """The value, if it is one of these. Raises ConfigError."""
+    for known in allowed:
+        if value == known:
+            return known
+    raise ConfigError(f"{name} {value!r} is not one of {', '.join(allowed)}")
 
 
 class TerminalReporter:

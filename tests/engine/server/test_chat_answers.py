@@ -215,8 +215,17 @@ def test_every_sampling_parameter_reaches_the_engine(with_text: Ask) -> None:
         "top_p": 0.5,
         "seed": 3,
     }
-    extra = {"repetition_penalty": 1.5, "allowed_token_ids": [65, 66], "bad_words": ["no"], "top_k": 7,
-             "min_p": 0.1, "min_tokens": 2, "stop_token_ids": [67], "ignore_eos": True, "structured_outputs": {"regex": "a+"}}  # fmt: skip
+    extra = {
+        "repetition_penalty": 1.5,
+        "allowed_token_ids": [65, 66],
+        "bad_words": ["no"],
+        "top_k": 7,
+        "min_p": 0.1,
+        "min_tokens": 2,
+        "stop_token_ids": [67],
+        "ignore_eos": True,
+        "structured_outputs": {"regex": "a+"},
+    }
 
     async def scenario(app: Scripted) -> None:
         await chat(logit_bias={"65": 5}, stop=["x"], extra_body=extra, **fields)(app)

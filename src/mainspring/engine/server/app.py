@@ -8,7 +8,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from starlette.middleware import Middleware
 
 import mainspring
-from mainspring.engine.server import chat, completions, responses, tokens
+from mainspring.engine.server import admin, chat, completions, embeddings, responses, tokens
 from mainspring.engine.server.http_errors import error_response, install_error_handlers
 from mainspring.engine.server.keys import AccessKeys, KeyCheck
 from mainspring.engine.server.metrics import CONTENT_TYPE
@@ -17,6 +17,7 @@ from mainspring.engine.server.openai_types import ModelCard, ModelList
 from mainspring.engine.server.service import Service, json_response, service_of
 
 router = APIRouter()
+_ROUTES = (chat, completions, responses, embeddings, tokens, admin)
 
 
 def create_app(
@@ -38,7 +39,7 @@ def create_app(
     )
     app.state.service = service
     install_error_handlers(app)
-    for part in (router, chat.router, completions.router, responses.router, tokens.router):
+    for part in (router, *(module.router for module in _ROUTES)):
         app.include_router(part)
     return app
 

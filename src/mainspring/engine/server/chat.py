@@ -14,6 +14,7 @@ from msgspec import UNSET, UnsetType
 from mainspring.engine.outputs import CompletionOutput
 from mainspring.engine.sampling_params import SamplingParams, StructuredOutputsParams
 from mainspring.engine.server.answers import UsageCounter, chat_logprobs
+from mainspring.engine.server.async_llm import Generation
 from mainspring.engine.server.chat_types import (
     AnsweredToolCall,
     AssistantMessage,
@@ -37,7 +38,7 @@ from mainspring.engine.server.conversation import (
 from mainspring.engine.server.disconnect import until_disconnect
 from mainspring.engine.server.event_stream import EventStream
 from mainspring.engine.server.openai_types import ChatLogprobs, Usage
-from mainspring.engine.server.sampling import chat_params, for_choices
+from mainspring.engine.server.sampling import chat_params, for_choices, placement_of
 from mainspring.engine.server.service import Service, json_response, new_id, service_of
 from mainspring.engine.server.tool_calls.events import (
     CallArguments,
@@ -114,12 +115,21 @@ class _Job:
     id: str
     created: int
 
+    def _generate(self, *, stream: bool) -> Generation:
+        n = len(self.params)
+        return self.service.llm.generate(
+            [self.prompt.token_ids] * n,
+            self.params,
+            stream=stream,
+            choices=n,
+            placement=placement_of(self.body),
+        )
+
     async def answer(self) -> ChatCompletion:
         """All choices, complete."""
         usage = UsageCounter([len(self.prompt.token_ids)])
         choices: dict[int, ChatChoice] = {}
-        prompts = [self.prompt.token_ids] * len(self.params)
-        async with self.service.llm.generate(prompts, self.params, stream=False) as generation:
+        async with self._generate(stream=False) as generation:
             async for index, output in generation:
                 usage.add(0, output)
                 choices[index] = self._choice(index, output.outputs[0])
@@ -156,9 +166,8 @@ class _Job:
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The JSON of each chunk: role, pieces of text, the reason of the end, and the usage if asked for."""
         usage = UsageCounter([len(self.prompt.token_ids)])
-        prompts = [self.prompt.token_ids] * len(self.params)
         choices = [_Choice(self.prompt.plan.parser()) for _ in self.params]
-        async with self.service.llm.generate(prompts, self.params, stream=True) as generation:
+        async with self._generate(stream=True) as generation:
             async for index, output in generation:
                 usage.add(0, output)
                 for chunk in self._chunks(index, choices[index], output.outputs[0]):

@@ -19,7 +19,7 @@ from mainspring.engine.server.openai_types import (
 )
 
 
-def _prompts(value: Any) -> Any:
+def prompts(value: Any) -> Any:
     """Checks a completion's prompt: text, token ids, or a non-empty list of either."""
     if isinstance(value, str) or is_ids(value):
         return value
@@ -30,13 +30,21 @@ def _prompts(value: Any) -> Any:
     )
 
 
+def split_prompts(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str | list[int]]:
+    """One prompt or several, as a list of them."""
+    if isinstance(prompt, str):
+        return [prompt]
+    several = [item for item in prompt if not isinstance(item, int)]
+    return list(several) if several else [[item for item in prompt if isinstance(item, int)]]
+
+
 class CompletionRequest(GenerationRequest):
     """The body of POST /v1/completions.
 
     `max_tokens` may be 0 with `echo`: the prompt's log-probabilities and nothing more.
     """
 
-    prompt: Annotated[str | Tokens | list[str] | list[Tokens], BeforeValidator(_prompts)]
+    prompt: Annotated[str | Tokens | list[str] | list[Tokens], BeforeValidator(prompts)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
     suffix: str | None = None

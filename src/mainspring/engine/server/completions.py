@@ -13,12 +13,18 @@ from msgspec import UNSET, UnsetType
 from mainspring.engine.outputs import CompletionOutput, RequestOutput
 from mainspring.engine.sampling_params import SamplingParams
 from mainspring.engine.server.answers import UsageCounter, completion_logprobs
-from mainspring.engine.server.completion_types import Completion, CompletionChoice, CompletionRequest
+from mainspring.engine.server.async_llm import Generation
+from mainspring.engine.server.completion_types import (
+    Completion,
+    CompletionChoice,
+    CompletionRequest,
+    split_prompts,
+)
 from mainspring.engine.server.disconnect import until_disconnect
 from mainspring.engine.server.event_stream import EventStream
 from mainspring.engine.server.fill_in_middle import FillInMiddle
 from mainspring.engine.server.openai_types import CompletionLogprobs, Usage
-from mainspring.engine.server.sampling import completion_params, for_choices
+from mainspring.engine.server.sampling import completion_params, for_choices, placement_of
 from mainspring.engine.server.service import Service, json_response, new_id, service_of
 from mainspring.errors import InvalidRequestError
 
@@ -40,7 +46,7 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     service = service_of(request)
     service.check_model(body.model)
     params = completion_params(body)
-    given = _split(body.prompt)
+    given = split_prompts(body.prompt)
     n = service.check_choices(len(given), body.n)
     if body.suffix:
         marks = FillInMiddle.of(service.llm.tokenizer)
@@ -54,14 +60,6 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     if body.stream:
         return await EventStream.start(request, job.events())
     return json_response(await until_disconnect(request.receive, job.answer()))
-
-
-def _split(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str | list[int]]:
-    """One prompt or several, as a list of them."""
-    if isinstance(prompt, str):
-        return [prompt]
-    several = [item for item in prompt if not isinstance(item, int)]
-    return list(several) if several else [[item for item in prompt if isinstance(item, int)]]
 
 
 async def _prompt(service: Service, prompt: str | list[int], suffix: str) -> _Prompt:
@@ -115,9 +113,11 @@ class _Job:
     id: str
     created: int
 
-    @property
-    def _repeated(self) -> list[list[int]]:
-        return [prompt.token_ids for prompt in self.prompts for _ in range(self.n)]
+    def _generate(self, *, stream: bool) -> Generation:
+        repeated = [prompt.token_ids for prompt in self.prompts for _ in range(self.n)]
+        return self.service.llm.generate(
+            repeated, self.params, stream=stream, choices=self.n, placement=placement_of(self.body)
+        )
 
     @property
     def _usage(self) -> UsageCounter:
@@ -127,7 +127,7 @@ class _Job:
         """All choices, complete."""
         usage = self._usage
         choices: dict[int, CompletionChoice] = {}
-        async with self.service.llm.generate(self._repeated, self.params, stream=False) as generation:
+        async with self._generate(stream=False) as generation:
             async for index, output in generation:
                 self._count(usage, index, output)
                 choices[index] = self._choice(index, output, _Progress())
@@ -138,7 +138,7 @@ class _Job:
         """The JSON of each chunk: pieces of text, the last one with the reason of the end; then the usage."""
         usage = self._usage
         progress = [_Progress() for _ in self.params]
-        async with self.service.llm.generate(self._repeated, self.params, stream=True) as generation:
+        async with self._generate(stream=True) as generation:
             async for index, output in generation:
                 self._count(usage, index, output)
                 choice = self._choice(index, output, progress[index])

@@ -21,6 +21,8 @@ from mainspring.engine.server.protocol import (
     TO_ENGINE,
     TO_FRONTEND,
     Abort,
+    Control,
+    Controlled,
     Failed,
     FromEngine,
     Load,
@@ -38,6 +40,7 @@ from mainspring.errors import InvalidRequestError, MainspringError
 
 if TYPE_CHECKING:
     from mainspring.engine.core import EngineCore
+    from mainspring.engine.messages import EngineRequest
 
 log = logging.getLogger(__name__)
 
@@ -75,27 +78,86 @@ class Channel:
         self._context.term()
 
 
-def serve_requests(core: EngineCore, channel: Channel) -> None:
-    """Runs the engine until a Shutdown comes: one step after another while there is work, else waits."""
-    while True:
-        for message in channel.receive(wait=not core.has_work()):
-            match message:
-                case Submit(requests):
-                    for request in requests:
-                        try:
-                            core.add_request(request)
-                        except InvalidRequestError as error:
-                            kind = type(error).__name__
-                            channel.send(Refused(request.request_id, kind, str(error), error.param))
-                case Abort(request_ids):
-                    for request_id in request_ids:
-                        core.abort(request_id)
-                case Shutdown():
-                    return
-                case Load():
-                    raise RuntimeError("a second Load came; an engine process loads one model")
-        outputs = core.step() if core.has_work() else []
-        channel.send(Outputs(outputs, core.stats()))
+class RequestLoop:
+    """Runs the engine on what the frontend sends."""
+
+    def __init__(self, core: EngineCore, channel: Channel) -> None:
+        self._core = core
+        self._channel = channel
+        self._paused = False
+
+    def run(self) -> None:
+        """Until a Shutdown comes: one step after another while there is work, else waits."""
+        while True:
+            for message in self._channel.receive(wait=not self._core.has_work()):
+                match message:
+                    case Submit(requests):
+                        for request in requests:
+                            self._add(request)
+                    case Abort(request_ids):
+                        for request_id in request_ids:
+                            self._core.abort(request_id)
+                    case Control():
+                        self._control(message)
+                    case Shutdown():
+                        return
+                    case Load():
+                        raise RuntimeError("a second Load came; an engine process loads one model")
+            outputs = self._core.step() if self._core.has_work() else []
+            self._channel.send(Outputs(outputs, self._core.stats()))
+
+    def _add(self, request: EngineRequest) -> None:
+        try:
+            self._core.add_request(request)
+        except InvalidRequestError as error:
+            kind = type(error).__name__
+            self._channel.send(Refused(request.request_id, kind, str(error), error.param))
+
+    def _control(self, message: Control) -> None:
+        checksum, kind, text = None, None, ""
+        try:
+            match message.action:
+                case "pause":
+                    self._paused = True
+                    self._core.pause()
+                case "resume":
+                    self._core.resume()
+                    self._paused = False
+                case "sleep":
+                    self._sleep()
+                case "wake":
+                    self._wake()
+                case "update_weights":
+                    checksum = self._update_weights(message.path or "")
+        except MainspringError as error:
+            kind, text = type(error).__name__, str(error)
+        self._channel.send(
+            Controlled(message.control_id, self._paused, self._core.is_sleeping, checksum, kind, text)
+        )
+
+    def _sleep(self) -> None:
+        if not self._core.is_sleeping:
+            self._channel.send(Outputs(self._core.sleep(), self._core.stats()))
+
+    def _wake(self) -> None:
+        if self._core.is_sleeping:
+            self._core.wake()
+            if self._paused:
+                self._core.pause()
+
+    def _update_weights(self, path: str) -> str:
+        """Copies weights from files. What runs is computed again with them, so that no text mixes old and new."""
+        from mainspring.model.checkpoint import read_tensors
+
+        tensors = read_tensors(path)
+        was_sleeping = self._core.is_sleeping
+        if self._core.stats().running:
+            self._sleep()
+        try:
+            return self._core.update_weights(tensors)
+        finally:
+            if not was_sleeping:
+                self._wake()
 
 
 def load_core(message: Load, channel: Channel) -> EngineCore:
@@ -146,7 +208,7 @@ def main(directory: Path) -> int:
 
         first = channel.receive(wait=True)[0]
         if isinstance(first, Load):
-            serve_requests(load_core(first, channel), channel)
+            RequestLoop(load_core(first, channel), channel).run()
         return 0
     except MainspringError as error:
         channel.send(Failed(type(error).__name__, str(error)))

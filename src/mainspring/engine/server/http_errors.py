@@ -18,6 +18,8 @@ from starlette.exceptions import HTTPException
 from mainspring.engine.server.disconnect import ClientGoneError
 from mainspring.errors import (
     ChatTemplateError,
+    CheckpointError,
+    ConfigError,
     EngineDeadError,
     InvalidRequestError,
     MainspringError,
@@ -91,6 +93,8 @@ def describe(error: MainspringError) -> tuple[int, str | None, str | None]:
             return 400, "messages", "chat_template_error"
         case TokenizerError():
             return 400, None, "tokenizer_error"
+        case CheckpointError() | ConfigError():
+            return 400, None, "invalid_value"
         case EngineDeadError():
             return 503, None, "engine_dead"
         case _:

@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from mainspring.engine.messages import EngineStats
 from mainspring.engine.outputs import FinishReason
+from mainspring.engine.sampling_params import SamplingParams
 
 PREFIX = "mainspring"
 LABELS = ["model_name"]
@@ -39,6 +40,8 @@ TOKEN_BUCKETS = (
     2.5,
     5.0,
 )
+# 1, 2, 5, 10, 20, 50 ... up to a million tokens.
+COUNT_BUCKETS = tuple(float(step * 10**power) for power in range(7) for step in (1, 2, 5))
 REQUEST_BUCKETS = (
     0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
 )  # fmt: skip
@@ -46,10 +49,13 @@ REQUEST_BUCKETS = (
 
 @dataclass(slots=True)
 class RequestClock:
-    """When a request arrived and when its last token came, in seconds of a monotonic clock."""
+    """When a request arrived and when its first and last token came, in seconds of a monotonic clock."""
 
     arrived: float
+    num_prompt: int
+    first_token: float | None = None
     last_token: float | None = None
+    num_generated: int = 0
 
 
 class Metrics:
@@ -75,6 +81,26 @@ class Metrics:
         self._request = self._histogram(
             "e2e_request_latency_seconds", "From a request's arrival to its last token.", REQUEST_BUCKETS
         )
+        self._decode = self._histogram(
+            "request_decode_time_seconds", "From a request's first token to its last.", REQUEST_BUCKETS
+        )
+        self._per_token = self._histogram(
+            "request_time_per_output_token_seconds",
+            "That time by the number of tokens after the first: a request's mean.",
+            TOKEN_BUCKETS,
+        )
+        self._prompt_tokens = self._histogram(
+            "request_prompt_tokens", "Prompt tokens of a request.", COUNT_BUCKETS
+        )
+        self._generation_tokens = self._histogram(
+            "request_generation_tokens", "Tokens generated for a request.", COUNT_BUCKETS
+        )
+        self._max_tokens = self._histogram(
+            "request_params_max_tokens", "max_tokens of the requests that have it.", COUNT_BUCKETS
+        )
+        self._iteration_tokens = self._histogram(
+            "iteration_tokens_total", "Tokens computed in one step, prompts' and new ones.", COUNT_BUCKETS
+        )
         # Counted here and not by the engine, which takes the end by a stop string for an abort.
         self._ended = Counter(
             f"{PREFIX}_request_success",
@@ -87,25 +113,48 @@ class Metrics:
         histogram = Histogram(f"{PREFIX}_{name}", text, LABELS, buckets=buckets, registry=self._registry)
         return histogram.labels(self.model_name)
 
-    def arrived(self) -> RequestClock:
+    def arrived(self, num_prompt: int, params: SamplingParams) -> RequestClock:
         """A request has come."""
-        return RequestClock(time.monotonic())
+        if params.max_tokens is not None:
+            self._max_tokens.observe(params.max_tokens)
+        return RequestClock(time.monotonic(), num_prompt)
+
+    def stepped(self, stats: EngineStats) -> None:
+        """The engine has sent its state."""
+        before, self.stats = self.stats, stats
+        if stats.steps_total > before.steps_total:
+            self._iteration_tokens.observe(
+                stats.prompt_tokens_total
+                - before.prompt_tokens_total
+                + stats.generation_tokens_total
+                - before.generation_tokens_total
+            )
 
     def tokens(self, clock: RequestClock, count: int) -> None:
         """A step gave `count` tokens of a request."""
         now = time.monotonic()
         if clock.last_token is None:
+            clock.first_token = now
             self._first_token.observe(now - clock.arrived)
         else:
             for _ in range(count):
                 self._inter_token.observe((now - clock.last_token) / count)
         clock.last_token = now
+        clock.num_generated += count
 
     def finished(self, clock: RequestClock, reason: FinishReason) -> None:
         """A request has ended. Aborted ones count, but their duration says nothing."""
         self._ended.labels(self.model_name, reason).inc()
-        if reason != "abort":
-            self._request.observe(time.monotonic() - clock.arrived)
+        if reason == "abort":
+            return
+        self._request.observe(time.monotonic() - clock.arrived)
+        self._prompt_tokens.observe(clock.num_prompt)
+        self._generation_tokens.observe(clock.num_generated)
+        if clock.first_token is not None and clock.last_token is not None:
+            decode = clock.last_token - clock.first_token
+            self._decode.observe(decode)
+            if clock.num_generated > 1:
+                self._per_token.observe(decode / (clock.num_generated - 1))
 
     def render(self) -> bytes:
         """The text that Prometheus reads."""
@@ -154,3 +203,10 @@ class _EngineCollector(Collector):
             counter = CounterMetricFamily(f"{PREFIX}_{name}", text, labels=LABELS)
             counter.add_metric([model], total)
             yield counter
+        config = GaugeMetricFamily(
+            f"{PREFIX}_cache_config_info",
+            "The KV cache's size, as labels.",
+            labels=[*LABELS, "block_size", "num_gpu_blocks"],
+        )
+        config.add_metric([model, str(stats.block_size), str(stats.kv_blocks_total)], 1)
+        yield config

@@ -103,6 +103,8 @@ class GenerationRequest(Body):
     bad_words: list[str] | None = None
     structured_outputs: StructuredOutputs | None = None
     return_token_ids: bool | None = None
+    priority: int | None = None
+    cache_salt: Annotated[str, Field(min_length=1)] | None = None
     min_tokens: int | None = None
     stop_token_ids: Tokens | None = None
     ignore_eos: bool | None = None

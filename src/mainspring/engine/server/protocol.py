@@ -15,6 +15,9 @@ TO_ENGINE = "to-engine.sock"
 TO_FRONTEND = "to-frontend.sock"
 
 
+ControlAction: TypeAlias = Literal["pause", "resume", "sleep", "wake", "update_weights"]
+
+
 class Load(msgspec.Struct, tag="load", frozen=True):
     """First message to the engine: the model and how to run it. Answered by Progress, then Ready or Failed.
 
@@ -42,6 +45,20 @@ class Abort(msgspec.Struct, tag="abort", frozen=True):
     """Requests to drop; unknown ids are ignored. Nothing more comes for them but what is on its way."""
 
     request_ids: list[str]
+
+
+class Control(msgspec.Struct, tag="control", frozen=True):
+    """Something to do to the engine as a whole, between two steps. Answered by Controlled.
+
+    Attributes:
+        action: "pause" and "resume" stop and start the steps; "sleep" also gives the cache's memory back, until
+            "wake"; "update_weights" copies new weights into the model.
+        path: for "update_weights", a directory of safetensors files.
+    """
+
+    control_id: str
+    action: ControlAction
+    path: str | None = None
 
 
 class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
@@ -80,6 +97,23 @@ class Refused(msgspec.Struct, tag="refused", frozen=True):
     param: str | None
 
 
+class Controlled(msgspec.Struct, tag="controlled", frozen=True):
+    """What came of a Control.
+
+    Attributes:
+        paused, sleeping: the engine's state after it.
+        checksum: of all weights after "update_weights".
+        kind, message: set if it could not be done; `kind` is the name of an error of `mainspring.errors`.
+    """
+
+    control_id: str
+    paused: bool
+    sleeping: bool
+    checksum: str | None = None
+    kind: str | None = None
+    message: str = ""
+
+
 class Failed(msgspec.Struct, tag="failed", frozen=True):
     """The engine ends because of an error. `kind` is the error's class name."""
 
@@ -87,8 +121,8 @@ class Failed(msgspec.Struct, tag="failed", frozen=True):
     message: str
 
 
-ToEngine: TypeAlias = Load | Submit | Abort | Shutdown
-FromEngine: TypeAlias = Progress | Ready | Outputs | Refused | Failed
+ToEngine: TypeAlias = Load | Submit | Abort | Control | Shutdown
+FromEngine: TypeAlias = Progress | Ready | Outputs | Refused | Controlled | Failed
 
 _ENCODER = msgspec.msgpack.Encoder()
 _TO_ENGINE: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

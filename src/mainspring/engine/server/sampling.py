@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from mainspring.engine.sampling_params import SamplingParams, StructuredOutputsParams
+from mainspring.engine.server.async_llm import Placement
 from mainspring.engine.server.chat_types import ChatCompletionRequest
 from mainspring.engine.server.completion_types import CompletionRequest
 from mainspring.engine.server.openai_types import GenerationRequest
@@ -75,6 +76,14 @@ def _shared_params(body: GenerationRequest, *, max_tokens: int | None) -> Sampli
     if body.structured_outputs is not None:
         structured = StructuredOutputsParams(**body.structured_outputs.model_dump(by_alias=True))
     return SamplingParams(**{"max_tokens": max_tokens, "structured_outputs": structured, **given})
+
+
+def placement_of(body: GenerationRequest) -> Placement:
+    """How the request stands among others. Raises: InvalidRequestError."""
+    priority = body.priority or 0
+    if not -(2**31) <= priority < 2**31:
+        raise InvalidRequestError(f"priority is {priority}, but must fit in 32 bits", "priority")
+    return Placement(priority, body.cache_salt)
 
 
 def for_choices(params: SamplingParams, prompts: int, n: int) -> list[SamplingParams]:

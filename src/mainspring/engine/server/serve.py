@@ -10,9 +10,10 @@ import socket
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mainspring.engine.config import EngineConfig
+from mainspring.engine.messages import Pooling
 from mainspring.engine.sampling_params import MAX_N
 from mainspring.engine.server.protocol import Load, Ready
 from mainspring.engine.server.reporter import Reporter
@@ -41,6 +42,7 @@ class ServerSettings:
         num_threads: threads of one operation on a CPU; None: PyTorch's choice.
         max_body_bytes: largest request body.
         drain_seconds: how long running requests may go on after SIGTERM.
+        pooling: of embeddings, unless a request says otherwise: "mean" or "last".
         max_choices: largest `n` of a request.
         template_seconds: how long the chat template may take for one conversation.
         chat_template: a file with a Jinja template to use instead of the model's own.
@@ -68,6 +70,7 @@ class ServerSettings:
     num_threads: int | None = None
     max_body_bytes: int = 16 * 2**20
     drain_seconds: float = 30.0
+    pooling: Pooling = "mean"
     max_choices: int = 128
     template_seconds: float = 5.0
     chat_template: str | None = None
@@ -92,6 +95,8 @@ class ServerSettings:
             raise ConfigError(f"max_choices is {self.max_choices}, but must be between 1 and {MAX_N}")
         if not 0 < self.template_seconds < float("inf"):
             raise ConfigError(f"template_seconds is {self.template_seconds}, but must be a number above 0")
+        if self.pooling not in get_args(Pooling):
+            raise ConfigError(f"pooling is {self.pooling!r}, but must be mean or last")
         if self.max_restarts < 0:
             raise ConfigError(f"max_restarts is {self.max_restarts}, but must be at least 0")
         if not all((*self.api_keys, *self.admin_keys)):
@@ -229,7 +234,9 @@ def _application(
     hosts: set[str] = set(settings.allowed_hosts)
     if hosts or is_loopback(settings.host):
         hosts |= {*LOOPBACK_NAMES, settings.host}
-    service = Service(llm, name, gate, form, ServiceLimits(max_choices=settings.max_choices))
+    service = Service(
+        llm, name, gate, form, settings.pooling, ServiceLimits(max_choices=settings.max_choices)
+    )
     app = create_app(
         service,
         max_body_bytes=settings.max_body_bytes,

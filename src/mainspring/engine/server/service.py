@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import msgspec
 from fastapi import Request, Response
 
+from mainspring.engine.messages import Pooling
 from mainspring.engine.server.async_llm import AsyncLLM
 from mainspring.engine.server.middleware import DrainGate
 from mainspring.engine.server.tool_calls.formats import AnswerFormat
@@ -27,12 +28,16 @@ class ServiceLimits:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """Set once on `app.state.service`. `created`: when the model was loaded, in seconds since 1970."""
+    """Set once on `app.state.service`. `created`: when the model was loaded, in seconds since 1970.
+
+    `pooling`: of embeddings, unless a request says otherwise.
+    """
 
     llm: AsyncLLM
     model_name: str
     gate: DrainGate
     answer_format: AnswerFormat
+    pooling: Pooling = "mean"
     limits: ServiceLimits = field(default_factory=ServiceLimits)
     created: int = field(default_factory=lambda: int(time.time()))
 
