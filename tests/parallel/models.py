@@ -27,7 +27,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "tied": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "tie_word_embeddings": True},
     "biased": {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": True, "mlp_bias": True,
-        "num_key_value_heads": 1, "head_dim": 4,
+        "num_key_value_heads": 1,
     },
     "windowed": {
         "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 7,
