@@ -76,7 +76,7 @@ def test_attention_is_the_formula_in_float64() -> None:
 def test_a_sequence_beyond_the_table_of_positions_is_refused_with_both_numbers(
     bert: tuple[Path, BertModel],
 ) -> None:
-    with pytest.raises(InvalidRequestError, match="41 tokens.* 40 positions"):
+    with pytest.raises(InvalidRequestError, match=r"41 tokens.* 40 positions"):
         load_encoder(bert[0]).hidden_states([[1] * 41])
 
 
@@ -93,7 +93,7 @@ def test_a_variant_that_would_compute_something_else_is_refused(
         with pytest.raises(UnsupportedModelError, match=expected):
             EncoderConfig.from_file(tmp_path / "config.json")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="config.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
         EncoderConfig.from_file(tmp_path / "config.json")
 
 

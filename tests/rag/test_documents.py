@@ -83,7 +83,7 @@ def test_a_corrupt_pdf_is_a_document_error_that_names_it(data: bytes) -> None:
 
 
 def test_a_pdf_without_text_asks_for_ocr() -> None:
-    with pytest.raises(DocumentError, match="1 pages without text.*OCR"):
+    with pytest.raises(DocumentError, match=r"1 pages without text.*OCR"):
         read("scan.pdf", pdf_bytes([""]))
 
 
