@@ -1,8 +1,11 @@
-// Groups of processes and their collectives.
+// Groups of processes, their collectives, and what csrc/parallel builds on them.
 #include <nanobind/stl/shared_ptr.h>
 
 #include "ops/loops.h"
-#include "parallel/group.h"
+#include "parallel/buckets.h"
+#include "parallel/cross_entropy.h"
+#include "parallel/indices.h"
+#include "parallel/softmax.h"
 #include "tensor_object.h"
 
 using nanobind::literals::operator""_a;
@@ -11,6 +14,7 @@ namespace mainspring::tensor::python {
 namespace {
 
 using parallel::Group;
+using parallel::GroupPtr;
 using parallel::Queue;
 using parallel::Reduction;
 using parallel::Work;
@@ -115,6 +119,44 @@ void bind_parallel(nb::module_& m) {
     return Group::create(world, std::move(ranks), transport);
   }, "world"_a, "ranks"_a, "transport"_a = "auto",
      "All ranks of the world call this in one order; None where this rank is not in it.");
+
+  m.def("_all_reduced", [](const Tensor& x, const GroupPtr& g) { return parallel::all_reduced(x, g); }, "x"_a, "group"_a);
+  m.def("_gathered", &parallel::gathered, "x"_a, "group"_a, "last"_a);
+  m.def("_reduce_scattered", &parallel::reduce_scattered, "x"_a, "group"_a);
+  m.def("_own_part", &parallel::own_part, "x"_a, "group"_a, "dim"_a);
+  m.def("_copy_to_ranks", &parallel::CopyToTensorParallel::forward, "x"_a, "group"_a);
+  m.def("_reduce_from_ranks", &parallel::ReduceFromTensorParallel::forward, "x"_a, "group"_a);
+  m.def("_scatter_to_ranks", &parallel::Scatter::forward, "x"_a, "group"_a, "last"_a);
+  m.def("_gather_from_ranks", &parallel::Gather::forward, "x"_a, "group"_a, "last"_a, "sums"_a);
+  m.def("_reduce_scatter_to_ranks", &parallel::ReduceScatter::forward, "x"_a, "group"_a);
+  m.def("_all_to_all", &parallel::AllToAll::forward, "x"_a, "group"_a);
+  m.def("_vocab_parallel_cross_entropy", &parallel::VocabParallelCrossEntropy::forward, "logits"_a, "target"_a, "group"_a,
+        "label_smoothing"_a);
+  m.def("_scaled_masked_softmax", &parallel::ScaledMaskedSoftmax::forward, "scores"_a, "mask"_a = nb::none(), "scale"_a = 1.0,
+        "causal"_a = false);
+
+  using parallel::GradientBuckets;
+  nb::class_<GradientBuckets>(m, "_GradientBuckets", "Gradients averaged over a group while the backward pass goes on.")
+      .def(nb::init<const std::vector<Tensor>&, const GroupPtr&, int64_t>(), "params"_a, "group"_a, "bucket_elements"_a)
+      .def_prop_ro("size", &GradientBuckets::size)
+      .def("finish", [](GradientBuckets& b) {
+        {
+          const nb::gil_scoped_release release;
+          b.wait();
+        }
+        b.store_gradients();
+      })
+      .def("remove_hooks", &GradientBuckets::remove_hooks);
+
+  m.def("_build_sample_idx", [](const Tensor& sizes, const Tensor& document_idx, int64_t seq_length, int64_t num_epochs,
+                                int64_t tokens_per_epoch, bool drop_last, bool extra) {
+    return parallel::build_sample_idx(sizes, document_idx, {seq_length, num_epochs, tokens_per_epoch, drop_last, extra});
+  }, "sizes"_a, "document_idx"_a, "seq_length"_a, "num_epochs"_a, "tokens_per_epoch"_a, "drop_last_partial_sequence"_a,
+     "add_extra_token_to_sequence"_a);
+  m.def("_build_blending_indices", [](const std::vector<double>& weights, int64_t size) {
+    const parallel::Blending out = parallel::build_blending_indices(weights, size);
+    return nb::make_tuple(out.dataset, out.sample);
+  }, "weights"_a, "size"_a);
 }
 
 }  // namespace mainspring::tensor::python

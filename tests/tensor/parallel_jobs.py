@@ -170,6 +170,33 @@ def vocabulary(world: parallel.World, smoothing: float) -> dict[str, Any]:
     }
 
 
+def three_reductions(world: parallel.World, smoothing: float) -> str:
+    """Rank 0 computes the loss; the other answers with exactly three all-reduces of its own and a barrier."""
+    group = parallel.new_group(world, [0, 1])
+    assert group is not None
+    if world.rank == 0:
+        parallel.vocab_parallel_cross_entropy(mt.randn(7, 4), mt.zeros(7).long(), group, smoothing)
+    else:
+        group.all_reduce(mt.full((7,), -1e9), "max")
+        group.all_reduce(mt.zeros(7))
+        group.all_reduce(mt.zeros(2 if smoothing else 1, 7))
+    group.barrier()
+    return "met"
+
+
+def second_gradients(world: parallel.World) -> Any:
+    """Second derivatives through scatter and gather, of sum(x^3) / 6: x on the diagonal."""
+    group = parallel.new_group(world, list(range(world.size)))
+    assert group is not None
+    x = mt.arange(8).double().reshape(2, 4).requires_grad_()
+    part = parallel.scatter_to_tensor_parallel(x, group)
+    y = parallel.gather_from_tensor_parallel(part * part * part / 6.0, group)
+    (first,) = mt.grad(y.sum(), [x], create_graph=True)
+    assert first is not None
+    first.sum().backward()
+    return first.tolist(), x.grad.tolist()
+
+
 def data_parallel(world: parallel.World) -> Any:
     group = parallel.new_group(world, list(range(world.size)))
     assert group is not None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import mainspring.tensor as mt
 from mainspring.tensor import nn, parallel
@@ -40,7 +43,7 @@ def test_a_dead_peer_is_an_error_and_no_hang(transport: str) -> None:
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_silent_peer_is_an_error_after_the_time_out(transport: str) -> None:
-    message = parallel.launch(jobs.silence, 2, transport, timeout=2.0)[0]
+    message = parallel.launch(jobs.silence, 2, transport, timeout=3.0)[0]
     assert "rank 1" in message
 
 
@@ -112,6 +115,30 @@ def test_vocabulary_parallel_embedding_and_cross_entropy(size: int, smoothing: f
         close(result["grad_logits"], logits.grad)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_cross_entropy_takes_exactly_three_all_reduces(smoothing: float) -> None:
+    assert parallel.launch(jobs.three_reductions, 2, smoothing) == ["met", "met"]
+
+
+def test_the_cross_entropy_refuses_what_is_no_class() -> None:
+    world = parallel.World(0, 1, "127.0.0.1:0")
+    group = parallel.new_group(world, [0])
+    assert group is not None
+    logits = mt.randn(2, 5, requires_grad=True)
+    with pytest.raises(mt.IndexOutOfRangeError, match=r"target 5 at row 1 .* \[0, 5\)"):
+        parallel.vocab_parallel_cross_entropy(logits, mt.tensor([0, 5]), group)
+    loss = parallel.vocab_parallel_cross_entropy(logits, mt.tensor([0, 4]), group).sum()
+    with pytest.raises(mt.AutogradError, match="higher order"):
+        mt.grad(loss, [logits], create_graph=True)
+
+
+def test_mappings_have_gradients_of_every_order() -> None:
+    x = np.arange(8.0).reshape(2, 4)
+    for first, second in parallel.launch(jobs.second_gradients, 2):
+        np.testing.assert_allclose(first, x * x / 2, rtol=1e-14)
+        np.testing.assert_allclose(second, x, rtol=1e-14)
+
+
 def test_smoothing_is_that_of_the_definition() -> None:
     """Megatron's s' = s K / (K - 1) puts s / (K - 1) on every wrong class."""
     logits = np.random.default_rng(0).standard_normal((1, 6))
@@ -174,6 +201,28 @@ def test_scaled_masked_softmax() -> None:
     assert causal[0, 0, 0].tolist() == [1, 0, 0]
     whole = parallel.scaled_masked_softmax(scores, mt.ones(1, 1, 3, 4, dtype=mt.bool), 1.0)
     close(whole, np.full((1, 2, 3, 4), 0.25), 1e-6)
+    with pytest.raises(mt.DTypeError, match="must be bool"):
+        parallel.scaled_masked_softmax(scores, mt.zeros(3, 4), 1.0)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_the_fused_softmax_has_the_gradients_of_its_formula(create_graph: bool) -> None:
+    scores = mt.randn(2, 2, 3, 5, dtype=F64, requires_grad=True)
+    mask = mt.rand(2, 1, 3, 5) < 0.3
+    weight = mt.randn(2, 2, 3, 5, dtype=F64)
+    hidden = mt.triu(mt.ones(3, 5, dtype=mt.bool), 3)
+
+    def plain(x: mt.Tensor) -> mt.Tensor:
+        x = mt.masked_fill(x * 0.7, hidden, float("-inf"))
+        return mt.softmax(mt.masked_fill(x, mask, -10000.0), -1)
+
+    got, want = parallel.scaled_masked_softmax(scores, mask, 0.7, causal=True), plain(scores)
+    close(got.detach(), want)
+    firsts = [mt.grad((y * weight).sum(), [scores], create_graph=create_graph)[0] for y in (got, want)]
+    close(firsts[0].detach(), firsts[1])
+    if create_graph:
+        seconds = [mt.grad((g * weight).sum(), [scores])[0] for g in firsts]
+        close(seconds[0], seconds[1])
 
 
 def plain_sample_idx(
@@ -222,5 +271,26 @@ def test_blending_follows_the_weights() -> None:
     assert np.bincount(dataset).tolist() == [200, 100, 100]
     for d in range(3):
         assert sample[dataset == d].tolist() == list(range((dataset == d).sum()))
-    with pytest.raises(mt.ValueOutOfRangeError):
-        parallel.build_blending_indices([], 3)
+    for wrong in ([], [0.0], [1.0, -1.0], [float("nan")], [1e-300, 1.0]):
+        with pytest.raises(mt.ValueOutOfRangeError):
+            parallel.build_blending_indices(wrong, 3)
+
+
+@given(
+    weights=st.lists(st.floats(2.0**-20, 1) | st.just(0.0), min_size=1, max_size=6).filter(any),
+    size=st.integers(0, 60),
+)
+def test_blending_is_that_of_exact_fractions(weights: list[float], size: int) -> None:
+    exact, taken = [Fraction(w) for w in weights], [0] * len(weights)
+    dataset, sample = parallel.build_blending_indices(weights, size)
+    for i in range(size):
+        best = max(range(len(exact)), key=lambda d: max(i, 1) * exact[d] / sum(exact) - taken[d])
+        assert (dataset[i], sample[i]) == (best, taken[best])
+        taken[best] += 1
+
+
+def test_sample_indices_refuse_documents_that_are_not_there() -> None:
+    with pytest.raises(mt.IndexOutOfRangeError, match="document 2 at 1 does not exist"):
+        parallel.build_sample_idx([4, 4], [0, 2], 2, 1, 8)
+    with pytest.raises(mt.ValueOutOfRangeError, match="9 tokens are needed, the documents hold 8"):
+        parallel.build_sample_idx([4, 4], [0, 1], 2, 1, 9)

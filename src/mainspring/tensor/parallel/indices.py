@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
 
-from mainspring.tensor._tensor import ValueOutOfRangeError
+from mainspring.tensor import _tensor as mt
 
 Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]
@@ -30,49 +29,29 @@ def build_sample_idx(
 
     Raises:
         ValueOutOfRangeError: lengths that are not positive, or fewer tokens in the documents than announced.
+        IndexOutOfRangeError: an entry of `document_idx` that is no document.
     """
-    extra = int(add_extra_token_to_sequence)
-    if seq_length < 1 or num_epochs < 1 or tokens_per_epoch < 1:
-        raise ValueOutOfRangeError(
-            f"seq_length {seq_length}, num_epochs {num_epochs} and tokens_per_epoch {tokens_per_epoch} must be positive"
-        )
-    total = num_epochs * tokens_per_epoch - extra
-    count = total // seq_length if drop_last_partial_sequence else -(-total // seq_length)
-    lengths = np.asarray(sizes, dtype=np.int64)[np.asarray(document_idx, dtype=np.int64)]
-    ends = np.cumsum(lengths)
-    starts = np.arange(count + 1, dtype=np.int64) * seq_length
-    if not drop_last_partial_sequence:
-        starts[-1] = min(starts[-1], total)
-    if count and (len(ends) == 0 or starts[-1] + extra > ends[-1]):
-        raise ValueOutOfRangeError(
-            f"{starts[-1] + extra} tokens are needed, the documents hold {ends[-1] if len(ends) else 0}"
-        )
-    # A start at a document's very end belongs to the next one, unless it is the shared extra token's place.
-    place = np.searchsorted(ends, starts, side="right" if extra else "left")
-    place = np.minimum(place, max(0, len(ends) - 1))
-    offsets = starts - (ends[place] - lengths[place])
-    return np.stack([place, offsets], axis=1)
+    lengths, order = (np.ascontiguousarray(x, dtype=np.int64).reshape(-1) for x in (sizes, document_idx))
+    out = mt._build_sample_idx(
+        mt.from_numpy(lengths.copy()),
+        mt.from_numpy(order.copy()),
+        seq_length,
+        num_epochs,
+        tokens_per_epoch,
+        drop_last_partial_sequence,
+        add_extra_token_to_sequence,
+    )
+    return out.numpy()
 
 
 def build_blending_indices(weights: Sequence[float], size: int) -> tuple[Int32s, Int64s]:
     """(data set of each sample, its number within that data set): each time the one that is furthest behind its share.
 
-    Shares are compared as exact fractions of the weights (Megatron: in float64, where equal weights can part).
+    Shares are compared as exact integers (Megatron: in float64, where equal weights can part).
 
     Raises:
-        ValueOutOfRangeError: no weights, or one that is negative, or all zero.
+        ValueOutOfRangeError: no weights, one that is negative or not finite, all zero, or weights so far apart (about
+            2^40 for a million samples) that their shares do not fit 127 bits.
     """
-    exact = [Fraction(w) for w in weights]
-    if not exact or min(exact) < 0 or sum(exact) == 0:
-        raise ValueOutOfRangeError(f"weights {list(weights)} cannot be shared out")
-    denominator = int(np.lcm.reduce([f.denominator for f in exact], dtype=object))
-    parts = [int(f * denominator) for f in exact]
-    total = sum(parts)
-    taken = [0] * len(parts)
-    dataset, sample = np.zeros(size, dtype=np.int32), np.zeros(size, dtype=np.int64)
-    for i in range(size):
-        # max(i, 1) weight - taken, times the total of all weights
-        best = max(range(len(parts)), key=lambda d: max(i, 1) * parts[d] - taken[d] * total)
-        dataset[i], sample[i] = best, taken[best]
-        taken[best] += 1
-    return dataset, sample
+    dataset, sample = mt._build_blending_indices([float(w) for w in weights], size)
+    return dataset.numpy(), sample.numpy()
