@@ -21,8 +21,9 @@ def make_request(
     eos_token_ids: Sequence[int],
     *,
     pooling: Pooling | None = None,
+    lora_id: int = 0,
 ) -> EngineRequest:
-    """Resolve `max_tokens` and check the request. With `pooling` nothing is generated.
+    """Resolve `max_tokens` and check the request. With `pooling` nothing is generated. lora_id: 0 for no adapter.
 
     The completion is capped at the context's end, as in vLLM (finish reason "length"). A request whose
     prompt leaves no room for one token, or that the whole KV cache could not hold, is refused.
@@ -47,6 +48,7 @@ def make_request(
         tuple(eos_token_ids),
         max_tokens=max(1, max_tokens) if pooling is None else 0,
         pooling=pooling,
+        lora_id=lora_id,
     )
     check_request(request, limits)
     return request
@@ -68,6 +70,10 @@ def check_request(request: EngineRequest, limits: EngineLimits) -> None:
     for name, value in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
         if value is not None and value > limits.max_logprobs:
             raise InvalidRequestError(f"{name} is {value}, but at most {limits.max_logprobs} are given", name)
+    if not 0 <= request.lora_id <= limits.num_adapters:
+        raise InvalidRequestError(
+            f"there is no adapter {request.lora_id}; this engine has {limits.num_adapters}", "lora"
+        )
     num_prompt = len(request.prompt_token_ids)
     least = 1 if request.pooling is None else 0
     if num_prompt + least > limits.max_model_len:

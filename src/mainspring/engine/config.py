@@ -34,6 +34,7 @@ class EngineConfig:
         scheduling_policy: "fcfs" serves in order of arrival, "priority" by `EngineRequest.priority` first.
         cuda_graphs: replay decode steps from CUDA graphs; None: on a GPU.
         async_scheduling: launch a step before the tokens of the one before have come to the host; None: on a GPU.
+        lora_adapters: name -> directory of a LoRA adapter as PEFT writes it; their ids count from 1 in this order.
         speculative: guess tokens and verify several in one step; None: not.
         seed: makes requests without a seed reproducible (in their order of arrival); None: from the system.
 
@@ -53,6 +54,7 @@ class EngineConfig:
     scheduling_policy: SchedulingPolicy = "fcfs"
     cuda_graphs: bool | None = None
     async_scheduling: bool | None = None
+    lora_adapters: dict[str, str] | None = None
     speculative: SpeculativeConfig | None = None
     seed: int | None = None
 

@@ -16,6 +16,7 @@ from mainspring.engine.block_allocator import BlockAllocator
 from mainspring.engine.block_hash import root_hash
 from mainspring.engine.config import EngineConfig
 from mainspring.engine.drafters import blocks_beside, load_draft_model, make_drafter
+from mainspring.engine.lora import LoraAdapters
 from mainspring.engine.messages import EngineLimits, EngineRequest, EngineStats, TokenLogprobs, TokenOutput
 from mainspring.engine.model_runner import ModelRunner, StepResult
 from mainspring.engine.outputs import FinishReason
@@ -69,6 +70,7 @@ class EngineCore:
             max_cache_tokens=num_blocks * config.block_size,
             vocab_size=model.config.vocab_size,
             max_logprobs=config.max_logprobs,
+            num_adapters=len(config.lora_adapters or {}),
         )
         seats = sizing.max_num_seqs(config, device)
         self._model = model
@@ -97,6 +99,8 @@ class EngineCore:
             cache_dtype=cache_dtype,
             graphs=device.type == "cuda" if config.cuda_graphs is None else config.cuda_graphs,
         )
+        if config.lora_adapters:
+            self._runner.adapters = LoraAdapters(model, config.lora_adapters)
         # Steps that have been launched and whose results have not been looked at; at most so many more than one.
         self._launched: deque[StepResult] = deque()
         asynchronous = device.type == "cuda" if config.async_scheduling is None else config.async_scheduling

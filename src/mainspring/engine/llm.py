@@ -58,6 +58,7 @@ class LLM:
         seed: int | None = None,
         speculative_config: SpeculativeConfig | None = None,
         draft_model: Decoder | None = None,
+        lora: Mapping[str, str | Path] | None = None,
     ) -> None:
         """Load the model, or take a `Decoder` as it is (its parameters are shared, not copied).
 
@@ -69,6 +70,7 @@ class LLM:
             max_model_len ... seed: as in `EngineConfig`.
             speculative_config: guess tokens and verify several in one step; the text stays the same.
             draft_model: a loaded model that guesses, instead of `speculative_config.model`.
+            lora: name -> directory of a LoRA adapter as PEFT writes it, for requests to choose from.
 
         Raises:
             ModelNotFoundError, CheckpointError, UnsupportedModelError, TokenizerError, ConfigError.
@@ -87,6 +89,7 @@ class LLM:
             async_scheduling=async_scheduling,
             seed=seed,
             speculative=speculative_config,
+            lora_adapters=None if lora is None else {name: str(path) for name, path in lora.items()},
         )
         if isinstance(model, Decoder):
             if dtype is not None:
@@ -111,6 +114,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        lora: str | Sequence[str | None] | None = None,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
         """Complete one prompt or several.
@@ -118,6 +122,7 @@ class LLM:
         Args:
             prompts: a text, a list of token ids, or a list of either.
             sampling_params: for all prompts, or one for each; the defaults if None.
+            lora: the name of an adapter for all prompts, or one (or None) for each.
             use_tqdm: show a progress bar on the terminal.
 
         Returns:
@@ -126,7 +131,7 @@ class LLM:
         Raises:
             InvalidRequestError, RequestTooLongError: a request is refused; then none is started.
         """
-        requests = self._requests(_as_list(prompts), sampling_params)
+        requests = self._requests(_as_list(prompts), sampling_params, lora)
         finished: dict[str, RequestOutput] = {}
         columns = (TextColumn("Prompts"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, disable=not use_tqdm) as progress:
@@ -157,14 +162,14 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, lora: str | None = None
     ) -> Iterator[RequestOutput]:
         """Complete one prompt; each output carries what is new since the one before. Closing it aborts.
 
         Raises:
             InvalidRequestError, RequestTooLongError: the request is refused.
         """
-        return self._run(self._requests([prompt], sampling_params), "delta")
+        return self._run(self._requests([prompt], sampling_params, lora), "delta")
 
     def stream_chat(
         self, messages: Messages, params: SamplingParams | None = None
@@ -179,7 +184,10 @@ class LLM:
         return self.tokenizer.encode(self.tokenizer.apply_chat_template(messages), add_special_tokens=False)
 
     def _requests(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        lora: str | Sequence[str | None] | None = None,
     ) -> list[tuple[EngineRequest, str | None]]:
         """Checked requests, each with its text if it had one. Nothing is started yet."""
         if params is None:
@@ -189,15 +197,34 @@ class LLM:
             raise InvalidRequestError(
                 f"there are {len(prompts)} prompts, but {len(each)} sampling_params", "sampling_params"
             )
+        adapters = [lora] * len(prompts) if lora is None or isinstance(lora, str) else list(lora)
+        if len(adapters) != len(prompts):
+            raise InvalidRequestError(
+                f"there are {len(prompts)} prompts, but {len(adapters)} lora names", "lora"
+            )
         requests: list[tuple[EngineRequest, str | None]] = []
-        for prompt, one in zip(prompts, each, strict=True):
+        for prompt, one, adapter in zip(prompts, each, adapters, strict=True):
             token_ids = self._encode(prompt) if isinstance(prompt, str) else prompt
             request_id = str(next(self._request_ids))
-            request = make_request(request_id, token_ids, one, self.engine.limits, self._eos_token_ids)
+            request = make_request(
+                request_id,
+                token_ids,
+                one,
+                self.engine.limits,
+                self._eos_token_ids,
+                lora_id=0 if adapter is None else self._lora_id(adapter),
+            )
             if one.stop_strings and self.tokenizer is None:
                 raise InvalidRequestError("stop strings need a tokenizer, and this engine has none", "stop")
             requests.append((request, prompt if isinstance(prompt, str) else None))
         return requests
+
+    def _lora_id(self, name: str) -> int:
+        names = list(self.engine.config.lora_adapters or {})
+        if name not in names:
+            known = ", ".join(names) or "none"
+            raise InvalidRequestError(f"there is no adapter {name!r}; this engine has: {known}", "lora")
+        return names.index(name) + 1
 
     def _encode(self, text: str) -> list[int]:
         if self.tokenizer is None:

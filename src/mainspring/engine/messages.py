@@ -24,12 +24,14 @@ class EngineLimits(msgspec.Struct, frozen=True):
         max_cache_tokens: tokens that the whole KV cache holds.
         vocab_size: token ids lie in [0, vocab_size).
         max_logprobs: most alternatives that `logprobs` and `prompt_logprobs` may ask for.
+        num_adapters: the ids of LoRA adapters lie in [1, num_adapters].
     """
 
     max_model_len: int
     max_cache_tokens: int
     vocab_size: int
     max_logprobs: int
+    num_adapters: int = 0
 
 
 class EngineRequest(msgspec.Struct, frozen=True):

@@ -75,14 +75,14 @@ def load_weights(model: Decoder, directory: str | Path) -> None:
         )
     with torch.no_grad():
         for name, view in views.items():
-            view.copy_(_stored_tensor(reader.entry(name), tuple(view.shape)))
+            view.copy_(stored_tensor(reader.entry(name), tuple(view.shape)))
 
 
 def read_tensors(directory: str | Path) -> dict[str, Tensor]:
     """A directory's tensors by their Hugging Face names, as views of the mapped files. Raises CheckpointError."""
     reader = CheckpointReader(directory)
     names = [name for name in reader.names() if not name.endswith(".inv_freq")]
-    return {name: _stored_tensor(reader.entry(name), reader.entry(name).shape) for name in names}
+    return {name: stored_tensor(reader.entry(name), reader.entry(name).shape) for name in names}
 
 
 def save_model(
@@ -129,8 +129,8 @@ def saved_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, object]:
     return table
 
 
-def _stored_tensor(entry: TensorEntry, shape: tuple[int, ...]) -> Tensor:
-    """The stored tensor as a view of the mapped file."""
+def stored_tensor(entry: TensorEntry, shape: tuple[int, ...]) -> Tensor:
+    """The stored tensor as a view of the mapped file. Raises CheckpointError for another shape, or no float dtype."""
     if entry.shape != shape:
         raise CheckpointError(
             f"tensor {entry.name!r} has shape {list(entry.shape)}, its config.json needs {list(shape)}"
