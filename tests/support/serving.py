@@ -29,7 +29,8 @@ _SPECIAL = ("<|im_start|>", "<|im_end|>")
 VOCAB_SIZE = 256 + len(_SPECIAL)
 _LETTERS = "abcdefghijklmnopqrstuvwxyz "
 _TEMPLATE = (
-    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}\nAnswer with <tool_call>{}</tool_call>.<|im_end|>\n{% endif %}"
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}\nAnswer with <tool_call>{}</tool_call>.<|im_end|>\n"
+    "{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
     "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}"
     "<|im_end|>\n{% endfor %}"
@@ -85,6 +86,7 @@ class Server:
     process: subprocess.Popen[bytes]
     url: str
     output: Path
+    api_key: str | None = None
 
     @property
     def engine(self) -> psutil.Process:
@@ -97,7 +99,8 @@ class Server:
 
     def metric(self, name: str) -> float:
         """One figure of /metrics."""
-        text = httpx.get(f"{self.url}/metrics").text
+        headers = {} if self.api_key is None else {"Authorization": f"Bearer {self.api_key}"}
+        text = httpx.get(f"{self.url}/metrics", headers=headers).text
         found = re.search(rf"^mainspring_{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
         assert found, f"{name} is not among the metrics"
         return float(found[1])
@@ -140,8 +143,13 @@ def start_process(output: Path, *arguments: str) -> subprocess.Popen[bytes]:
 
 
 @contextmanager
-def running_server(model: Path, output: Path, *arguments: str) -> Iterator[Server]:
-    """A server that takes requests on a free port; ended, with its engine, when the context is left."""
+def running_server(
+    model: Path, output: Path, *arguments: str, api_key: str | None = None
+) -> Iterator[Server]:
+    """A server that takes requests on a free port; ended, with its engine, when the context is left.
+
+    `api_key`: the one that it was given among the arguments, if any.
+    """
     options = ["--port", "0", "--served-model-name", MODEL_NAME, "--kv-cache-mb", "16", "--threads", "1"]
     process = start_process(output, str(model), *options, *arguments)
     try:
@@ -149,7 +157,7 @@ def running_server(model: Path, output: Path, *arguments: str) -> Iterator[Serve
         text = output.read_text()
         found = re.search(r"API +(http://\S+)/v1", text)
         assert found, f"the server did not start:\n{text}"
-        yield Server(process, found[1], output)
+        yield Server(process, found[1], output, api_key)
     finally:
         children = psutil.Process(process.pid).children() if process.poll() is None else []
         process.kill()

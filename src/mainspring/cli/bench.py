@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from mainspring.errors import ConfigError
-from mainspring.formats.files import write_json
+from mainspring.formats.files import write_file, write_json
 
 if TYPE_CHECKING:
+    from mainspring.engine.measure.load import LoadPlan, LoadResult
     from mainspring.engine.throughput import Measurement
 
 bench = typer.Typer(name="bench", help="Measure the engine.", no_args_is_help=True)
@@ -83,6 +86,108 @@ def throughput(
         write_json(output, result)
     else:
         console.print_json(json.dumps({k: v for k, v in result.items() if k != "measurements"}))
+
+
+@bench.command()
+def serve(
+    url: Annotated[str, typer.Argument(help="Any OpenAI-compatible server, such as http://127.0.0.1:8000.")],
+    model: Annotated[
+        str | None, typer.Option(help="The model's name there; the first that is served by default.")
+    ] = None,
+    num_requests: Annotated[int, typer.Option(help="Requests in all.")] = 200,
+    request_rate: Annotated[
+        float, typer.Option(help="Requests a second, arriving at random; inf sends all at once.")
+    ] = math.inf,
+    max_concurrency: Annotated[int | None, typer.Option(help="Requests under way at most.")] = None,
+    input_tokens: Annotated[str, typer.Option(help="Prompt lengths: least-most.")] = "100-1024",
+    output_tokens: Annotated[str, typer.Option(help="Answer lengths: least-most.")] = "100-1024",
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Send token ids below it, of exact lengths; by default words, each of about a token."
+        ),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask through /v1/chat/completions.")] = False,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 0.6,
+    ignore_eos: Annotated[
+        bool, typer.Option(help="Answers of the drawn lengths (a field of vLLM's and ours).")
+    ] = True,
+    seed: Annotated[int, typer.Option(help="Of lengths, prompts and arrivals.")] = 0,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="MAINSPRING_API_KEY", help="The server's key.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the latencies into this SVG file.")] = None,
+) -> None:
+    """Put load on a server: time to first token, inter-token latency, throughput, as its clients see them."""
+    from mainspring.engine.measure.latency_plot import latency_svg
+    from mainspring.engine.measure.load import LoadPlan
+
+    plan = LoadPlan(
+        num_requests=num_requests,
+        request_rate=request_rate,
+        max_concurrency=max_concurrency,
+        input_tokens=_range("input_tokens", input_tokens),
+        output_tokens=_range("output_tokens", output_tokens),
+        vocab_size=vocab_size,
+        chat=chat,
+        temperature=temperature,
+        ignore_eos=ignore_eos,
+        seed=seed,
+    )
+    if plot is not None and plot.suffix != ".svg":
+        raise ConfigError(f"the plot {str(plot)!r} must be an .svg file")
+    console = Console()
+    with console.status(f"{num_requests} requests to {url}"):
+        result = asyncio.run(_load(url, api_key, model, plan))
+    console.print(_load_table(result))
+    for error, count in result.errors.items():
+        console.print(f"{count} failed: {error}", highlight=False, markup=False)
+    if output is not None:
+        write_json(output, result.to_dict())
+    if plot is not None:
+        write_file(plot, latency_svg(result).encode())
+    if not result.completed:
+        raise typer.Exit(1)
+
+
+async def _load(url: str, api_key: str | None, model: str | None, plan: LoadPlan) -> LoadResult:
+    from mainspring.engine.measure.api_client import ApiClient
+    from mainspring.engine.measure.load import run_load
+
+    async with ApiClient(url, api_key) as client:
+        return await run_load(client, url, model or await client.model(), plan)
+
+
+def _range(name: str, text: str) -> tuple[int, int]:
+    """Two numbers, "100-1024", or one for both."""
+    low, _, high = text.partition("-")
+    try:
+        return int(low), int(high or low)
+    except ValueError:
+        raise ConfigError(f"{name} is {text!r}, but must be a length or a range such as 100-1024") from None
+
+
+def _load_table(result: LoadResult) -> Table:
+    table = Table(
+        "milliseconds", "mean", "p50", "p90", "p95", "p99", "max",
+        title=f"{result.completed} requests in {result.seconds:.1f} s, {result.failed} failed",
+        caption=(
+            f"{result.output_tokens_per_second:,.1f} output tokens/s, {result.total_tokens_per_second:,.1f} tokens/s "
+            f"in all, {result.requests_per_second:.2f} requests/s, at most {result.peak_concurrency} at once"
+        ),
+    )  # fmt: skip
+    rows = (
+        ("time to first token", result.ttft),
+        ("inter-token latency", result.itl),
+        ("time per output token", result.tpot),
+        ("whole request", result.e2e),
+    )
+    for name, measured in rows:
+        if measured is not None:
+            values = (measured.mean, *measured.percentiles.values(), measured.max)
+            table.add_row(name, *(f"{value * 1e3:,.1f}" for value in values))
+    return table
 
 
 def _table(measurements: list[Measurement]) -> Table:

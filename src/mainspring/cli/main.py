@@ -11,6 +11,7 @@ from rich.markup import escape
 
 import mainspring
 from mainspring.cli.bench import bench
+from mainspring.cli.diff import diff
 from mainspring.cli.doctor import doctor
 from mainspring.cli.generate import generate
 from mainspring.cli.serve import serve
@@ -33,6 +34,7 @@ app.command()(serve)
 app.command()(generate)
 app.command()(train)
 app.command()(verify)
+app.command()(diff)
 app.command()(doctor)
 app.add_typer(bench)
 app.add_typer(tensor)

@@ -27,6 +27,34 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield running
 
 
+API_KEY, ADMIN_KEY = "key-of-the-api", "key-of-the-administration"
+
+
+@pytest.fixture(scope="session")
+def keyed_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with keys, which starts a dead engine again and gives at most five choices."""
+    output = tmp_path_factory.mktemp("keyed") / "output.txt"
+    options = ("--api-key", API_KEY, "--admin-key", ADMIN_KEY, "--restart", "5", "--max-choices", "5")
+    with running_server(tiny_model, output, *options, api_key=API_KEY) as running:
+        yield running
+
+
+@pytest.fixture
+def admin(keyed_server: Server) -> Iterator[httpx.Client]:
+    """An administrator of that server."""
+    headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+    with httpx.Client(base_url=keyed_server.url, headers=headers, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+def keyed(keyed_server: Server) -> Iterator[httpx.Client]:
+    """A client of that server that has its key."""
+    headers = {"Authorization": f"Bearer {API_KEY}"}
+    with httpx.Client(base_url=keyed_server.url, headers=headers, timeout=60) as client:
+        yield client
+
+
 @pytest.fixture(scope="session")
 def http(server: Server) -> Iterator[httpx.Client]:
     """A plain HTTP client of the server."""
