@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
+import numpy as np
+import torch
+
+from mainspring.errors import CheckpointError, MainspringError
 from mainspring.formats.model_config import ModelConfig
+from mainspring.formats.safetensors_writer import _SliceWriter
+from mainspring.model.checkpoint import load_model
+from mainspring.ops import Numerics, Policy, TokenBatch
+from mainspring.parallel.balance import take_loads
+from mainspring.parallel.checkpoint import load_weights, stored_weights, write_together
+from mainspring.parallel.experts import Balance
 from mainspring.parallel.layout import Layout
 from mainspring.parallel.mesh import Mesh
-from mainspring.train.verify import Run, VerifySettings, run_layout
+from mainspring.parallel.parallelize import parallelize
+from mainspring.parallel.pipeline import Pipeline
+from mainspring.parallel.units import Units
+from mainspring.train.make_runner import Ranks
+from mainspring.train.metrics import Progress
+from mainspring.train.packing import MicroBatch
+from mainspring.train.recipe_file import parse_recipe
+from mainspring.train.trainer import Trainer
+from mainspring.train.verify import Run, VerifySettings, micro_batches, run_layout
 from parallel import faults
 
 
@@ -28,3 +50,147 @@ def verify_with_fault(
 ) -> tuple[Run, dict[str, float]]:
     with getattr(faults, fault)():
         return verify(directory, layout, settings, gradients)
+
+
+def hidden_and_logits(directory: str, layout: str, numerics: Numerics) -> tuple[Any, Any]:
+    """Of one stream of three documents, as numpy arrays."""
+    parsed = Layout.parse(layout)
+    config = ModelConfig.from_file(directory)
+    model = parallelize(load_model(directory, numerics=numerics), parsed, mesh_for(parsed, config))
+    tokens = torch.randint(0, config.vocab_size, (37,), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        hidden = model(tokens, TokenBatch.packed([20, 1, 16]))
+        return hidden.numpy(), model.logits(hidden).numpy()
+
+
+def units_of(directory: str, layout: Layout, balance: Balance | None = None) -> Units:
+    config = ModelConfig.from_file(directory)
+    model = load_model(directory, dtype="float32", numerics="fast").train()
+    return Units(parallelize(model, layout, mesh_for(layout, config), balance=balance))
+
+
+def sizes(directory: str, layout: str) -> dict[str, int]:
+    """Elements that the rank holds between steps, and while the gradient of a step is there."""
+    units = units_of(directory, Layout.parse(layout))
+    model = units.model
+    settings = VerifySettings(micro_batches=4)
+    Pipeline(model, units).run(micro_batches(model.config, settings, 0))
+    gradients = sum(
+        tensor.numel()
+        for unit in units.units
+        for tensor in {id(t): t for t in (unit._gradient, unit.gradient_shard) if t is not None}.values()
+    )
+    return {
+        "parameters": sum(unit.full.untyped_storage().nbytes() // 4 for unit in units.units)
+        + sum(unit.shard.numel() for unit in units.units if unit.zero == 3),
+        "gradients": gradients,
+        "shards": sum(unit.shard.numel() for unit in units.units),
+        "traffic": sum(model.mesh.monitor.traffic.values()),
+    }
+
+
+def traffic(directory: str, layout: str, settings: VerifySettings) -> dict[str, int]:
+    """Bytes that this rank puts into each (collective/group) during a step."""
+    units = units_of(directory, Layout.parse(layout))
+    monitor = units.mesh.monitor
+    pipeline = Pipeline(units.model, units)
+    monitor.traffic.clear()
+    pipeline.run(micro_batches(units.model.config, settings, 0))
+    units.clear()
+    units.refresh()
+    return {f"{collective}/{group}": count for (collective, group), count in monitor.traffic.items()}
+
+
+def balanced(directory: str, layout: str, auxiliary: float, settings: VerifySettings) -> dict[str, Any]:
+    """Router gradients under the auxiliary loss, and the experts' loads."""
+    units = units_of(directory, Layout.parse(layout), Balance(auxiliary))
+    Pipeline(units.model, units).run(micro_batches(units.model.config, settings, 0))
+    loads = {number: load.tolist() for number, load in take_loads(units.model).items()}
+    gradients = {
+        (piece.block.name, piece.offset): units.gradient(piece).numpy().copy()
+        for piece in units.pieces
+        if piece.block.name.endswith("mlp.gate.weight")
+    }
+    return {"loads": loads, "gradients": gradients}
+
+
+def rewrite(directory: str, layout: str, target: str) -> None:
+    """Loads a model under the layout and writes it again."""
+    units = units_of(directory, Layout.parse(layout))
+    for unit in units.units:
+        unit.gather()
+        unit.full.zero_()
+        unit.shard.zero_()
+    load_weights(units, directory)
+    Path(target).mkdir(exist_ok=True)
+    write_together(Path(target), stored_weights(units), units)
+
+
+def train(text: str, overrides: list[str], resume: bool = False, fail_at: int = -1) -> dict[str, Any]:
+    """A run of the recipe, by all ranks. fail_at: the rank on which the disk is full from the second save on."""
+    ranks = Ranks.present()
+    trainer = Trainer(
+        parse_recipe(text, overrides=overrides), resume=resume, show=Progress(silent=True), ranks=ranks
+    )
+    saves = 0
+    whole_write = _SliceWriter._pwrite
+    whole_save = trainer._runner.save
+
+    def save(*arguments: Any) -> Path:
+        nonlocal saves
+        saves += 1
+        return whole_save(*arguments)
+
+    def full(self: _SliceWriter, *arguments: Any) -> None:
+        if saves > 1 and ranks.rank == fail_at:
+            raise CheckpointError(f"cannot write: {errno.errorcode[errno.ENOSPC]}")
+        whole_write(self, *arguments)
+
+    trainer._runner.save = save  # type: ignore[method-assign]
+    try:
+        with patch.object(_SliceWriter, "_pwrite", full):
+            result = trainer.run()
+    except MainspringError as error:
+        return {"error": str(error)}
+    return {"checkpoint": str(result.checkpoint), "step": result.step}
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def spoil(directory: str, layout: str, parameter: str) -> str | None:
+    """Puts a NaN into a weight, and asks which module was the first to be not finite."""
+    from mainspring.train.recipe import OptimizerSection
+    from mainspring.train.sharded import Sharded
+
+    parsed = Layout.parse(layout)
+    config = ModelConfig.from_file(directory)
+    mesh = mesh_for(parsed, config)
+    sharded = Sharded(
+        config, parsed, mesh, torch.device("cpu"), torch.float32, Policy("fast"), OptimizerSection()
+    )
+    sharded.load_weights(Path(directory))
+    for name, weight in sharded._model.named_parameters():
+        if name == parameter:
+            weight.data.fill_(1e30)  # finite, but its products are not
+    batches = micro_batches(config, VerifySettings(), 0)
+    loss, norm = sharded.train_step(batches, 1.0, 1.0)
+    assert not (np.isfinite(loss) and np.isfinite(norm))
+    return sharded.first_non_finite(batches)
+
+
+def scores(directory: str, layout: str, count: int) -> list[float]:
+    """Negative log-likelihoods of `count` batches, which need not divide by the ranks."""
+    from mainspring.train.recipe import OptimizerSection
+    from mainspring.train.sharded import Sharded
+
+    parsed = Layout.parse(layout)
+    config = ModelConfig.from_file(directory)
+    sharded = Sharded(
+        config, parsed, mesh_for(parsed, config), torch.device("cpu"), torch.float32, Policy("fast"),
+        OptimizerSection(),
+    )  # fmt: skip
+    sharded.load_weights(Path(directory))
+    batches: list[MicroBatch] = micro_batches(config, VerifySettings(micro_batches=count), 0)
+    return sharded.negative_log_likelihoods(batches)

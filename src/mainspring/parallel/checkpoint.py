@@ -261,10 +261,13 @@ def shared_directory(path: Path, world: Group, device: torch.device) -> Iterator
         with agreed(world, f"publish {path}"):
             if world.rank == 0:
                 fsync_directory(partial)
-                if path.exists():
-                    shutil.rmtree(path)
+                old = beside(path) if path.exists() else None
+                if old is not None:
+                    os.rename(path, old)  # whole until the new one stands in its place
                 os.rename(partial, path)
                 fsync_directory(path.parent)
+                if old is not None:
+                    shutil.rmtree(old)
     except BaseException:
         if world.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,209 @@
+"""One checkpoint for every layout: written under one, read under another, bit for bit; failures leave the old whole."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mainspring.errors import CheckpointError
+from mainspring.formats.model_config import ModelConfig
+from mainspring.formats.safetensors_file import CheckpointReader
+from mainspring.train.recipe_file import parse_recipe
+from mainspring.train.trainer import Trainer
+from mainspring.train.verify import VerifySettings
+from parallel.conftest import Reference
+from parallel.pool import Pool
+
+RECIPE = """
+seed = 5
+[data]
+sources = ["{texts}"]
+[tokenizer]
+vocab_size = 270
+[model]
+architecture = "{architecture}"
+hidden_size = 16
+intermediate_size = 24
+num_layers = 3
+num_heads = 4
+num_kv_heads = 2
+num_experts = {experts}
+[training]
+sequence_length = 24
+tokens_per_micro_batch = 48
+accumulation_steps = 4
+max_steps = 6
+log_every = 3
+[optimizer]
+lr = 0.01
+[checkpoint]
+every = 3
+keep = 5
+[schedule]
+kind = "constant"
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Callable[..., str]:
+    text = "".join(f"The {i}th line of {i * i % 89} says that {i % 7} follows.\n" for i in range(120))
+    (tmp_path / "a.txt").write_text(text)
+
+    def make(architecture: str = "Qwen3ForCausalLM", experts: int = 0) -> str:
+        return RECIPE.format(texts=tmp_path / "a.txt", architecture=architecture, experts=experts)
+
+    return make
+
+
+def _same(a: Path, b: Path) -> bool:
+    names = ("model.safetensors", "optimizer/model.safetensors")
+    same_config = ModelConfig.from_file(a) == ModelConfig.from_file(b)
+    return same_config and all(filecmp.cmp(a / name, b / name, shallow=False) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "ranks"),
+    [
+        ("biased", "tp=4,sequence_parallel=false", 4),
+        ("tied", "pp=2,tp=2", 4),
+        ("dense", "dp=2,zero=3", 2),
+        ("moe", "dp=2,tp=2,ep=2,zero=3", 4),
+        ("moe-tied", "pp=2,dp=2,cp=2,ep=4,zero=1", 8),
+    ],
+)
+def test_a_model_read_and_written_under_a_layout_keeps_every_bit(
+    pool: Pool, reference: Callable[..., Reference], tmp_path: Path, kind: str, layout: str, ranks: int
+) -> None:
+    directory = reference(kind, VerifySettings(steps=2)).directory
+    pool.run("jobs:rewrite", ranks, str(directory), layout, str(tmp_path / "copy"))
+    old, new = CheckpointReader(directory), CheckpointReader(tmp_path / "copy")
+    assert set(old.names()) == set(new.names())
+    for name in old.names():
+        assert old.entry(name).data == new.entry(name).data, name
+
+
+@pytest.mark.parametrize(
+    ("architecture", "first", "second"),
+    [
+        ("Qwen3ForCausalLM", (4, ["parallel.tp=2", "parallel.zero=3"]), (2, ["parallel.pp=2"])),
+        ("Qwen3MoeForCausalLM", (4, ["parallel.ep=2", "parallel.zero=2"]), (2, ["parallel.tp=2"])),
+    ],
+)
+def test_a_run_continues_bitwise_under_its_layout_and_loads_bitwise_under_another(
+    pool: Pool,
+    recipe: Callable[..., str],
+    tmp_path: Path,
+    architecture: str,
+    first: tuple[int, list[str]],
+    second: tuple[int, list[str]],
+) -> None:
+    text = recipe(architecture, 4 if "Moe" in architecture else 0)
+    whole, halves, moved = (tmp_path / name for name in ("whole", "halves", "moved"))
+    pool.run("jobs:train", first[0], text, [*first[1], f"output='{whole}'"])
+    pool.run("jobs:train", first[0], text, [*first[1], f"output='{halves}'", "training.max_steps=3"])
+    pool.run("jobs:train", first[0], text, [*first[1], f"output='{halves}'"], True)
+    assert _same(whole / "step-00000006", halves / "step-00000006")
+    # Under another layout nothing is trained, but everything is loaded and written.
+    shutil.copytree(whole / "step-00000006", moved / "step-00000006")
+    overrides = [*second[1], f"output='{moved}'", "training.max_steps=6"]
+    done = pool.run("jobs:train", second[0], text, overrides, True)
+    assert done[0]["step"] == 6
+    assert _same(whole / "step-00000006", Path(done[0]["checkpoint"]))
+
+
+def test_one_device_reads_a_layouts_checkpoint_and_the_other_way_round(
+    pool: Pool, recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    text = recipe()
+    spread, alone = tmp_path / "spread", tmp_path / "alone"
+    pool.run("jobs:train", 2, text, ["parallel.zero=3", f"output='{spread}'", "training.max_steps=3"])
+    Trainer(parse_recipe(text, overrides=[f"output='{alone}'", "training.max_steps=3"])).run()
+    losses = [
+        json.loads(line)["loss"] for folder in (spread, alone)
+        for line in (folder / "metrics.jsonl").read_text().splitlines() if '"event": "step"' in line
+    ]  # fmt: skip
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    names = {tuple(CheckpointReader(f / "step-00000003/optimizer").names()) for f in (spread, alone)}
+    assert len({frozenset(n) for n in names}) == 1
+    Trainer(parse_recipe(text, overrides=[f"output='{spread}'"]), resume=True).run()
+    done = pool.run("jobs:train", 2, text, ["parallel.tp=2", f"output='{alone}'"], True)
+    assert done[0]["step"] == 6
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_full_disk_on_one_rank_is_an_error_on_all_and_leaves_the_old_checkpoint_whole(
+    pool: Pool, recipe: Callable[..., str], tmp_path: Path, failing: int
+) -> None:
+    output = tmp_path / "out"
+    done = pool.run("jobs:train", 2, recipe(), ["parallel.zero=1", f"output='{output}'"], False, failing)
+    assert "ENOSPC" in done[failing]["error"]
+    assert f"rank {failing} failed" in done[1 - failing]["error"]
+    assert sorted(p.name for p in output.glob("*step-*")) == ["step-00000003"]
+    CheckpointReader(output / "step-00000003")
+    again = pool.run("jobs:train", 2, recipe(), ["parallel.zero=1", f"output='{output}'"], True)
+    assert again[0]["step"] == 6
+
+
+def test_a_truncated_shard_is_refused_under_a_layout(
+    pool: Pool, recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    pool.run("jobs:train", 2, recipe(), [f"output='{output}'", "training.max_steps=3"])
+    shard = output / "step-00000003" / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(AssertionError, match=r"CheckpointError.*truncated"):
+        pool.run("jobs:train", 2, recipe(), [f"output='{output}'"], True)
+    with pytest.raises(CheckpointError, match="truncated"):
+        CheckpointReader(output / "step-00000003")
+
+
+@pytest.mark.slow
+def test_a_rank_killed_in_the_middle_of_a_save_loses_nothing_that_was_saved(
+    recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "r.toml").write_text(recipe())
+    output = tmp_path / "out"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mainspring",
+        "train", str(tmp_path / "r.toml"), "--zero", "3", "--output", str(output),
+        "--set", "training.max_steps=4000", "--set", "checkpoint.every=1", "--set", "checkpoint.keep=2",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    process = subprocess.Popen(
+        command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 120
+        # Kill while a save is under way: a partial directory is there.
+        while time.monotonic() < deadline:
+            if list(output.glob("step-*")) and list(output.glob(".step-*.partial")):
+                break
+            time.sleep(0.002)
+        else:
+            pytest.fail("no save was seen")
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    kept = sorted(output.glob("step-*"))
+    assert kept
+    for path in kept:
+        CheckpointReader(path)
+        CheckpointReader(path / "optimizer")
+    step = int(kept[-1].name.removeprefix("step-"))
+    again = subprocess.run(
+        [*command, "--resume", "--set", f"training.max_steps={step + 1}"],
+        env=environment, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert f"resuming from {kept[-1]}" in again.stderr
+    assert not list(output.glob(".step-*.partial"))
