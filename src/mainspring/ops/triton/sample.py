@@ -29,6 +29,7 @@ _PROGRAMS_EACH = 8  # a multiprocessor: with more rows than that a program takes
 _FLOOR_TILE = 1024
 _FLOOR_WARPS = 16
 _PIVOTS = 8  # of a round of the floor's search, a power of two
+_CANDIDATES = 1024  # logits among which the floor is looked for first
 
 # Triton reads globals of a kernel only if they are constants of its own kind.
 _GOLDEN: tl.constexpr = tl.constexpr(GOLDEN)
@@ -110,16 +111,15 @@ def choose_kernel(best, best_token, tokens, segments, V: tl.constexpr, SEGMENTS:
 
 @triton.jit
 def order_of(value):
-    """An integer that is ordered as the floats are, as int64."""
+    """An integer that is ordered as the floats are."""
     bits = (value + 0.0).to(tl.int32, bitcast=True)  # -0 becomes 0
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def value_of(order):
     """The float of an order."""
-    bits = order.to(tl.int32)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -128,69 +128,90 @@ def mass_of(value, peak, temperature):
 
 
 @triton.jit
-def total_mass(row_logits, lowest, peak, temperature, V: tl.constexpr, TILE: tl.constexpr):
-    """The mass of the logits of at least `lowest`."""
+def mass_from(values, count, lowest, peak, temperature, TILE: tl.constexpr):
+    """The mass of those of `count` values that are at least `lowest`."""
     total = tl.zeros((TILE,), tl.int64)
-    for start in range(0, V, TILE):
+    for start in range(0, count, TILE):
         index = start + tl.arange(0, TILE)
-        value = tl.load(row_logits + index, index < V, float("-inf"))
+        value = tl.load(values + index, index < count, float("-inf"))
         total += tl.where(value >= lowest, mass_of(value, peak, temperature), 0)
     return tl.sum(total, 0)
 
 
 @triton.jit
 def largest_floor(
-    row_logits, wanted, lowest, peak, temperature, BY_MASS: tl.constexpr, V: tl.constexpr, TILE: tl.constexpr,
+    values, count, wanted, low, lowest, peak, temperature, BY_MASS: tl.constexpr, TILE: tl.constexpr,
     PIVOTS: tl.constexpr,
 ):  # fmt: skip
-    """The largest floor over which enough is: `wanted` tokens, or as much mass of those of at least `lowest`.
+    """The largest floor over which enough of `count` values is: `wanted` of them, or that much of the mass of those of
+    at least `lowest`. Over the value with the order `low` is enough.
 
-    A round counts at PIVOTS floors between `low`, over which enough is, and `high`, over which it is not; the search
-    ends where one token at most lies between. The first round's floors are steps of the temperature below the peak,
-    where the floors of real models are.
+    A round counts over PIVOTS floors between `low`, over which enough is, and `high`, over which it is not; the search
+    ends where one value at most lies between.
     """
-    low = order_of(lowest) if BY_MASS else order_of(float("-inf") + tl.zeros((), tl.float32))
-    high = order_of(peak) + 1
-    between = V.to(tl.int64) if isinstance(V, tl.tensor) else tl.full((), V, tl.int64)
+    low = low.to(tl.int64)
+    high = order_of(peak).to(tl.int64) + 1
+    between = count.to(tl.int64)
     above_high = tl.zeros((), tl.int64)
-    pivot = tl.arange(0, PIVOTS)
-    guess = order_of(peak - temperature * (tl.exp2((PIVOTS - pivot).to(tl.float32) * 0.75) * 0.25))
-    is_first = True
+    steps = tl.arange(0, PIVOTS) + 1
     while (high - low > 1) & (between > 1):
-        step = (high - low + PIVOTS) // (PIVOTS + 1)
-        pivots = low + step * (pivot + 1)
-        if is_first:
-            pivots = guess
-        pivots = tl.minimum(tl.maximum(pivots, low), high)
-        count = tl.zeros((TILE, PIVOTS), tl.int32)
+        pivots = tl.minimum(low + (high - low + PIVOTS) // (PIVOTS + 1) * steps, high).to(tl.int32)
+        over = tl.zeros((TILE, PIVOTS), tl.int32)
         mass = tl.zeros((TILE, PIVOTS), tl.int64)
-        for start in range(0, V, TILE):
+        for start in range(0, count, TILE):
             index = start + tl.arange(0, TILE)
-            value = tl.load(row_logits + index, index < V, float("-inf"))
-            over = (order_of(value)[:, None] >= pivots[None, :]) & (index < V)[:, None]
-            count += over.to(tl.int32)
+            value = tl.load(values + index, index < count, float("-inf"))
+            is_over = (order_of(value)[:, None] >= pivots[None, :]) & (index < count)[:, None]
+            over += is_over.to(tl.int32)
             if BY_MASS:
                 weight = tl.where(value >= lowest, mass_of(value, peak, temperature), 0)
-                mass += tl.where(over, weight[:, None], 0)
-        counts = tl.sum(count, 0).to(tl.int64)  # [PIVOTS], falling
+                mass += tl.where(is_over, weight[:, None], 0)
+        counts = tl.sum(over, 0).to(tl.int64)  # [PIVOTS], falling
         amounts = tl.sum(mass, 0) if BY_MASS else counts
         enough = amounts >= wanted
         # Of the floors with enough the highest, of those without the lowest.
-        new_low = tl.max(tl.where(enough, pivots, low), 0)
-        new_high = tl.min(tl.where(enough, high, pivots), 0)
         above_low = tl.min(tl.where(enough, counts, above_high + between), 0)
         above_high = tl.max(tl.where(enough, above_high, counts), 0)
+        low = tl.max(tl.where(enough, pivots.to(tl.int64), low), 0)
+        high = tl.min(tl.where(enough, high, pivots.to(tl.int64)), 0)
         between = above_low - above_high
-        low, high = new_low, new_high
-        is_first = False
-    return value_of(low)
+    return value_of(low.to(tl.int32))
+
+
+@triton.jit
+def floor_among(
+    values, count, low, floor, top_k, limited, top_p, whole, peak, temperature, TILE: tl.constexpr,
+    PIVOTS: tl.constexpr,
+):  # fmt: skip
+    """What top-k and then top-p leave of `count` values, of which those under `floor` have gone already.
+
+    whole: the mass that top-p is a share of, where top-k does not limit. Values under the order `low` do not matter.
+    """
+    if limited:
+        kth = largest_floor(
+            values, count, top_k.to(tl.int64), low, floor, peak, temperature, False, TILE, PIVOTS
+        )
+        floor = tl.maximum(floor, kth)
+        whole = mass_from(values, count, floor, peak, temperature, TILE)
+    if top_p < 1:
+        wanted = tl.maximum((top_p.to(tl.float64) * whole.to(tl.float64)).to(tl.int64), 1)
+        low = tl.maximum(low, order_of(floor))
+        by_mass = largest_floor(values, count, wanted, low, floor, peak, temperature, True, TILE, PIVOTS)
+        floor = tl.maximum(floor, by_mass)
+    return floor
 
 
 @triton.jit(do_not_specialize=["stride"])
 def floor_kernel(
-    logits, rows_of_seats, seats, floors, stride, V: tl.constexpr, TILE: tl.constexpr, PIVOTS: tl.constexpr
-):
-    """floors: [rows], what min-p, top-k and top-p leave. Grid: (rows,)."""
+    logits, rows_of_seats, seats, floors, candidates, counters, stride,
+    V: tl.constexpr, TILE: tl.constexpr, PIVOTS: tl.constexpr, CANDIDATES: tl.constexpr,
+):  # fmt: skip
+    """floors: [rows], what min-p, top-k and top-p leave. Grid: (rows,).
+
+    Three passes over the row find its peak, how many logits lie over some levels below it, and those over the lowest
+    level that has few enough (candidates: [rows, CANDIDATES]). The search is made among these; only where the floor
+    lies below them (a flat distribution) among all.
+    """
     row = tl.program_id(0).to(tl.int64)
     words = rows_of_seats + tl.load(seats + row) * _WORDS
     fields = words.to(tl.pointer_type(tl.float32))
@@ -210,16 +231,46 @@ def floor_kernel(
         peak = tl.max(top, 0)
         if peak > float("-inf"):
             floor = tl.where(min_p > 0, peak + temperature * tl.log(min_p), floor)
-            if limited:
-                kth = largest_floor(
-                    row_logits, top_k.to(tl.int64), floor, peak, temperature, False, V, TILE, PIVOTS
-                )
-                floor = tl.maximum(floor, kth)
-            if top_p < 1:
-                total = total_mass(row_logits, floor, peak, temperature, V, TILE)
-                wanted = tl.maximum((top_p.to(tl.float64) * total.to(tl.float64)).to(tl.int64), 1)
-                by_mass = largest_floor(row_logits, wanted, floor, peak, temperature, True, V, TILE, PIVOTS)
-                floor = tl.maximum(floor, by_mass)
+            if limited | (top_p < 1):
+                # From half a unit of the temperature below the peak to 19 of them.
+                step = tl.exp2(tl.arange(0, PIVOTS).to(tl.float32) * 0.75) * 0.5
+                levels = tl.maximum(peak - temperature * step, floor)
+                over = tl.zeros((TILE, PIVOTS), tl.int32)
+                total = tl.zeros((TILE,), tl.int64)
+                for start in range(0, V, TILE):
+                    index = start + tl.arange(0, TILE)
+                    value = tl.load(row_logits + index, index < V, float("-inf"))
+                    over += (value[:, None] >= levels[None, :]).to(tl.int32)
+                    total += tl.where(value >= floor, mass_of(value, peak, temperature), 0)
+                whole = tl.sum(total, 0)
+                counts = tl.sum(over, 0)
+                level = tl.min(tl.where(counts <= CANDIDATES, levels, float("inf")), 0)
+                count = tl.max(tl.where(counts <= CANDIDATES, counts, 0), 0)
+                own = candidates + row * CANDIDATES
+                tl.store(counters + row, 0)
+                tl.debug_barrier()
+                for start in range(0, V, TILE):
+                    index = start + tl.arange(0, TILE)
+                    value = tl.load(row_logits + index, index < V, float("-inf"))
+                    chosen = (value >= level) & (index < V)
+                    place = tl.atomic_add(counters + row + tl.zeros((TILE,), tl.int32), 1, chosen)
+                    tl.store(own + place, value, chosen)
+                tl.debug_barrier()
+                wanted = tl.maximum((top_p.to(tl.float64) * whole.to(tl.float64)).to(tl.int64), 1)
+                held = mass_from(own, count, floor, peak, temperature, TILE)
+                are_enough = (count > 0) & tl.where(limited, count >= top_k, held >= wanted)
+                if are_enough:
+                    floor = floor_among(
+                        own, count, order_of(level), floor, top_k, limited, top_p, whole, peak, temperature, TILE,
+                        PIVOTS,
+                    )  # fmt: skip
+                else:
+                    nothing = order_of(tl.full((), float("-inf"), tl.float32))
+                    everything = tl.full((), V, tl.int32)
+                    floor = floor_among(
+                        row_logits, everything, nothing, floor, top_k, limited, top_p, whole, peak, temperature,
+                        TILE, PIVOTS,
+                    )  # fmt: skip
     tl.store(floors + row, floor)
 
 
@@ -255,10 +306,12 @@ def floors(logits: Tensor, params: SamplingTensors, seats: Tensor) -> Tensor:
     """See `ops.sample.floors`. logits: [N, V] float32 -> [N] float32."""
     rows, v = logits.shape
     found = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    candidates = torch.empty((rows, _CANDIDATES), dtype=torch.float32, device=logits.device)
+    counters = torch.empty(rows, dtype=torch.int32, device=logits.device)
     with on_device(logits):
         floor_kernel[(rows,)](
-            logits, params.rows, seats, found, logits.stride(0), V=v, TILE=_FLOOR_TILE, PIVOTS=_PIVOTS,
-            num_warps=_FLOOR_WARPS,
+            logits, params.rows, seats, found, candidates, counters, logits.stride(0), V=v, TILE=_FLOOR_TILE,
+            PIVOTS=_PIVOTS, CANDIDATES=_CANDIDATES, num_warps=_FLOOR_WARPS,
         )  # fmt: skip
     return found
 
