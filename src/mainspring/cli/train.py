@@ -52,10 +52,15 @@ def train(
         settings = load_recipe(recipe, overrides)
         # After the recipe is known to be good: this loads PyTorch.
         from mainspring.parallel.launch import joined
+        from mainspring.train.checkpoint import checkpoints
         from mainspring.train.make_runner import Ranks
         from mainspring.train.trainer import Trainer
 
         with joined(settings.training.device):
+            # torchrun --max-restarts starts the same command anew when a rank has died: then it continues.
+            died = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+            if died and not resume:
+                resume, restart = bool(checkpoints(Path(settings.output).expanduser())), False
             result = Trainer(settings, resume=resume, restart=restart, ranks=Ranks.present()).run()
     except MainspringError as error:
         typer.echo(f"error: {error}", err=True)
