@@ -18,9 +18,10 @@ import httpx
 import psutil
 import tokenizers
 import torch
+from safetensors.torch import save_file
 
 from mainspring.formats.model_config import ModelConfig
-from mainspring.model.checkpoint import create_model, save_model
+from mainspring.model.checkpoint import create_model, load_model, save_model
 
 CONTEXT = 4096
 MODEL_NAME = "tiny"
@@ -76,6 +77,22 @@ def write_tiny_model(directory: Path) -> Path:
     backend.save(str(directory / "tokenizer.json"))
     special = {"eos_token": "<|im_end|>", "chat_template": _TEMPLATE}
     (directory / "tokenizer_config.json").write_text(json.dumps(special))
+    return directory
+
+
+def write_adapter(directory: Path, model: Path) -> Path:
+    """A LoRA adapter of that model, as PEFT writes one, which changes what it says."""
+    directory.mkdir()
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "bias": "none", "target_modules": ["v_proj"]}
+    generator = torch.Generator().manual_seed(5)
+    tensors = {}
+    for name, weight in load_model(model).hf_tensors().items():
+        if name.endswith("v_proj.weight"):
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{module}.lora_A.weight"] = torch.randn(4, weight.shape[1], generator=generator)
+            tensors[f"{module}.lora_B.weight"] = torch.randn(weight.shape[0], 4, generator=generator)
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
+    save_file(tensors, directory / "adapter_model.safetensors")
     return directory
 
 

@@ -17,6 +17,7 @@ from mainspring.errors import ConfigError
 
 if TYPE_CHECKING:
     from mainspring.engine.server.protocol import Ready
+    from mainspring.engine.speculative import SpeculativeConfig
 
 Choice = TypeVar("Choice", bound=str)
 
@@ -56,6 +57,19 @@ def serve(
     scheduling_policy: Annotated[
         str, typer.Option(help="fcfs, in order of arrival, or priority, by the requests' priority first.")
     ] = "fcfs",
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=DIRECTORY of a LoRA adapter, chosen by requests as their model; may be repeated."
+        ),
+    ] = None,
+    speculative: Annotated[
+        str | None,
+        typer.Option(
+            help="Guess tokens and verify several in a step: ngram, or a draft model's name or directory."
+        ),
+    ] = None,
+    speculative_tokens: Annotated[int, typer.Option(help="Most tokens guessed at once.")] = 4,
     threads: Annotated[int | None, typer.Option(help="CPU threads of one operation.")] = None,
     max_body_mb: Annotated[float, typer.Option(help="Largest request body in MiB.")] = 16.0,
     drain_seconds: Annotated[
@@ -115,6 +129,8 @@ def serve(
             enable_prefix_caching=prefix_caching,
             kv_cache_dtype=one_of("kv_cache_dtype", kv_cache_dtype, ("auto", "fp8")),
             scheduling_policy=one_of("scheduling_policy", scheduling_policy, ("fcfs", "priority")),
+            lora_adapters=_adapters(lora or []),
+            speculative=_speculative(speculative, speculative_tokens),
             kv_cache_bytes=None if kv_cache_mb is None else kv_cache_mb * 2**20,
         ),
         num_threads=threads,
@@ -143,6 +159,27 @@ def one_of(name: str, value: str, allowed: tuple[Choice, ...]) -> Choice:
         if value == known:
             return known
     raise ConfigError(f"{name} {value!r} is not one of {', '.join(allowed)}")
+
+
+def _adapters(given: list[str]) -> dict[str, str] | None:
+    """Adapters by name. Raises ConfigError."""
+    adapters: dict[str, str] = {}
+    for item in given:
+        name, equals, directory = item.partition("=")
+        if not (name and equals and directory) or name in adapters:
+            raise ConfigError(f"--lora {item!r} must be NAME=DIRECTORY, each name once")
+        adapters[name] = directory
+    return adapters or None
+
+
+def _speculative(method: str | None, num_tokens: int) -> SpeculativeConfig | None:
+    from mainspring.engine.speculative import SpeculativeConfig
+
+    if method is None:
+        return None
+    if method == "ngram":
+        return SpeculativeConfig(num_speculative_tokens=num_tokens)
+    return SpeculativeConfig(num_speculative_tokens=num_tokens, method="draft_model", model=method)
 
 
 class TerminalReporter:

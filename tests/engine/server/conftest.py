@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from mainspring.formats.tokenizer import Tokenizer
-from support.serving import Server, running_server, write_tiny_model
+from support.serving import Server, running_server, write_adapter, write_tiny_model
 
 
 @pytest.fixture(scope="session")
@@ -32,9 +32,11 @@ API_KEY, ADMIN_KEY = "key-of-the-api", "key-of-the-administration"
 
 @pytest.fixture(scope="session")
 def keyed_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with keys, which starts a dead engine again and gives at most five choices."""
+    """A server with keys, an adapter and speculation, which starts a dead engine again and gives five choices."""
     output = tmp_path_factory.mktemp("keyed") / "output.txt"
+    adapter = write_adapter(tmp_path_factory.mktemp("adapters") / "tuned", tiny_model)
     options = ("--api-key", API_KEY, "--admin-key", ADMIN_KEY, "--restart", "5", "--max-choices", "5")
+    options += ("--lora", f"tuned={adapter}", "--speculative", "ngram", "--scheduling-policy", "priority")
     with running_server(tiny_model, output, *options, api_key=API_KEY) as running:
         yield running
 

@@ -282,6 +282,7 @@ def test_the_schema_of_required_calls_admits_just_those() -> None:
         [{"name": "go", "arguments": {"at": "home"}}],
         [{"name": "say", "arguments": {"at": [1]}}],
         [{"name": "fly", "arguments": {}}],
+        [{"name": "stop", "arguments": {"now": True}}],
         [{"name": "stop", "arguments": {}}] * 2,
     ):
         assert not holds(wrong)

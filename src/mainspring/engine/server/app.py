@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from fastapi import APIRouter, FastAPI, Request, Response
+from msgspec import UNSET
 from starlette.middleware import Middleware
 
 import mainspring
@@ -63,8 +64,11 @@ async def metrics(request: Request) -> Response:
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> Response:
-    """The one model that is served."""
-    return json_response(ModelList([_card(service_of(request))]))
+    """The model that is served, and its adapters."""
+    service = service_of(request)
+    return json_response(
+        ModelList([_card(service, name) for name in (service.model_name, *service.adapters)])
+    )
 
 
 # A name may hold slashes.
@@ -72,9 +76,9 @@ async def list_models(request: Request) -> Response:
 async def get_model(request: Request, name: str) -> Response:
     """The model of that name."""
     service = service_of(request)
-    service.check_model(name)
-    return json_response(_card(service))
+    return json_response(_card(service, service.check_model(name).name))
 
 
-def _card(service: Service) -> ModelCard:
-    return ModelCard(service.model_name, service.created, service.llm.limits.max_model_len)
+def _card(service: Service, name: str) -> ModelCard:
+    parent = service.model_name if name != service.model_name else UNSET
+    return ModelCard(name, service.created, service.llm.limits.max_model_len, parent=parent)

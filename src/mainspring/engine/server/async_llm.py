@@ -41,10 +41,12 @@ class Placement:
     Attributes:
         priority: lower is served earlier, where the scheduling policy is "priority".
         cache_salt: prefixes are shared only with requests of the same salt.
+        lora_id: the adapter of the linear layers, 0 for none.
     """
 
     priority: int = 0
     cache_salt: str | None = None
+    lora_id: int = 0
 
 
 _ANYWHERE = Placement()
@@ -194,7 +196,13 @@ class AsyncLLM:
         return [
             msgspec.structs.replace(
                 make_request(
-                    f"{group}-{index}", prompt, param, self.limits, self._eos_token_ids, pooling=pooling
+                    f"{group}-{index}",
+                    prompt,
+                    param,
+                    self.limits,
+                    self._eos_token_ids,
+                    pooling=pooling,
+                    lora_id=placement.lora_id,
                 ),
                 priority=placement.priority,
                 cache_salt=placement.cache_salt,

@@ -39,7 +39,7 @@ from mainspring.engine.server.disconnect import until_disconnect
 from mainspring.engine.server.event_stream import EventStream
 from mainspring.engine.server.openai_types import ChatLogprobs, Usage
 from mainspring.engine.server.sampling import chat_params, for_choices, placement_of
-from mainspring.engine.server.service import Service, json_response, new_id, service_of
+from mainspring.engine.server.service import ServedModel, Service, json_response, new_id, service_of
 from mainspring.engine.server.tool_calls.events import (
     CallArguments,
     CallBegin,
@@ -59,12 +59,12 @@ router = APIRouter()
 async def create_chat_completion(request: Request, body: ChatCompletionRequest) -> Response:
     """The next message of a conversation, whole or as a stream of its pieces."""
     service = service_of(request)
-    service.check_model(body.model)
+    model = service.check_model(body.model)
     n = service.check_choices(1, body.n)
     params = chat_params(body)
     prompt = await make_prompt(service, _conversation(body, service, params.structured_outputs))
     params = prompt.held_to_its_form(params)
-    job = _Job(service, body, prompt, for_choices(params, 1, n), new_id("chatcmpl"), int(time.time()))
+    job = _Job(service, model, body, prompt, for_choices(params, 1, n), new_id("chatcmpl"), int(time.time()))
     if body.stream:
         return await EventStream.start(request, job.events())
     return json_response(await until_disconnect(request.receive, job.answer()))
@@ -109,6 +109,7 @@ class _Job:
     """One request: its prompt, once a choice with that choice's parameters."""
 
     service: Service
+    model: ServedModel
     body: ChatCompletionRequest
     prompt: ChatPrompt
     params: list[SamplingParams]
@@ -122,7 +123,7 @@ class _Job:
             self.params,
             stream=stream,
             choices=n,
-            placement=placement_of(self.body),
+            placement=placement_of(self.body, self.model.lora_id),
         )
 
     async def answer(self) -> ChatCompletion:
@@ -136,7 +137,7 @@ class _Job:
         return ChatCompletion(
             self.id,
             self.created,
-            self.service.model_name,
+            self.model.name,
             [choices[index] for index in sorted(choices)],
             usage.usage(),
             prompt_token_ids=self._ids(self.prompt.token_ids),
@@ -202,7 +203,7 @@ class _Job:
         # With include_usage every chunk has the field, null but in the last one.
         usage = count if count is not None or self.body.include_usage else UNSET
         return msgspec.json.encode(
-            ChatCompletionChunk(self.id, self.created, self.service.model_name, choices, usage)
+            ChatCompletionChunk(self.id, self.created, self.model.name, choices, usage)
         )
 
     def _logprobs(self, text: CompletionOutput) -> ChatLogprobs | None:

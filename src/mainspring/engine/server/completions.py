@@ -25,7 +25,7 @@ from mainspring.engine.server.event_stream import EventStream
 from mainspring.engine.server.fill_in_middle import FillInMiddle
 from mainspring.engine.server.openai_types import CompletionLogprobs, Usage
 from mainspring.engine.server.sampling import completion_params, for_choices, placement_of
-from mainspring.engine.server.service import Service, json_response, new_id, service_of
+from mainspring.engine.server.service import ServedModel, Service, json_response, new_id, service_of
 from mainspring.errors import InvalidRequestError
 
 router = APIRouter()
@@ -44,7 +44,7 @@ class _Prompt:
 async def create_completion(request: Request, body: CompletionRequest) -> Response:
     """The continuation of one or several prompts, whole or as a stream of its pieces."""
     service = service_of(request)
-    service.check_model(body.model)
+    model = service.check_model(body.model)
     params = completion_params(body)
     given = split_prompts(body.prompt)
     n = service.check_choices(len(given), body.n)
@@ -55,7 +55,14 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
         )
     prompts = [await _prompt(service, prompt, body.suffix or "") for prompt in given]
     job = _Job(
-        service, body, prompts, n, for_choices(params, len(prompts), n), new_id("cmpl"), int(time.time())
+        service,
+        model,
+        body,
+        prompts,
+        n,
+        for_choices(params, len(prompts), n),
+        new_id("cmpl"),
+        int(time.time()),
     )
     if body.stream:
         return await EventStream.start(request, job.events())
@@ -106,6 +113,7 @@ class _Job:
     """One request: choice `j` of prompt `i` stands at `i * n + j` of `params` and of the answer."""
 
     service: Service
+    model: ServedModel
     body: CompletionRequest
     prompts: list[_Prompt]
     n: int
@@ -116,7 +124,11 @@ class _Job:
     def _generate(self, *, stream: bool) -> Generation:
         repeated = [prompt.token_ids for prompt in self.prompts for _ in range(self.n)]
         return self.service.llm.generate(
-            repeated, self.params, stream=stream, choices=self.n, placement=placement_of(self.body)
+            repeated,
+            self.params,
+            stream=stream,
+            choices=self.n,
+            placement=placement_of(self.body, self.model.lora_id),
         )
 
     @property
@@ -132,7 +144,7 @@ class _Job:
                 self._count(usage, index, output)
                 choices[index] = self._choice(index, output, _Progress())
         ordered = [choices[index] for index in sorted(choices)]
-        return Completion(self.id, self.created, self.service.model_name, ordered, usage.usage())
+        return Completion(self.id, self.created, self.model.name, ordered, usage.usage())
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The JSON of each chunk: pieces of text, the last one with the reason of the end; then the usage."""
@@ -207,7 +219,7 @@ class _Job:
     def _encode(self, choices: list[CompletionChoice], count: Usage | None) -> bytes:
         # With include_usage every chunk has the field, null but in the last one.
         usage = count if count is not None or self.body.include_usage else UNSET
-        return msgspec.json.encode(Completion(self.id, self.created, self.service.model_name, choices, usage))
+        return msgspec.json.encode(Completion(self.id, self.created, self.model.name, choices, usage))
 
     def _ids(self, token_ids: Sequence[int]) -> list[int] | UnsetType:
         return list(token_ids) if self.body.return_token_ids else UNSET

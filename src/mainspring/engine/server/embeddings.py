@@ -16,7 +16,7 @@ from mainspring.engine.server.async_llm import Placement
 from mainspring.engine.server.completion_types import prompts, split_prompts
 from mainspring.engine.server.disconnect import until_disconnect
 from mainspring.engine.server.openai_types import Body, Tokens
-from mainspring.engine.server.service import Service, json_response, service_of
+from mainspring.engine.server.service import ServedModel, Service, json_response, service_of
 from mainspring.errors import InvalidRequestError
 
 router = APIRouter()
@@ -71,11 +71,11 @@ class EmbeddingList(msgspec.Struct):
 async def create_embeddings(request: Request, body: EmbeddingRequest) -> Response:
     """A vector for each text."""
     service = service_of(request)
-    service.check_model(body.model)
+    model = service.check_model(body.model)
     given = split_prompts(body.input)
     service.check_choices(len(given), None)
     token_ids = [await _token_ids(service, text) for text in given]
-    return json_response(await until_disconnect(request.receive, _answer(service, body, token_ids)))
+    return json_response(await until_disconnect(request.receive, _answer(service, model, body, token_ids)))
 
 
 async def _token_ids(service: Service, text: str | list[int]) -> list[int]:
@@ -84,10 +84,14 @@ async def _token_ids(service: Service, text: str | list[int]) -> list[int]:
     return text if isinstance(text, list) else await service.llm.encode(text)
 
 
-async def _answer(service: Service, body: EmbeddingRequest, token_ids: list[list[int]]) -> EmbeddingList:
+async def _answer(
+    service: Service, model: ServedModel, body: EmbeddingRequest, token_ids: list[list[int]]
+) -> EmbeddingList:
     pooling: Pooling = body.pooling or service.pooling
     try:
-        outputs = await service.llm.embed(token_ids, pooling, Placement(body.priority or 0, body.cache_salt))
+        outputs = await service.llm.embed(
+            token_ids, pooling, Placement(body.priority or 0, body.cache_salt, model.lora_id)
+        )
     except InvalidRequestError as error:
         if error.param != "prompt":
             raise
@@ -97,7 +101,7 @@ async def _answer(service: Service, body: EmbeddingRequest, token_ids: list[list
         vector = _vector(output.embedding or [], body)
         data.append(Embedding(index, vector))
     count = sum(map(len, token_ids))
-    return EmbeddingList(data, service.model_name, EmbeddingUsage(count, count))
+    return EmbeddingList(data, model.name, EmbeddingUsage(count, count))
 
 
 def _vector(values: list[float], body: EmbeddingRequest) -> list[float] | str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Annotated, Any, TypeAlias
 
 import msgspec
+from msgspec import UNSET, UnsetType
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from mainspring.engine.sampling_params import MAX_N
@@ -175,13 +176,17 @@ class CompletionLogprobs(msgspec.Struct):
 
 
 class ModelCard(msgspec.Struct):
-    """One entry of GET /v1/models. `max_model_len`: the context in tokens, prompt and answer together."""
+    """One entry of GET /v1/models.
+
+    `max_model_len`: the context in tokens, prompt and answer together. `parent`: the model that an adapter belongs to.
+    """
 
     id: str
     created: int
     max_model_len: int
     object: str = "model"
     owned_by: str = "mainspring"
+    parent: str | UnsetType = UNSET
 
 
 class ModelList(msgspec.Struct):

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from mainspring.engine.outputs import CompletionOutput
 from mainspring.engine.sampling_params import SamplingParams, StructuredOutputsParams
 from mainspring.engine.server.answers import UsageCounter, chat_logprobs
+from mainspring.engine.server.async_llm import Placement
 from mainspring.engine.server.chat_types import FunctionDefinition, FunctionName, NamedToolChoice
 from mainspring.engine.server.conversation import ChatPrompt, Conversation, check_names, make_prompt
 from mainspring.engine.server.disconnect import until_disconnect
@@ -33,7 +34,7 @@ from mainspring.engine.server.responses_types import (
     ResponseUsage,
     StreamEvent,
 )
-from mainspring.engine.server.service import Service, json_response, new_id, service_of
+from mainspring.engine.server.service import ServedModel, Service, json_response, new_id, service_of
 from mainspring.engine.server.tool_calls.events import Content, Event, Reasoning
 from mainspring.errors import InvalidRequestError, MainspringError
 
@@ -44,10 +45,10 @@ router = APIRouter()
 async def create_response(request: Request, body: ResponsesRequest) -> Response:
     """The next items of a conversation, whole or as a stream of events."""
     service = service_of(request)
-    service.check_model(body.model)
+    model = service.check_model(body.model)
     prompt = await make_prompt(service, _conversation(body, service))
     params = prompt.held_to_its_form(_params(body))
-    job = _Job(service, body, prompt, params, new_id("resp"), int(time.time()))
+    job = _Job(service, model, body, prompt, params, new_id("resp"), int(time.time()))
     if body.stream:
         return await EventStream.start(request, job.named_events())
     return json_response(await until_disconnect(request.receive, job.answer()))
@@ -142,6 +143,7 @@ class _Job:
     """One request."""
 
     service: Service
+    model: ServedModel
     body: ResponsesRequest
     prompt: ChatPrompt
     params: SamplingParams
@@ -177,7 +179,10 @@ class _Job:
         reader, parser = _Reader(), self.prompt.plan.parser()
         begun = False
         async with self.service.llm.generate(
-            [self.prompt.token_ids], [self.params], stream=True
+            [self.prompt.token_ids],
+            [self.params],
+            stream=True,
+            placement=Placement(lora_id=self.model.lora_id),
         ) as generation:
             async for _, output in generation:
                 usage.add(0, output)
@@ -227,7 +232,7 @@ class _Job:
         return ResponseObject(
             id=self.id,
             created_at=self.created,
-            model=self.service.model_name,
+            model=self.model.name,
             status=status,
             output=output,
             parallel_tool_calls=body.parallel_tool_calls is not False,

@@ -78,12 +78,12 @@ def _shared_params(body: GenerationRequest, *, max_tokens: int | None) -> Sampli
     return SamplingParams(**{"max_tokens": max_tokens, "structured_outputs": structured, **given})
 
 
-def placement_of(body: GenerationRequest) -> Placement:
+def placement_of(body: GenerationRequest, lora_id: int) -> Placement:
     """How the request stands among others. Raises: InvalidRequestError."""
     priority = body.priority or 0
     if not -(2**31) <= priority < 2**31:
         raise InvalidRequestError(f"priority is {priority}, but must fit in 32 bits", "priority")
-    return Placement(priority, body.cache_salt)
+    return Placement(priority, body.cache_salt, lora_id)
 
 
 def for_choices(params: SamplingParams, prompts: int, n: int) -> list[SamplingParams]:

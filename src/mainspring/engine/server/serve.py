@@ -235,7 +235,13 @@ def _application(
     if hosts or is_loopback(settings.host):
         hosts |= {*LOOPBACK_NAMES, settings.host}
     service = Service(
-        llm, name, gate, form, settings.pooling, ServiceLimits(max_choices=settings.max_choices)
+        llm,
+        name,
+        gate,
+        form,
+        settings.pooling,
+        tuple(settings.engine.lora_adapters or ()),
+        ServiceLimits(max_choices=settings.max_choices),
     )
     app = create_app(
         service,

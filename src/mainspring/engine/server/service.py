@@ -27,10 +27,19 @@ class ServiceLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A name that requests may give as their model. `lora_id`: the adapter that it stands for, 0 for none."""
+
+    name: str
+    lora_id: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Service:
     """Set once on `app.state.service`. `created`: when the model was loaded, in seconds since 1970.
 
-    `pooling`: of embeddings, unless a request says otherwise.
+    `pooling`: of embeddings, unless a request says otherwise. `adapters`: names of LoRA adapters, in the order of
+    their ids, which count from 1.
     """
 
     llm: AsyncLLM
@@ -38,13 +47,21 @@ class Service:
     gate: DrainGate
     answer_format: AnswerFormat
     pooling: Pooling = "mean"
+    adapters: tuple[str, ...] = ()
     limits: ServiceLimits = field(default_factory=ServiceLimits)
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def check_model(self, name: str | None) -> None:
-        """Refuses a model that is not served here; none means the one that is."""
-        if name is not None and name != self.model_name:
-            raise ModelNotFoundError(f"There is no model {name!r} here; this server has {self.model_name!r}.")
+    def check_model(self, name: str | None) -> ServedModel:
+        """The model of that name, an adapter or the one that is served; none means the latter.
+
+        Raises: ModelNotFoundError.
+        """
+        if name is None or name == self.model_name:
+            return ServedModel(self.model_name)
+        if name in self.adapters:
+            return ServedModel(name, 1 + self.adapters.index(name))
+        known = ", ".join(repr(known) for known in (self.model_name, *self.adapters))
+        raise ModelNotFoundError(f"There is no model {name!r} here; this server has {known}.")
 
     def check_choices(self, prompts: int, n: int | None) -> int:
         """The number of choices a prompt; refuses a body that asks for too many."""

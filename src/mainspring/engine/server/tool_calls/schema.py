@@ -19,7 +19,7 @@ def calls_schema(
     definitions: dict[str, Any] = {}
     choices: list[dict[str, Any]] = []
     for number, (name, parameters) in enumerate(functions):
-        schema: dict[str, Any] = dict(parameters) if parameters else {"type": "object"}
+        schema = arguments_schema(parameters)
         renamed: dict[str, str] = {}
         for place in _DEFINITIONS:
             found = schema.pop(place, None)
@@ -45,8 +45,10 @@ def calls_schema(
 
 
 def arguments_schema(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The schema of one function's arguments."""
-    return dict(parameters) if parameters else {"type": "object"}
+    """The schema of one function's arguments; a function without parameters takes none."""
+    if parameters:
+        return dict(parameters)
+    return {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 def _with_references(schema: Any, renamed: Mapping[str, str]) -> Any:
