@@ -28,16 +28,11 @@ constexpr float kLn2 = 0.6931471805599453f;
 
 __device__ __forceinline__ float finite_peak(float peak) { return peak == -INFINITY ? 0.0f : peak; }
 
-// The division and the logarithm that Triton's `/` and log2 compile to.
+// The division that Triton's `/` compiles to. (Its log2 is CUDA's own.)
 __device__ __forceinline__ float divide(float a, float b) {
   float c;
   asm("div.full.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
   return c;
-}
-__device__ __forceinline__ float log2_approx(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
 }
 
 // cap tanh(x / cap) from the exponential: the unit's own tanh is off by 2^-11, which a large cap would multiply.
@@ -48,7 +43,7 @@ __device__ __forceinline__ float capped(float score, float in, float out) {
 
 // Of the sum of a row's exponentials, the natural logarithm.
 __device__ __forceinline__ float log_sum(float peak, float total, float factor) {
-  return __fmul_rn(__fmaf_rn(peak, factor, log2_approx(total)), kLn2);
+  return __fmul_rn(__fmaf_rn(peak, factor, log2f(total)), kLn2);
 }
 
 // A chunk's state joins that of the chunks before it: by what either is multiplied.

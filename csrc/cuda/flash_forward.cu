@@ -47,7 +47,7 @@ using P = Panels<kHeadDim>;
 using Schedule = FlashSchedule<kRows, kKeys, kCausal, kWindowed, kPaged>;
 constexpr int kPiece = 16;  // keys of one copy from a paged cache, every block of which holds a multiple
 constexpr int kPieces = kKeys / kPiece;
-static_assert(!kPaged || kPieces * P::kCount <= 32, "a lane of the producer copies one panel of a piece");
+static_assert(!kPaged || (kCanonical && kPieces * P::kCount <= 32), "a lane of the producer copies one panel of a piece");
 
 struct alignas(1024) Shared {
   T q[kGroups][64 * kHeadDim];
@@ -68,7 +68,7 @@ struct Arguments {
   float* lse;   // [heads, tokens] or null
   const int* tables;  // paged: [sequences, *], blocks of the cache, rows table_stride apart
   int table_stride, block_size;
-  uint32_t per_block_size;  // 2^32 / block_size, rounded up: positions (below 2^32 / block_size) are divided by it
+  Divisor by_block_size;
   int tokens;
   float factor;    // of the scores, before a power of two is taken
   float cap_in, cap_out;  // see capped
@@ -88,13 +88,53 @@ struct Ring {
   }
 };
 
+// Where the keys of a block of the tile are: packed, its first token; paged, the row of the cache of the piece that this
+// lane copies a panel of, or -1.
+__device__ __forceinline__ int find_keys(const Arguments& p, const FlashTile& tile, int block, int lane) {
+  if (!kPaged) return tile.first_key + block * kKeys;
+  const int position = block * kKeys + lane % kPieces * kPiece;
+  if (lane >= kPieces * P::kCount || position >= tile.keys) return -1;
+  const int entry = p.by_block_size.divide(position);
+  return (p.tables[static_cast<int64_t>(tile.first_key) * p.table_stride + entry] - entry) * p.block_size + position;
+}
+
+// Copies blocks of keys, or of values, into their ring of stages; called by all threads of one warp.
+struct BlockCopies {
+  T* stages;
+  uint64_t *full, *free;
+  const CUtensorMap* map;
+  Ring<kStages> ring;
+
+  __device__ __forceinline__ void load(int row, int kv_head, bool leader, int lane) {
+    constexpr int kElements = kKeys * kHeadDim;
+    T* const to = stages + ring.stage * kElements;
+    uint64_t* const barrier = &full[ring.stage];
+    barrier_wait(&free[ring.stage], ring.parity ^ 1);
+    if (kPaged) {
+      const int copies = __popc(__ballot_sync(~0u, row >= 0));
+      if (leader) barrier_expect(barrier, copies * (kPiece * P::kRowBytes));
+      __syncwarp();
+      const int panel = lane / kPieces;
+      if (row >= 0) {
+        tma_load(to + (panel * kKeys + lane % kPieces * kPiece) * P::kColumns, map, barrier, 0, row, panel, kv_head);
+      }
+    } else if (leader) {
+      barrier_expect(barrier, kElements * sizeof(T));
+      tma_load(to, map, barrier, 0, row, 0, kv_head);
+    }
+    __syncwarp();
+    ring.advance();
+  }
+};
+
+// Hands out tiles and copies queries, keys and (packed) values.
 __device__ __forceinline__ void produce(Shared& shared, const Arguments& p, const CUtensorMap* q_map,
                                         const CUtensorMap* k_map, const CUtensorMap* v_map) {
-  constexpr uint32_t kQueryBytes = sizeof(shared.q[0]), kKeyBytes = sizeof(shared.k[0]);
   const bool leader = elect_one();
   const int lane = threadIdx.x % 32;
   Schedule schedule(p.lengths);
-  Ring<kStages> key, value;
+  BlockCopies keys{shared.k[0], shared.k_full, shared.k_free, k_map};
+  BlockCopies values{shared.v[0], shared.v_full, shared.v_free, v_map};
   Ring<2> slot;
   uint32_t q_parity = 0;
   while (true) {
@@ -111,64 +151,50 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& p, cons
     }
     slot.advance();
     if (tile.high > tile.low) {
-      const int head = tile.head, kv_head = head / p.lengths.group, first = tile.first, first_key = tile.first_key;
-      const int high = tile.high, low = tile.low;
-      // Where the keys of a block are: paged, the row of the cache of this lane's piece, or -1; else the block's first token.
-      const auto find = [&](int block) {
-        if (!kPaged) return first_key + block * kKeys;
-        const int position = block * kKeys + lane % kPieces * kPiece;
-        if (lane >= kPieces * P::kCount || position >= tile.keys) return -1;
-        const int entry = __umulhi(position, p.per_block_size);
-        return (p.tables[static_cast<int64_t>(first_key) * p.table_stride + entry] - entry) * p.block_size + position;
-      };
-      const auto load = [&](T* to, const CUtensorMap* map, uint64_t* full, uint64_t* free, uint32_t parity, int row) {
-        barrier_wait(free, parity ^ 1);
-        if (kPaged) {
-          const int copies = __popc(__ballot_sync(~0u, row >= 0));
-          if (leader) barrier_expect(full, copies * (kPiece * P::kRowBytes));
-          __syncwarp();
-          const int panel = lane / kPieces;
-          if (row >= 0) {
-            tma_load(to + (panel * kKeys + lane % kPieces * kPiece) * P::kColumns, map, full, 0, row, panel, kv_head);
-          }
-        } else if (leader) {
-          barrier_expect(full, kKeyBytes);
-          tma_load(to, map, full, 0, row, 0, kv_head);
-        }
-        __syncwarp();
-      };
-      const auto load_value = [&](int row) {
-        load(shared.v[value.stage], v_map, &shared.v_full[value.stage], &shared.v_free[value.stage], value.parity, row);
-        value.advance();
-      };
-      const auto load_key = [&](int row) {
-        load(shared.k[key.stage], k_map, &shared.k_full[key.stage], &shared.k_free[key.stage], key.parity, row);
-        key.advance();
-      };
-      int block = kCanonical ? low : high - 1;
-      const int last = kCanonical ? high - 1 : low;
-      int row = find(block);
-      load_key(row);
+      const int head = tile.head, kv_head = head / p.lengths.group;
+      int block = kCanonical ? tile.low : tile.high - 1;
+      const int last = kCanonical ? tile.high - 1 : tile.low;
+      int row = find_keys(p, tile, block, lane);
+      keys.load(row, kv_head, leader, lane);
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
         barrier_wait(&shared.q_free[g], q_parity ^ 1);
         if (leader) {
-          barrier_expect(&shared.q_full[g], kQueryBytes);
-          tma_load(shared.q[g], q_map, &shared.q_full[g], 0, first + 64 * g, 0, head);
+          barrier_expect(&shared.q_full[g], sizeof(shared.q[0]));
+          tma_load(shared.q[g], q_map, &shared.q_full[g], 0, tile.first + 64 * g, 0, head);
         }
         __syncwarp();
       }
       // Values follow one block behind the keys, as the consumers want them.
       while (block != last) {
         block += kCanonical ? 1 : -1;
-        const int next = find(block);
-        load_key(next);
-        load_value(row);
+        const int next = find_keys(p, tile, block, lane);
+        keys.load(next, kv_head, leader, lane);
+        if (!kPaged) values.load(row, kv_head, leader, lane);
         row = next;
       }
-      load_value(row);
+      if (!kPaged) values.load(row, kv_head, leader, lane);
       q_parity ^= 1;
     }
+  }
+}
+
+// The values of a paged cache, by a warp of their own: the pieces of a block are many copies.
+__device__ __forceinline__ void produce_values(Shared& shared, const Arguments& p, const CUtensorMap* v_map) {
+  const bool leader = elect_one();
+  const int lane = threadIdx.x % 32;
+  BlockCopies values{shared.v[0], shared.v_full, shared.v_free, v_map};
+  Ring<2> slot;
+  while (true) {
+    barrier_wait(&shared.tile_full[slot.stage], slot.parity);
+    const FlashTile& tile = shared.tile[slot.stage];
+    if (tile.head < 0) return;
+    const int kv_head = tile.head / p.lengths.group;
+    for (int block = tile.low; block < tile.high; ++block) {
+      values.load(find_keys(p, tile, block, lane), kv_head, leader, lane);
+    }
+    if (leader) barrier_arrive(&shared.tile_free[slot.stage]);
+    slot.advance();
   }
 }
 
@@ -353,11 +379,11 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& p, int 
     float inverse[2];
     T* rows[2];
     bool there[2];
-    if (kCanonical) merged.add<true>(o, state, p.factor, peak, total);
+    if (kCanonical && !merged.none) merged.add<true>(o, state, p.factor, peak, total);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int row = my_row + 8 * j;
-      if (!kCanonical) peak[j] = state.peak[j], total[j] = state.whole_total(j);
+      if (!kCanonical || merged.none) peak[j] = state.peak[j], total[j] = state.whole_total(j);
       const bool empty = total[j] == 0.0f;
       there[j] = row < tile.rows;
       const int64_t token = tile.first + row;
@@ -366,12 +392,12 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& p, int 
         p.lse[static_cast<int64_t>(head) * p.tokens + token] = empty ? -INFINITY : log_sum(peak[j], total[j], p.factor);
       }
       if (empty) total[j] = 1.0f;  // of no keys: the sums are zero
-      inverse[j] = 1.0f / total[j];
+      inverse[j] = divide(1.0f, total[j]);
     }
     __syncwarp();
     release(&shared.tile_free[slot.stage]);
     slot.advance();
-    store_rows<T>(o, rows, there, [&](float x, int j) { return kCanonical ? divide(x, total[j]) : x * inverse[j]; });
+    store_rows<T>(o, rows, there, [&](float x, int j) { return __fmaf_rn(x, inverse[j], 0.0f); });
   }
 }
 
@@ -395,7 +421,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     for (int i = 0; i < 2; ++i) {
       barrier_init(&shared.tile_full[i], 1);
-      barrier_init(&shared.tile_free[i], kWarps);
+      barrier_init(&shared.tile_free[i], kWarps + (kPaged ? 1 : 0));
     }
     fence_barrier_init();
     prefetch_tensor_map(&q_map);
@@ -408,6 +434,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (group == kGroups) {
     registers_decrease<kProducerRegisters>();
     if (threadIdx.x / 32 == 4 * kGroups) produce(shared, p, &q_map, &k_map, &v_map);
+    if (kPaged && threadIdx.x / 32 == 4 * kGroups + 1) produce_values(shared, p, &v_map);
   } else {
     registers_increase<kConsumerRegisters>();
     consume(shared, p, group);
@@ -466,7 +493,7 @@ extern "C" int mainspring_flash_forward(const FlashForwardCall* call, cudaStream
   p.tables = c.tables;
   p.table_stride = c.table_stride;
   p.block_size = c.block_size;
-  p.per_block_size = kPaged ? static_cast<uint32_t>(((1ull << 32) + c.block_size - 1) / c.block_size) : 0;
+  p.by_block_size = Divisor(c.block_size);
   p.tokens = c.tokens_q;
   p.factor = c.factor;
   p.cap_in = c.cap_in;

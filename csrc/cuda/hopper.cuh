@@ -182,6 +182,13 @@ __device__ __forceinline__ void let_successors_start() { asm volatile("griddepco
 
 // ---- small things ------------------------------------------------------------------------------------------------
 
+// Division of x >= 0 by a value that the host knows, where x times the value is below 2^32.
+struct Divisor {
+  uint32_t magic;  // 2^32 / value, rounded up; 0 for 1
+  explicit Divisor(int value = 1) : magic(value > 1 ? static_cast<uint32_t>(((1ull << 32) + value - 1) / value) : 0) {}
+  __device__ __forceinline__ int divide(int x) const { return magic ? static_cast<int>(__umulhi(x, magic)) : x; }
+};
+
 // Two floats as a pair of 16-bit values, the first in the low half.
 __device__ __forceinline__ uint32_t pack(float low, float high, __nv_bfloat16) {
   uint32_t out;

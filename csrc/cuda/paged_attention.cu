@@ -62,7 +62,7 @@ __device__ __forceinline__ bool online_softmax(float (&scores)[PIECES][Tiles][4]
                                                float (&lanes)[Tiles][2], float (&shrink)[Tiles][2], const Arguments& a,
                                                const Unit& u, int first, int lane) {
   const float scale = score_scale(a, u);
-  const int first_position = u.lead + u.tile * 8 * Tiles / a.group;
+  const int first_position = u.lead + a.by_group.divide(u.tile * 8 * Tiles);
   const bool masked = a.window || first + KEYS > first_position + 1;
   bool grew = false;
 #pragma unroll
@@ -78,7 +78,7 @@ __device__ __forceinline__ bool online_softmax(float (&scores)[PIECES][Tiles][4]
         }
       }
       if (masked) {
-        const int position = u.lead + (u.tile * 8 * Tiles + 8 * n + 2 * (lane % 4) + l) / a.group;
+        const int position = u.lead + a.by_group.divide(u.tile * 8 * Tiles + 8 * n + 2 * (lane % 4) + l);
 #pragma unroll
         for (int i = 0; i < KEYS / 8; ++i) {
           const int key = first + 8 * i + lane / 4;
@@ -142,18 +142,28 @@ __global__ void __launch_bounds__(32 * MAX_WARPS, 1)
   let_successors_start();
   count_chunks(a, ends);
 
-  Unit unit;
-  find_unit(unit, a, ends, warp * gridDim.x + blockIdx.x, stride, lane);
-  if (unit.index != INT_MAX) {
-#pragma unroll
-    for (int i = 0; i < RING; ++i) fetch(ring, filled, &k_map, &v_map, unit, unit.first, i, lane);
-  }
   uint32_t queries[Tiles][D / 16][2];
   float sums[Tiles][D / 16][4];
   float reference[Tiles][2], lanes[Tiles][2];
-  bool fresh = true;
   uint32_t round = 0;  // of the ring
-  while (unit.index != INT_MAX) {
+  bool primed = false, fresh = true, last = true;
+  Unit unit;
+  unit.index = warp * gridDim.x + blockIdx.x - stride;
+  while (true) {
+    // The block after this one, perhaps of another unit.
+    Unit next = unit;
+    if (last) find_unit(next, a, ends, unit.index + stride, stride, lane);
+    else next.first = unit.first + KEYS;
+    if (!primed) {  // there is none before it
+      if (next.index == INT_MAX) break;
+#pragma unroll
+      for (int i = 0; i < RING; ++i) fetch(ring, filled, &k_map, &v_map, next, next.first, i, lane);
+      primed = true;
+      unit = next;
+      last = unit.first + KEYS >= unit.high;
+      continue;
+    }
+    const int first = unit.first;
     if (fresh) {
       load_queries<Tiles>(queries, unit, a, lane);
 #pragma unroll
@@ -164,16 +174,6 @@ __global__ void __launch_bounds__(32 * MAX_WARPS, 1)
         lanes[n][0] = lanes[n][1] = 0.0f;
       }
     }
-    // The block after this one, perhaps of another unit.
-    const int first = unit.first;
-    const bool last = first + KEYS >= unit.high;
-    Unit next;
-    const auto look_ahead = [&] {
-      next = unit;
-      if (last) find_unit(next, a, ends, unit.index + stride, stride, lane);
-      else next.first = first + KEYS;
-    };
-    if (RING > SIDE_STAGES) look_ahead();
     const auto take = [&](int stage) { barrier_wait(&filled[stage % RING], (round + stage / RING) & 1); };
     const auto refill = [&](int stage) {
       __syncwarp();
@@ -184,6 +184,7 @@ __global__ void __launch_bounds__(32 * MAX_WARPS, 1)
       }
     };
 
+    // Scores of keys that are not there are of whatever the ring holds: the mask takes them.
     float scores[PIECES][Tiles][4];
 #pragma unroll
     for (int stage = 0; stage < SIDE_STAGES; ++stage) {
@@ -193,9 +194,7 @@ __global__ void __launch_bounds__(32 * MAX_WARPS, 1)
         const int t = stage * STAGE_PIECES + piece;
 #pragma unroll
         for (int n = 0; n < Tiles; ++n) scores[t][n][0] = scores[t][n][1] = scores[t][n][2] = scores[t][n][3] = 0.0f;
-        if (first + t * PIECE < unit.high) {
-          multiply_keys<Tiles>(scores[t], queries, key_address, stage % RING * STAGE_BYTES + piece * PIECE_BYTES);
-        }
+        multiply_keys<Tiles>(scores[t], queries, key_address, stage % RING * STAGE_BYTES + piece * PIECE_BYTES);
       }
       refill(stage);
     }
@@ -212,32 +211,33 @@ __global__ void __launch_bounds__(32 * MAX_WARPS, 1)
       }
     }
 
-    if (RING <= SIDE_STAGES) look_ahead();
 #pragma unroll
     for (int stage = SIDE_STAGES; stage < BLOCK_STAGES; ++stage) {
       const int place = stage % RING * STAGE_BYTES;
       const int left = unit.high - first - (stage - SIDE_STAGES) * STAGE_PIECES * PIECE;
       take(stage);
-      if (left > 0 && left < STAGE_PIECES * PIECE && left % PIECE) {
-        clear_rows(ring + place + left / PIECE * PIECE_BYTES, left % PIECE, lane);
-      }
+      if (left > 0) {
+        if (left < STAGE_PIECES * PIECE) clear_keys(ring + place, left, STAGE_PIECES * PIECE, lane);
 #pragma unroll
-      for (int piece = 0; piece < STAGE_PIECES; ++piece) {
-        const int t = (stage - SIDE_STAGES) * STAGE_PIECES + piece;
-        uint32_t weights[Tiles][2];
+        for (int piece = 0; piece < STAGE_PIECES; ++piece) {
+          const int t = (stage - SIDE_STAGES) * STAGE_PIECES + piece;
+          uint32_t weights[Tiles][2];
 #pragma unroll
-        for (int n = 0; n < Tiles; ++n) {
-          weights[n][0] = transpose(pack(scores[t][n][0], scores[t][n][1], Product{}));
-          weights[n][1] = transpose(pack(scores[t][n][2], scores[t][n][3], Product{}));
+          for (int n = 0; n < Tiles; ++n) {
+            weights[n][0] = transpose(pack(scores[t][n][0], scores[t][n][1], Product{}));
+            weights[n][1] = transpose(pack(scores[t][n][2], scores[t][n][3], Product{}));
+          }
+          multiply_values<Tiles>(sums, weights, value_address, place + piece * PIECE_BYTES);
         }
-        if (first + t * PIECE < unit.high) multiply_values<Tiles>(sums, weights, value_address, place + piece * PIECE_BYTES);
       }
       refill(stage);
     }
     round += USES;
     if (last) finish<Tiles>(a, unit, sums, reference, lanes, shared.later, lane);
+    if (next.index == INT_MAX) break;
     fresh = last;
     unit = next;
+    last = unit.first + KEYS >= unit.high;
   }
 
   __syncthreads();
@@ -259,7 +259,8 @@ bool make_map(CUtensorMap* map, const Cached* cache, const Arguments& a) {
 }
 
 template <int Tiles, bool Capped>
-cudaError_t launch(const Arguments& a, int multiprocessors, int shared_bytes, int max_warps, cudaStream_t stream) {
+cudaError_t launch(const DecodeCall& call, int multiprocessors, int shared_bytes, int max_warps, cudaStream_t stream) {
+  const Arguments a(call);
   CUtensorMap k_map, v_map;
   if (!make_map(&k_map, a.k_cache, a) || !make_map(&v_map, a.v_cache, a)) return cudaErrorInvalidValue;
   const int extra = sizeof(Shared) + sizeof(int) * a.num_seqs;
@@ -284,7 +285,7 @@ cudaError_t launch(const Arguments& a, int multiprocessors, int shared_bytes, in
 
 }  // namespace mainspring
 
-extern "C" int mainspring_paged_decode(const mainspring::Arguments* a, int multiprocessors, int shared_bytes, int max_warps,
+extern "C" int mainspring_paged_decode(const mainspring::DecodeCall* a, int multiprocessors, int shared_bytes, int max_warps,
                                        cudaStream_t stream) {
   using namespace mainspring;
   const bool capped = a->cap_out != 0.0f;

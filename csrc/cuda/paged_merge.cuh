@@ -5,8 +5,10 @@
 
 namespace mainspring {
 
-constexpr int MAX_LATER = 16;  // merges that a block leaves to its end
-constexpr int LONG = 16;       // chunks from which on a merge is left
+constexpr int MAX_LATER = 16;     // merges that a block leaves to its end
+constexpr int LONG = 16;          // chunks from which on a merge is left
+constexpr int PARTIAL = D + 4;    // floats of a chunk's row: sums, reference, total, nothing
+constexpr int VECTORS = (D + 127) / 128;  // of four columns, that a lane has of a row where a warp merges it
 
 // Merges left to the end of a block, where all its warps share in them.
 struct LaterMerges {
@@ -14,45 +16,56 @@ struct LaterMerges {
   int count;
 };
 
-__device__ __forceinline__ void store_element(const Arguments& a, const Unit& u, int row, int column, float x) {
-  const int index = u.tile * a.tile_rows + row;
-  if constexpr (FP8) x = __fmul_rn(x, a.v_scale[u.key_head]);
-  a.out[(static_cast<int64_t>(u.start + index / a.group) * a.kv_heads * a.group + u.key_head * a.group + index % a.group) * D +
-        column] = static_cast<Element>(x);
-}
-__device__ __forceinline__ void store_lse(const Arguments& a, const Unit& u, int row, float peak, float total) {
-  const int index = u.tile * a.tile_rows + row;
-  const int64_t head = u.key_head * a.group + index % a.group;
-  a.lse[head * a.tokens + u.start + index / a.group] = log_sum(peak, total, score_scale(a, u));
-}
+// Where a row's results go.
+struct RowResult {
+  Element* out;  // [D]
+  float* lse;    // or null
+  float factor;  // of the results
+  __device__ __forceinline__ RowResult(const Arguments& a, const Unit& u, int row) {
+    const int index = u.tile * a.tile_rows + row, token = a.by_group.divide(index);
+    const int64_t at = u.start + token;
+    const int head = u.key_head * a.group + index - token * a.group, heads = a.kv_heads * a.group;
+    out = a.out + (at * heads + head) * D;
+    lse = a.lse ? a.lse + static_cast<int64_t>(head) * a.tokens + at : nullptr;
+    factor = FP8 ? a.v_scale[u.key_head] : 1.0f;
+  }
+  __device__ __forceinline__ float finish(float sum, float inverse) const {
+    return __fmul_rn(FP8 ? __fmul_rn(sum, factor) : sum, inverse);
+  }
+};
 
 // Merges the chunks of Rows rows from `row` on (as far as the unit has them), left to right: a warp's work. Ahead: chunks
 // that are read at a time.
 template <int Rows, int Ahead>
 __device__ __forceinline__ void merge_rows(const Arguments& a, const Unit& u, int row, int lane) {
-  constexpr int WIDTH = (D + 31) / 32;
-  const int heads = a.kv_heads * a.tiles;
-  const int64_t stride = static_cast<int64_t>(heads) * a.rows * (D + 2);
-  const float* from = a.partial + ((u.index - static_cast<int64_t>(u.chunk) * heads) * a.rows + row) * (D + 2);
+  const int heads = a.kv_heads * a.tiles, stride = heads * a.rows * PARTIAL;
+  const float* from = a.partial + ((u.index - static_cast<int64_t>(u.chunk) * heads) * a.rows + row) * PARTIAL;
+  const int last_row = u.rows - 1 - row;
   const float scale = score_scale(a, u);
-  float peak[Rows], total[Rows], sums[Rows][WIDTH];
+  float peak[Rows], total[Rows];
+  float4 sums[Rows][VECTORS];
 #pragma unroll
   for (int r = 0; r < Rows; ++r) {
     peak[r] = -INFINITY, total[r] = 0.0f;
 #pragma unroll
-    for (int i = 0; i < WIDTH; ++i) sums[r][i] = 0.0f;
+    for (int i = 0; i < VECTORS; ++i) sums[r][i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   }
+#pragma unroll 1
   for (int c0 = 0; c0 < u.chunks; c0 += Ahead) {
     float2 state[Ahead][Rows];
-    float parts[Ahead][Rows][WIDTH];
+    float4 parts[Ahead][Rows][VECTORS];
 #pragma unroll
     for (int c = 0; c < Ahead; ++c) {
+      const float* chunk = from + static_cast<int64_t>(min(c0 + c, u.chunks - 1)) * stride;
 #pragma unroll
       for (int r = 0; r < Rows; ++r) {
-        const float* chunk = from + min(c0 + c, u.chunks - 1) * stride + min(r, u.rows - 1 - row) * (D + 2);
-        state[c][r] = __ldcg(reinterpret_cast<const float2*>(chunk + D));
+        const float* sums_of_row = chunk + min(r, last_row) * PARTIAL;
+        state[c][r] = __ldcg(reinterpret_cast<const float2*>(sums_of_row + D));
 #pragma unroll
-        for (int i = 0; i < WIDTH; ++i) parts[c][r][i] = lane + 32 * i < D ? __ldcg(chunk + lane + 32 * i) : 0.0f;
+        for (int i = 0; i < VECTORS; ++i) {
+          const int column = min(4 * lane + 128 * i, D - 4);
+          parts[c][r][i] = __ldcg(reinterpret_cast<const float4*>(sums_of_row + column));
+        }
       }
     }
 #pragma unroll
@@ -64,19 +77,30 @@ __device__ __forceinline__ void merge_rows(const Arguments& a, const Unit& u, in
           peak[r] = merge.peak;
           total[r] = merge(total[r], state[c][r].y);
 #pragma unroll
-          for (int i = 0; i < WIDTH; ++i) sums[r][i] = merge(sums[r][i], parts[c][r][i]);
+          for (int i = 0; i < VECTORS; ++i) {
+            float4 &sum = sums[r][i], &part = parts[c][r][i];
+            sum = make_float4(merge(sum.x, part.x), merge(sum.y, part.y), merge(sum.z, part.z), merge(sum.w, part.w));
+          }
         }
       }
     }
   }
 #pragma unroll
   for (int r = 0; r < Rows; ++r) {
-    if (row + r < u.rows) {
+    if (r <= last_row) {
+      const RowResult result(a, u, row + r);
+      const float inverse = divide(1.0f, total[r]);
 #pragma unroll
-      for (int i = 0; i < WIDTH; ++i) {
-        if (lane + 32 * i < D) store_element(a, u, row + r, lane + 32 * i, divide(sums[r][i], total[r]));
+      for (int i = 0; i < VECTORS; ++i) {
+        const int column = 4 * lane + 128 * i;
+        const float4 sum = sums[r][i];
+        if (column < D) {
+          *reinterpret_cast<uint2*>(result.out + column) =
+              make_uint2(pack(result.finish(sum.x, inverse), result.finish(sum.y, inverse), Element{}),
+                         pack(result.finish(sum.z, inverse), result.finish(sum.w, inverse), Element{}));
+        }
       }
-      if (a.lse && lane == 0) store_lse(a, u, row + r, peak[r], total[r]);
+      if (result.lse && lane == 0) *result.lse = log_sum(peak[r], total[r], scale);
     }
   }
 }
@@ -107,20 +131,21 @@ __device__ __forceinline__ void finish(const Arguments& a, const Unit& u, const 
       const int row = 8 * n + 2 * (lane % 4) + l;
       const float total = column_sum(lanes[n][l]);
       if (row < u.rows) {
-        float* to = a.partial + (static_cast<int64_t>(u.index) * a.rows + row) * (D + 2);
+        if (u.chunks > 1) {
+          float* to = a.partial + (static_cast<int64_t>(u.index) * a.rows + row) * PARTIAL;
 #pragma unroll
-        for (int i = 0; i < D / 16; ++i) {
+          for (int i = 0; i < D / 8; ++i) __stcg(to + 16 * (i / 2) + sum_column(lane, i % 2), sums[n][i / 2][i % 2 * 2 + l]);
+          if (lane < 4) __stcg(reinterpret_cast<float2*>(to + D), make_float2(reference[n][l], total));
+        } else {
+          const RowResult result(a, u, row);
+          const float inverse = divide(1.0f, total);
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int column = 16 * i + sum_column(lane, half);
-            const float sum = sums[n][i][2 * half + l];
-            if (u.chunks > 1) __stcg(to + column, sum);
-            else store_element(a, u, row, column, divide(__fadd_rn(sum, 0.0f), total));  // + 0: as merging does to -0
+          for (int i = 0; i < D / 8; ++i) {
+            // + 0: as merging does to -0
+            result.out[16 * (i / 2) + sum_column(lane, i % 2)] =
+                static_cast<Element>(result.finish(__fadd_rn(sums[n][i / 2][i % 2 * 2 + l], 0.0f), inverse));
           }
-        }
-        if (lane < 4) {
-          if (u.chunks > 1) __stcg(reinterpret_cast<float2*>(to + D), make_float2(reference[n][l], total));
-          else if (a.lse) store_lse(a, u, row, reference[n][l], total);
+          if (result.lse && lane < 4) *result.lse = log_sum(reference[n][l], total, score_scale(a, u));
         }
       }
     }
@@ -135,7 +160,8 @@ __device__ __forceinline__ void finish(const Arguments& a, const Unit& u, const 
       if (lane == 0) later.units[place] = u;
     } else {
       constexpr int ROWS = D <= 128 ? 4 : 2;
-      for (int row = 0; row < u.rows; row += ROWS) merge_rows<ROWS, 4>(a, u, row, lane);
+#pragma unroll 1
+      for (int row = 0; row < u.rows; row += ROWS) merge_rows<ROWS, 2>(a, u, row, lane);
     }
   }
 }
@@ -143,9 +169,10 @@ __device__ __forceinline__ void finish(const Arguments& a, const Unit& u, const 
 // What the warps of a block left; called by all of them, after a barrier.
 __device__ __forceinline__ void merge_later(const Arguments& a, const LaterMerges& later, int warp, int warps, int lane) {
   const int count = min(later.count, MAX_LATER) * a.rows;
+#pragma unroll 1
   for (int i = warp; i < count; i += warps) {
     const Unit& u = later.units[i / a.rows];
-    if (i % a.rows < u.rows) merge_rows<1, D <= 128 ? 16 : 8>(a, u, i % a.rows, lane);
+    if (i % a.rows < u.rows) merge_rows<1, 8>(a, u, i % a.rows, lane);
   }
 }
 

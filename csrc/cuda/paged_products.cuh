@@ -76,12 +76,14 @@ __device__ __forceinline__ float tree_sum(const float (&x)[N]) {
   }
 }
 
-// Values beyond the last key may be anything, NaN too: zeros.
-__device__ __forceinline__ void clear_rows(uint8_t* piece, int from, int lane) {
-  constexpr int VECTORS = PANEL_BYTES / 16;
-  for (int i = lane; i < PANELS * (PIECE - from) * VECTORS; i += 32) {
-    const int panel = i / ((PIECE - from) * VECTORS), rest = i % ((PIECE - from) * VECTORS);
-    *reinterpret_cast<uint4*>(piece + panel * PIECE * PANEL_BYTES + from * PANEL_BYTES + rest * 16) = make_uint4(0, 0, 0, 0);
+// Values of keys from..to of a stage, which may be anything, NaN too, become zeros.
+__device__ __forceinline__ void clear_keys(uint8_t* stage, int from, int to, int lane) {
+  constexpr int PANEL_VECTORS = PANEL_BYTES / 16, ROW_VECTORS = ROW_BYTES / 16;
+#pragma unroll 1
+  for (int i = from * ROW_VECTORS + lane; i < to * ROW_VECTORS; i += 32) {
+    const int key = i / ROW_VECTORS, panel = i % ROW_VECTORS / PANEL_VECTORS, vector = i % PANEL_VECTORS;
+    uint8_t* const piece = stage + key / PIECE * PIECE_BYTES;
+    *reinterpret_cast<uint4*>(piece + (panel * PIECE + key % PIECE) * PANEL_BYTES + vector * 16) = make_uint4(0, 0, 0, 0);
   }
   fence_async_proxy();
   __syncwarp();
@@ -114,8 +116,9 @@ __device__ __forceinline__ void load_queries(uint32_t (&queries)[Tiles][D / 16][
 #pragma unroll
   for (int n = 0; n < Tiles; ++n) {
     const int row = lane / 4 + 8 * n, index = u.tile * 8 * Tiles + row;
-    const Element* from = a.q + static_cast<int64_t>(u.start + index / a.group) * a.q_stride +
-                          (u.key_head * a.group + index % a.group) * D;
+    const int token = a.by_group.divide(index);
+    const Element* from = a.q + static_cast<int64_t>(u.start + token) * a.q_stride +
+                          (u.key_head * a.group + index - token * a.group) * D;
 #pragma unroll
     for (int i = 0; i < D / 16; ++i) {
       queries[n][i][0] = row < u.rows ? load_pair(from + 16 * i + query_column(lane, 0)) : 0;

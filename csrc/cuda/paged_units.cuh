@@ -30,7 +30,8 @@ constexpr int KEYS = canonical_unit(D);  // of a step of the online softmax
 constexpr int PIECE = 16;                // keys of one copy; every block of the cache holds a multiple
 static_assert(D % (FP8 ? 32 : 16) == 0 && D <= 256 && CHUNK <= 64 * PIECE);
 
-struct Arguments {
+// As ops/cuda/paged_attention.py lays it out.
+struct DecodeCall {
   const Element* q;         // [T, q_heads, D], tokens q_stride apart
   const Cached* k_cache;    // [cache_rows, kv_heads, D]
   const Cached* v_cache;
@@ -38,7 +39,7 @@ struct Arguments {
   const float* v_scale;
   Element* out;             // [T, q_heads, D]
   float* lse;               // [q_heads, T] or null
-  float* partial;           // [units, rows, D + 2]: a chunk's sums, reference, total
+  float* partial;           // [units, rows, PARTIAL]
   int* tickets;             // [num_seqs, kv_heads · tiles], zero before and after
   const int* cu_seqlens;    // [num_seqs + 1]
   const int* context_lens;  // [num_seqs]
@@ -50,6 +51,10 @@ struct Arguments {
   int tile_rows, tiles;     // of query rows: 8 or 16, and how many for the longest sequence served here
   int rows;                 // of a unit's partial result: min(tile_rows, rows of the longest)
   int max_length;           // sequences with more queries are another kernel's
+};
+struct Arguments : DecodeCall {
+  Divisor by_group, by_block_size;
+  explicit Arguments(const DecodeCall& call) : DecodeCall(call), by_group(call.group), by_block_size(call.block_size) {}
 };
 
 // First key (in whole chunks or blocks) that a window leaves to the query at this position.
@@ -77,25 +82,27 @@ __device__ __forceinline__ float score_scale(const Arguments& a, const Unit& u) 
 
 // ends[s]: chunks of the sequences up to and with s.
 __device__ void count_chunks(const Arguments& a, int* ends) {
+#pragma unroll 1
   for (int s = threadIdx.x; s < a.num_seqs; s += blockDim.x) {
     const int length = a.cu_seqlens[s + 1] - a.cu_seqlens[s], context = a.context_lens[s];
     const int low = first_seen(context - length, a.window, CHUNK);
     ends[s] = length > a.max_length || length <= 0 ? 0 : (context - low + CHUNK - 1) / CHUNK;
   }
   __syncthreads();
-  if (threadIdx.x < 32) {
-    int carry = 0;
-    for (int base = 0; base < a.num_seqs; base += 32) {
-      const int s = base + threadIdx.x;
-      int sum = s < a.num_seqs ? ends[s] : 0;
+  if (threadIdx.x < 32) {  // a lane sums a run of them
+    const int run = (a.num_seqs + 31) / 32, begin = threadIdx.x * run, end = min(begin + run, a.num_seqs);
+    int sum = 0;
+#pragma unroll 1
+    for (int s = begin; s < end; ++s) sum += ends[s];
+    int before = sum;
 #pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const int other = __shfl_up_sync(~0u, sum, step);
-        if (threadIdx.x >= step) sum += other;
-      }
-      if (s < a.num_seqs) ends[s] = sum + carry;
-      carry += __shfl_sync(~0u, sum, 31);
+    for (int step = 1; step < 32; step *= 2) {
+      const int other = __shfl_up_sync(~0u, before, step);
+      if (threadIdx.x >= step) before += other;
     }
+    before -= sum;
+#pragma unroll 1
+    for (int s = begin; s < end; ++s) ends[s] = before += ends[s];
   }
   __syncthreads();
 }
@@ -104,9 +111,11 @@ __device__ void count_chunks(const Arguments& a, int* ends) {
 __device__ __forceinline__ void find_unit(Unit& u, const Arguments& a, const int* ends, int index, int stride, int lane) {
   const int heads = a.kv_heads * a.tiles;
   const int count = ends[a.num_seqs - 1] * heads;
+#pragma unroll 1
   for (; index < count; index += stride) {
     const int item = index / heads, rest = index - item * heads;
     int low = 0, high = a.num_seqs - 1;
+#pragma unroll 1
     while (low < high) {
       const int middle = (low + high) / 2;
       if (ends[middle] > item) high = middle; else low = middle + 1;
@@ -120,8 +129,8 @@ __device__ __forceinline__ void find_unit(Unit& u, const Arguments& a, const int
     u.lead = context - length;
     u.rows = min(a.tile_rows, length * a.group - u.tile * a.tile_rows);
     if (u.rows <= 0) continue;
-    const int first_position = u.lead + u.tile * a.tile_rows / a.group;
-    const int last_position = u.lead + (u.tile * a.tile_rows + u.rows - 1) / a.group;
+    const int first_position = u.lead + a.by_group.divide(u.tile * a.tile_rows);
+    const int last_position = u.lead + a.by_group.divide(u.tile * a.tile_rows + u.rows - 1);
     const int chunk = first_seen(u.lead, a.window, CHUNK) / CHUNK + item - (s ? ends[s - 1] : 0);
     const int first_chunk = first_seen(first_position, a.window, CHUNK) / CHUNK;
     if (chunk < first_chunk || chunk * CHUNK > last_position) continue;
@@ -131,7 +140,7 @@ __device__ __forceinline__ void find_unit(Unit& u, const Arguments& a, const int
     u.high = min(chunk * CHUNK + CHUNK, last_position + 1);
     const int* table = a.tables + static_cast<int64_t>(s) * a.table_stride;
     const auto row_of = [&](int position) {
-      const int block = position / a.block_size;
+      const int block = a.by_block_size.divide(position);
       return position < u.high ? table[block] * a.block_size + position - block * a.block_size : 0;
     };
     u.cache_row = row_of(chunk * CHUNK + PIECE * lane);

@@ -3,7 +3,6 @@ formula in 16 bits."""
 
 from __future__ import annotations
 
-import itertools
 import re
 
 import pytest
@@ -15,20 +14,7 @@ from mainspring.ops import flash_reference
 from mainspring.ops.cuda import compiler, flash_backward
 from mainspring.ops.cuda.compiler import find_nvcc
 from mainspring.ops.cuda.flash_backward import flash_attention_backward
-
-DTYPES = (torch.bfloat16, torch.float16)
-on_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available() or find_nvcc() is None, reason="needs a GPU and nvcc"),
-]
-
-
-def random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    return (torch.randn(shape, device="cuda") * scale).to(dtype)
-
-
-def ends(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
+from support.cuda_flash import FlashCases, assert_twice_as_exact, ends, on_gpu, poisoned_memory, random
 
 
 def check(
@@ -75,8 +61,7 @@ def check(
         torch.full((heads, tokens + unused), float("nan"), device="cuda"),
     )
     out[:tokens], lse[:, :tokens] = exact_out.to(dtype), exact_lse
-    torch.use_deterministic_algorithms(True, warn_only=True)  # new memory is NaN: what is not written shows
-    try:
+    with poisoned_memory():
         results = [
             flash_attention_backward(
                 dout, q, k, v, out, lse, cu_q, cu_k, max_q=max(q_lengths), max_k=max(k_lengths), scale=scale,
@@ -84,62 +69,20 @@ def check(
             )
             for _ in range(2 if deterministic else 1)
         ]  # fmt: skip
-    finally:
-        torch.use_deterministic_algorithms(False)
     for again in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(again, results[0], strict=True))
     for got, wanted, low in zip(results[0], exact, same, strict=True):
         used = len(wanted)
         assert got.dtype is dtype
         assert not got[used:].any()
-        if used == 0:
-            continue
-        rounding = 2 * torch.finfo(dtype).eps * max(1.0, wanted.abs().max().item())
-        bound = 2 * (low.float() - wanted).abs().max().item() + rounding
-        assert (got[:used].float() - wanted).abs().max().item() <= bound  # false for NaN
+        assert_twice_as_exact(got[:used], low, wanted, roundings=2)
 
 
-class TestOnGpu:
+class TestOnGpu(FlashCases):
     pytestmark = on_gpu
-
-    @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-    @pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
-    @pytest.mark.parametrize("d", [64, 96, 128, 192, 256])
-    def test_head_sizes(self, d: int, dtype: torch.dtype, causal: bool) -> None:
-        torch.manual_seed(d)
-        check([321, 1, 64, 190], [321, 1, 64, 190], d=d, dtype=dtype, causal=causal)
-
-    @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-    @pytest.mark.parametrize("d", [64, 128])
-    def test_long_sequences(self, d: int, causal: bool) -> None:
-        check([2048, 1000, 77], [2048, 1000, 77], heads=8, kv_heads=8, d=d, causal=causal)
-
-    @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-    @pytest.mark.parametrize("d", [64, 128])
-    def test_other_lengths_of_keys(self, d: int, causal: bool) -> None:
-        check([1, 100, 0, 300, 5, 129], [513, 700, 40, 300, 0, 128], d=d, causal=causal)
-        check([300, 40], [77, 3], d=d, causal=causal)  # queries before the first key see none
-
-    @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-    @pytest.mark.parametrize("window", [1, 17, 128, 500])
-    @pytest.mark.parametrize("d", [64, 128])
-    def test_sliding_window(self, d: int, window: int, causal: bool) -> None:
-        check([700, 33, 1], [700, 900, 64], d=d, window=window, causal=causal)
-
-    @pytest.mark.parametrize("d", [64, 128])
-    def test_softcap(self, d: int) -> None:
-        check([300, 65], [300, 200], d=d, softcap=20.0, magnitude=2.0)
-        check([300, 65], [300, 200], d=d, softcap=20.0, magnitude=2.0, causal=False, window=100)
-
-    @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 6), (12, 4), (7, 1)])
-    def test_head_groups(self, heads: int, kv_heads: int) -> None:
-        check([260, 70], [260, 70], heads=heads, kv_heads=kv_heads)
-
-    @pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
-    @pytest.mark.parametrize("d", [64, 128])
-    def test_large_scores(self, d: int, dtype: torch.dtype) -> None:
-        check([400], [400], d=d, dtype=dtype, magnitude=4.0)
-        check([400], [400], d=d, dtype=dtype, magnitude=4.0, causal=False)
+    check = staticmethod(check)
+    capped_magnitude = 2.0
+    large_magnitude = 4.0
 
     @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
     @pytest.mark.parametrize("d", [64, 128, 256])

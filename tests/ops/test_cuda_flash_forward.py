@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor
 
 from mainspring.errors import BackendError
 from mainspring.ops import flash_reference
-from mainspring.ops.cuda.compiler import find_nvcc
 from mainspring.ops.cuda.flash_forward import flash_attention_forward
-
-DTYPES = (torch.bfloat16, torch.float16)
-on_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available() or find_nvcc() is None, reason="needs a GPU and nvcc"),
-]
-
-
-def random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    return (torch.randn(shape, device="cuda") * scale).to(dtype)
-
-
-def ends(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
+from support.cuda_flash import (
+    DTYPES,
+    FlashCases,
+    assert_twice_as_exact,
+    ends,
+    ints,
+    on_gpu,
+    poisoned_memory,
+    random,
+)
+from support.triton_kernels import assert_same_bits
 
 
 def check(
@@ -50,80 +44,31 @@ def check(
     )
     cu_q, cu_k = ends(q_lengths), ends(k_lengths)
     scale = scale or d**-0.5
-    torch.use_deterministic_algorithms(
-        True, warn_only=True
-    )  # fills new memory with NaN: what is not written shows
-    try:
+    with poisoned_memory():
         out, lse = flash_attention_forward(
             q, k, v, cu_q, cu_k, max_q=max(q_lengths), max_k=max(k_lengths), scale=scale, causal=causal,
             window=window, softcap=softcap, canonical=canonical,
         )  # fmt: skip
-    finally:
-        torch.use_deterministic_algorithms(False)
     options = (cu_q, cu_k, scale, causal, window, softcap)
     exact, exact_lse = flash_reference.forward(q.float(), k.float(), v.float(), *options)
     same, _ = flash_reference.forward(q, k, v, *options)
     assert out.dtype is dtype
     assert lse.dtype is torch.float32
-    if out.numel() == 0:
-        return
-    rounding = torch.finfo(dtype).eps * max(1.0, exact.abs().max().item())
-    bound = 2 * (same.float() - exact).abs().max().item() + rounding
-    error = (out.float() - exact).abs().max().item()
-    assert error <= bound  # false for NaN
+    assert_twice_as_exact(out, same, exact)
     torch.testing.assert_close(lse, exact_lse, rtol=1e-4, atol=2e-3)
 
 
-class TestOnGpu:
+class TestOnGpu(FlashCases):
     pytestmark = on_gpu
-
-    @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-    @pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
-    @pytest.mark.parametrize("d", [64, 96, 128, 192, 256])
-    def test_head_sizes(self, d: int, dtype: torch.dtype, causal: bool) -> None:
-        torch.manual_seed(d)
-        check([321, 1, 64, 190], [321, 1, 64, 190], d=d, dtype=dtype, causal=causal)
-
-    @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-    @pytest.mark.parametrize("d", [64, 128])
-    def test_long_sequences(self, d: int, causal: bool) -> None:
-        check([2048, 1000, 77], [2048, 1000, 77], heads=8, kv_heads=8, d=d, causal=causal)
-
-    @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-    @pytest.mark.parametrize("d", [64, 128])
-    def test_other_lengths_of_keys(self, d: int, causal: bool) -> None:
-        check([1, 100, 0, 300, 5, 129], [513, 700, 40, 300, 0, 128], d=d, causal=causal)
-        check([300, 40], [77, 3], d=d, causal=causal)  # queries before the first key see none
-
-    @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-    @pytest.mark.parametrize("window", [1, 17, 128, 500])
-    @pytest.mark.parametrize("d", [64, 128])
-    def test_sliding_window(self, d: int, window: int, causal: bool) -> None:
-        check([700, 33, 1], [700, 900, 64], d=d, window=window, causal=causal)
-
-    @pytest.mark.parametrize("d", [64, 128])
-    def test_softcap(self, d: int) -> None:
-        check([300, 65], [300, 200], d=d, softcap=20.0, magnitude=3.0)
-        check([300, 65], [300, 200], d=d, softcap=20.0, magnitude=3.0, causal=False, window=100)
-
-    @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 6), (12, 4), (7, 1)])
-    def test_head_groups(self, heads: int, kv_heads: int) -> None:
-        check([260, 70], [260, 70], heads=heads, kv_heads=kv_heads)
-
-    @pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
-    @pytest.mark.parametrize("d", [64, 128])
-    def test_large_scores(self, d: int, dtype: torch.dtype) -> None:
-        check([400], [400], d=d, dtype=dtype, magnitude=12.0)
-        check([400], [400], d=d, dtype=dtype, magnitude=12.0, causal=False)
+    check = staticmethod(check)
+    capped_magnitude = 3.0
+    large_magnitude = 12.0
 
     def test_rising_scores(self) -> None:
         # the peak moves in every block
         q = torch.ones(512, 2, 128, device="cuda", dtype=torch.bfloat16)
-        k = (
-            random(512, 2, 128, dtype=torch.bfloat16)
-            - torch.linspace(0, 6, 512, device="cuda")[:, None, None]
-        )
-        v = random(512, 2, 128, dtype=torch.bfloat16)
+        k = random(512, 2, 128) - torch.linspace(0, 6, 512, device="cuda")[:, None, None]
+        v = random(512, 2, 128)
         for keys in (k, k.flip(0)):
             check([512], [512], tensors=(q, keys.bfloat16().contiguous(), v), causal=False, scale=0.1)
 
@@ -136,25 +81,43 @@ class TestOnGpu:
         check([1, 100, 0, 513], [513, 1700, 40, 1024], **options)
         check([300, 40], [77, 3], magnitude=8.0, **options)
 
-    @pytest.mark.parametrize("softcap", [None, 30.0])
-    @pytest.mark.parametrize("d", [64, 128])
-    def test_canonical_rows_have_the_same_bits_everywhere(self, d: int, softcap: float | None) -> None:
-        lengths = [1500, 1, 700, 512, 63, 513]
-        q = random(sum(lengths), 8, d, dtype=torch.bfloat16, scale=3.0)
-        k, v = (random(sum(lengths), 4, d, dtype=torch.bfloat16, scale=s) for s in (3.0, 1.0))
+    @pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
+    @pytest.mark.parametrize(
+        ("d", "heads", "window", "softcap"),
+        [(64, (8, 4), None, None), (96, (6, 2), None, None), (128, (8, 2), None, None), (128, (3, 1), 700, 30.0),
+         (64, (4, 4), 70, None)],
+    )  # fmt: skip
+    def test_canonical_rows_have_the_same_bits_everywhere(
+        self, d: int, heads: tuple[int, int], window: int | None, softcap: float | None, dtype: torch.dtype
+    ) -> None:
+        """Packed, alone, as a chunk of queries, and by Triton."""
+        from mainspring.ops.triton.attention import attention
 
-        def ours(q: Tensor, k: Tensor, v: Tensor, q_lengths: list[int], k_lengths: list[int]) -> Tensor:
+        lengths = [2300, 1, 700, 1024, 63, 1025]
+        tokens = sum(lengths)
+        q = random(tokens, heads[0], d, dtype=dtype, scale=3.0)
+        k, v = (random(tokens, heads[1], d, dtype=dtype, scale=s) for s in (3.0, 1.0))
+
+        def ours(
+            q: Tensor, k: Tensor, v: Tensor, q_lengths: list[int], k_lengths: list[int]
+        ) -> tuple[Tensor, Tensor]:
             return flash_attention_forward(
                 q, k, v, ends(q_lengths), ends(k_lengths), max_q=max(q_lengths), max_k=max(k_lengths), scale=0.1,
-                softcap=softcap, canonical=True,
-            )[0]  # fmt: skip
+                window=window, softcap=softcap, canonical=True,
+            )  # fmt: skip
 
-        out = ours(q, k, v, lengths, lengths)
-        alone = ours(q[:1500], k[:1500], v[:1500], [1500], [1500])
-        assert torch.equal(alone, out[:1500])
-        for first in (1000, 1499):
-            chunk = ours(q[first:1500], k[:1500], v[:1500], [1500 - first], [1500])
-            assert torch.equal(chunk, out[first:1500])
+        out, lse = ours(q, k, v, lengths, lengths)
+        sums = torch.full((heads[0], tokens), torch.nan, device="cuda")
+        theirs = attention(
+            q, k, v, ends(lengths), ints(lengths), None, 0.1, window, softcap, max_length=2300, max_context=2300,
+            lse=sums,
+        )  # fmt: skip
+        assert_same_bits(out, theirs)
+        assert_same_bits(lse, sums)
+        assert_same_bits(ours(q[:2300], k[:2300], v[:2300], [2300], [2300])[0], out[:2300])
+        for first in (1000, 2299):
+            chunk, _ = ours(q[first:2300], k[:2300], v[:2300], [2300 - first], [2300])
+            assert_same_bits(chunk, out[first:2300])
 
     def test_many_short_sequences(self) -> None:
         lengths = [n % 7 for n in range(150)]
@@ -162,7 +125,7 @@ class TestOnGpu:
         check(lengths, lengths, d=128, causal=False)
 
     def test_values_beyond_a_sequence_are_not_read(self) -> None:
-        q, k, v = (random(200, 2, 128, dtype=torch.bfloat16) for _ in range(3))
+        q, k, v = (random(200, 2, 128) for _ in range(3))
         k[90:], v[90:] = torch.nan, torch.nan
         out, lse = flash_attention_forward(
             q, k, v, ends([90, 110]), ends([90, 110]), max_q=110, max_k=110, scale=0.1, causal=False
@@ -171,12 +134,12 @@ class TestOnGpu:
         assert lse[:, :90].isfinite().all()
 
     def test_strided_tensors(self) -> None:
-        fused = random(300, 3, 4, 128, dtype=torch.bfloat16)
+        fused = random(300, 3, 4, 128)
         q, k, v = fused.unbind(1)
         check([200, 100], [200, 100], tensors=(q, k, v))
-        q, k, v = (random(4, 300, 64, dtype=torch.bfloat16).transpose(0, 1) for _ in range(3))
+        q, k, v = (random(4, 300, 64).transpose(0, 1) for _ in range(3))
         check([200, 100], [200, 100], d=64, tensors=(q, k, v))
-        q, k, v = (random(300, 4, 65, dtype=torch.bfloat16)[..., 1:] for _ in range(3))
+        q, k, v = (random(300, 4, 65)[..., 1:] for _ in range(3))
         check([200, 100], [200, 100], d=64, tensors=(q, k, v))
 
     def test_no_tokens(self) -> None:
@@ -190,7 +153,7 @@ class TestOnGpu:
         assert (lse == -torch.inf).all()
 
     def test_same_bits_every_time(self) -> None:
-        q, k, v = (random(1500, 8, 128, dtype=torch.bfloat16) for _ in range(3))
+        q, k, v = (random(1500, 8, 128) for _ in range(3))
         cu = ends([1000, 500])
         first = flash_attention_forward(q, k, v, cu, cu, max_q=1000, max_k=1000, scale=0.1)
         for _ in range(5):

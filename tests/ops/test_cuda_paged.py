@@ -1,4 +1,4 @@
-"""The CUDA C++ decode kernel: as exact as the formula, and bit for bit the canonical attention in Triton."""
+"""The CUDA C++ kernels over a paged cache: as exact as the formula, and bit for bit the attention in Triton."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mainspring.ops.registry import Call
 from support.triton_kernels import assert_same_bits, random_tensor
 
 DEVICE = "cuda"
-CONTEXTS = (1, 15, 16, 17, 63, 64, 65, 511, 512, 513, 700, 1025, 2300)
+CONTEXTS = (1, 15, 16, 17, 63, 64, 65, 127, 129, 700, 1023, 1024, 1025, 2300)
 
 
 def _reason() -> str | None:
@@ -109,6 +109,17 @@ class Case:
             max_length=max(self.lengths), max_context=max(self.contexts), out=out, **options,
         )  # fmt: skip
 
+    def prefill(self, window: int | None = None, softcap: float | None = None, **options: Any) -> Tensor:
+        from mainspring.ops.cuda.paged_prefill import paged_prefill
+
+        keys, values, tables = self.cache()
+        queries = self.q[self.rows()]
+        out = torch.full_like(queries, math.nan)
+        return paged_prefill(
+            queries, keys, values, ends_of(self.lengths), ints(self.contexts), tables, self.scale, window, softcap,
+            max_length=max(self.lengths), max_context=max(self.contexts), out=out, **options,
+        )  # fmt: skip
+
     def whole(self, window: int | None = None, softcap: float | None = None) -> Tensor:
         """The same rows by Triton, as training computes them."""
         from mainspring.ops.triton.attention import attention
@@ -161,6 +172,45 @@ def test_groups_drafts_windows_and_caps(
     exact, exact_lse = case.exact(window, softcap)
     assert (got - exact).abs().max() <= 2e-2 * exact.abs().max()
     assert (lse - exact_lse).abs().max() <= 2e-5 * (1 + exact_lse.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("d", [64, 96, 128])
+def test_prefill_gives_the_bits_of_training(d: int, dtype: torch.dtype) -> None:
+    case = Case.random(d, dtype, (8, 2), queries=10_000)
+    got = case.prefill()
+    assert_same_bits(got, case.whole())
+    exact, _ = case.exact()
+    assert (got - exact).abs().max() <= (2e-2 if dtype == torch.bfloat16 else 3e-3) * exact.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("heads", "queries", "block_size", "window", "softcap"),
+    [
+        ((3, 3), 200, 16, None, None),
+        ((12, 1), 33, 32, None, None),
+        ((8, 2), 300, 48, 70, None),
+        ((8, 2), 900, 16, 600, None),
+        ((8, 2), 130, 256, None, 20.0),
+    ],
+)
+def test_prefill_of_chunks_with_groups_windows_and_caps(
+    heads: tuple[int, int], queries: int, block_size: int, window: int | None, softcap: float | None
+) -> None:
+    case = Case.random(128, torch.bfloat16, heads, queries=queries, block_size=block_size)
+    lse = torch.full((heads[0], sum(case.lengths)), math.nan, device=DEVICE)
+    got = case.prefill(window, softcap, lse=lse)
+    assert_same_bits(got, case.whole(window, softcap))
+    _, exact_lse = case.exact(window, softcap)
+    assert (lse - exact_lse).abs().max() <= 2e-5 * (1 + exact_lse.abs().max())
+
+
+def test_prefill_leaves_the_rows_of_short_sequences_alone() -> None:
+    case = Case.random(64, torch.bfloat16, (8, 2), queries=40)
+    got = case.prefill(longer_than=16)
+    long = torch.cat([torch.full((n,), n > 16, device=DEVICE) for n in case.lengths])
+    assert_same_bits(got[long], case.whole()[long])
+    assert got[~long].isnan().all()
 
 
 def test_a_row_does_not_depend_on_the_batch_nor_on_the_number_of_warps() -> None:
@@ -297,5 +347,7 @@ def test_bad_input_is_refused() -> None:
         Case.random(64, torch.float32, (8, 2), (20,)).decode()
     with pytest.raises(BackendError, match="blocks of a multiple of 16"):
         Case.random(64, torch.bfloat16, (8, 2), (20,), block_size=8).decode()
+    with pytest.raises(BackendError, match="head sizes 64, 96, 128, not 256"):
+        Case.random(256, torch.bfloat16, (8, 2), (20,)).prefill()
     with pytest.raises(BackendError, match="k_scale"):
         case.decode(k_scale=torch.ones(2, device=DEVICE), v_scale=torch.ones(2, device=DEVICE))

@@ -73,7 +73,8 @@ def test_linear(tmp_path: Path) -> None:
 @pytest.mark.parametrize("split", [False, True], ids=["prefill", "decode"])
 @pytest.mark.parametrize("d", [64, 128, 256])
 def test_attention(d: int, split: bool, tmp_path: Path) -> None:
-    from mainspring.ops.triton.attention import KEY_CHUNK, attention_kernel, tile_of
+    from mainspring.ops.triton.attention_kernels import attention_kernel
+    from mainspring.ops.triton.canonical_order import KEY_CHUNK, tile_of
 
     tile = tile_of(d, torch.bfloat16, split)
     keys = "*bf16" if split else f"tensordesc<bf16[{tile.keys},{d}]>"

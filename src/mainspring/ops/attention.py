@@ -8,7 +8,6 @@ of its own, KEY_CHUNK here ("Canonical reduction order" in docs/design.md).
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +16,12 @@ from torch import Tensor
 from mainspring.errors import BackendError
 from mainspring.ops import library
 from mainspring.ops.batch import KVCache, TokenBatch
+from mainspring.ops.canonical_attention import canonical_attention
 from mainspring.ops.cpu import attention as cpu
 from mainspring.ops.cpu.support import refuses
-from mainspring.ops.flash_attention import flash_attention, flash_attention_backward_op
+from mainspring.ops.cuda.support import CANONICAL_HEAD_SIZES
+from mainspring.ops.cuda.support import refuses as cuda_refuses
+from mainspring.ops.flash_attention import flash_attention
 from mainspring.ops.gradient import kernel_with_formula_gradient
 from mainspring.ops.packed_attention import MAX_LENGTH, packed_attention
 from mainspring.ops.paged_attention import paged_attention
@@ -63,7 +65,7 @@ def attention(
         return library.paged_attention(q, k, v, batch, layer, scale, window, policy)
     if library.is_traced() and batch.cache is None and policy.numerics == "fast":
         return _flash(q, k, v, batch, layer, scale, window, policy)
-    run = ATTENTION.select(q, policy, needs_grad)
+    run = ATTENTION.select(q, policy, needs_grad, q.shape[-1])
     return run(q, k, v, batch, layer, scale, window, policy)
 
 
@@ -264,7 +266,7 @@ def _flash(
 ) -> Tensor:
     """Whole sequences by the operator with a backward pass of its own; with a cache as in lockstep."""
     if batch.cache is not None:
-        return _triton(q, k, v, batch, layer, scale, window, policy)
+        return paged_attention(q, k, v, batch, layer, scale, window, policy)
     assert k is not None and v is not None  # checked by `attention`
     longest = max(batch.lengths)
     backend = None if policy.backend == "flash" else policy.backend
@@ -282,6 +284,30 @@ def _refuses_flash(call: Call) -> str | None:
     return triton_serves_not(call)
 
 
+def _cuda(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    batch: TokenBatch,
+    layer: int,
+    scale: float,
+    window: int | None,
+    policy: Policy,
+) -> Tensor:
+    if batch.cache is not None:
+        return paged_attention(q, k, v, batch, layer, scale, window, policy)
+    assert k is not None and v is not None  # checked by `attention`
+    return canonical_attention(q, k, v, batch, scale, window, "cuda")
+
+
+def _refuses_cuda(call: Call) -> str | None:
+    if call.size is not None and call.size not in CANONICAL_HEAD_SIZES:
+        return (
+            f"has head sizes {', '.join(map(str, CANONICAL_HEAD_SIZES))} in canonical order, not {call.size}"
+        )
+    return cuda_refuses(call)
+
+
 def _triton(
     q: Tensor,
     k: Tensor | None,
@@ -292,60 +318,17 @@ def _triton(
     window: int | None,
     policy: Policy,
 ) -> Tensor:
-    from mainspring.ops.triton import attention as triton
-
     if batch.cache is not None:
         return paged_attention(q, k, v, batch, layer, scale, window, policy)
     assert k is not None and v is not None  # checked by `attention`
-    longest = max(batch.lengths), max(batch.contexts)
-    if any_requires_grad(q, k, v):
-        result: Tensor = _CanonicalAttention.apply(
-            q, k, v, batch.cu_seqlens, batch.context_lens, longest[0], scale, window
-        )
-        return result
-    return triton.attention(
-        q, k, v, batch.cu_seqlens, batch.context_lens, None, scale, window,
-        max_length=longest[0], max_context=longest[1],
-    )  # fmt: skip
-
-
-class _CanonicalAttention(torch.autograd.Function):
-    """The canonical forward pass, whose bits lockstep needs; a backward pass in an order of its own, the same in
-    every run."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens: Tensor,
-        context_lens: Tensor,
-        longest: int,
-        scale: float,
-        window: int | None,
-    ) -> Tensor:
-        from mainspring.ops.triton import attention as triton
-
-        lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
-        out = triton.attention(
-            q, k, v, cu_seqlens, context_lens, None, scale, window, max_length=longest, max_context=longest, lse=lse
-        )  # fmt: skip
-        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
-        ctx.options = (longest, longest, scale, True, window or 0, 0.0, True, None)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, cu = ctx.saved_tensors
-        grads = flash_attention_backward_op(grad, q, k, v, out, lse, cu, cu, *ctx.options)
-        return (*grads, None, None, None, None, None)
+    return canonical_attention(q, k, v, batch, scale, window, "triton")
 
 
 ATTENTION = Operation(
     "attention",
     Implementation("cpu", _cpu, refuses),
     Implementation("flash", _flash, _refuses_flash),
+    Implementation("cuda", _cuda, _refuses_cuda),
     Implementation("triton", _triton, triton_refuses),
     Implementation("reference", reference, accepts_all),
 )

@@ -39,7 +39,8 @@ def paged_attention(
     """
     from mainspring.ops.cuda import paged_attention as cuda
     from mainspring.ops.cuda.paged_prefill import paged_prefill
-    from mainspring.ops.triton import attention as triton
+    from mainspring.ops.triton.attention import attention
+    from mainspring.ops.triton.write_cache import write_cache
 
     cache, tables, slots = batch.cache, batch.block_tables, batch.slots
     assert (
@@ -57,7 +58,7 @@ def paged_attention(
         if few and context > cuda.KEY_CHUNK and tickets is None:
             shape = q.shape[0], cuda.tickets_per_sequence(keys.shape[2], group, few)
             tickets = torch.empty(shape, dtype=torch.int32, device=q.device)  # the write makes them zero
-        triton.write_cache(k, v, slots, keys, values, k_scale, v_scale, tickets)
+        write_cache(k, v, slots, keys, values, k_scale, v_scale, tickets)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if few:
         cuda.paged_decode(
@@ -70,7 +71,7 @@ def paged_attention(
         if _cuda_prefills(q, keys, context, policy):
             paged_prefill(q, keys, values, *rest, **options)
         else:
-            triton.attention(q, keys, values, *rest, **options, k_scale=k_scale, v_scale=v_scale)
+            attention(q, keys, values, *rest, **options, k_scale=k_scale, v_scale=v_scale)
     return out
 
 

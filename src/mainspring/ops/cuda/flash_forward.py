@@ -1,24 +1,22 @@
 """FlashAttention forward for Hopper in CUDA C++ (csrc/cuda/flash_forward.cu): packed sequences, in free or canonical
-order of sums."""
+order of sums, and queries over a paged cache in canonical order."""
 
 from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mainspring.errors import BackendError
 from mainspring.ops.cuda import compiler
-from mainspring.ops.cuda.support import HEAD_SIZES
+from mainspring.ops.cuda.support import CANONICAL_HEAD_SIZES, HEAD_SIZES
 
 NAME = "flash_attention_forward"
 SOURCE = "flash_forward.cu"
 TYPES = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
-CANONICAL_HEAD_SIZES = (64, 96, 128)  # the sums of earlier chunks take registers that larger heads have not
 LOG2_E = 1.4426950408889634
 SHORT = 1024  # queries
 ALIGNMENT = 16  # bytes: what the copy engine asks of addresses and strides
@@ -28,10 +26,10 @@ MAX_TOKENS = 1 << 30  # tokens and tiles are counted in 32 bits
 @dataclass(frozen=True)
 class Variant:
     """How a block works. groups: warpgroups of 64 queries; keys: of a block; stages: blocks of keys, and of values, in
-    shared memory; registers: of a consumer's thread; canonical: in canonical order of sums, for which keys must be 64
-    or 128; turns: warpgroups take turns in starting products; slack: powers of two by which a score may exceed the peak
-    it is taken against (part of the canonical order); cache_bytes: what the keys and values of heads in flight may take
-    of the L2 cache.
+    shared memory; registers: of a consumer's thread; canonical: in canonical order of sums, for which keys must be a
+    unit of it, 128; turns: warpgroups take turns in starting products; slack: powers of two by which a score may exceed
+    the peak it is taken against, in free order; cache_bytes: what the keys and values of heads in flight may take of
+    the L2 cache.
     """
 
     groups: int
@@ -52,12 +50,13 @@ def variant_of(
     softcap: bool = False,
     canonical: bool = False,
     max_q: int = 1 << 20,
+    paged: bool = False,
 ) -> Variant:
     """The tiles that were measured fastest (head sizes 64 and 128), or that fit (the others)."""
     if head_dim == 64:
-        # Three warpgroups have no registers left for masks of windows and caps; tiles of 192 queries waste too much of
-        # short causal sequences.
-        narrow = windowed or softcap or (causal and max_q <= SHORT and not canonical)
+        # Three warpgroups have no registers left for masks of windows and caps, nor their producer for a block table;
+        # tiles of 192 queries waste too much of short causal sequences.
+        narrow = windowed or softcap or paged or (causal and max_q <= SHORT)
         return Variant(2 if narrow else 3, 128, registers=232 if narrow else 160, canonical=canonical)
     if head_dim <= 128:
         return Variant(2, 128, canonical=canonical)
@@ -68,30 +67,72 @@ def variant_of(
 
 @lru_cache(maxsize=256)
 def defines_of(
-    dtype: torch.dtype, head_dim: int, causal: bool, windowed: bool, softcap: bool, variant: Variant
+    dtype: torch.dtype,
+    head_dim: int,
+    causal: bool,
+    windowed: bool,
+    softcap: bool,
+    variant: Variant,
+    paged: bool = False,
 ) -> compiler.Defines:
     """What the source is compiled with for such calls."""
     values: dict[str, str | int] = {
         "TYPE": TYPES[dtype], "HEAD_DIM": head_dim, "GROUPS": variant.groups, "KEYS": variant.keys,
         "STAGES": variant.stages, "REGISTERS": variant.registers, "CAUSAL": int(causal), "WINDOWED": int(windowed),
         "SOFTCAP": int(softcap), "CANONICAL": int(variant.canonical), "TURNS": int(variant.turns),
+        "PAGED": int(paged),
     }  # fmt: skip
     return tuple((f"MAINSPRING_{name}", value) for name, value in values.items())
 
 
-@lru_cache(maxsize=256)
-def _launcher(
-    dtype: torch.dtype, head_dim: int, causal: bool, windowed: bool, softcap: bool, variant: Variant
-) -> tuple[ctypes.CDLL, Any]:
+class _Call(ctypes.Structure):
+    """Arguments of the launcher, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "lse", "cu_q", "cu_k", "tables", "counter")),
+        *((name, ctypes.c_int64) for name in ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head")),
+        *((name, ctypes.c_int) for name in ("tokens_q", "tokens_k", "heads_q", "heads_k", "sequences")),
+        *((name, ctypes.c_int) for name in ("table_stride", "block_size", "longer_than", "window", "cache_bytes")),
+        *((name, ctypes.c_float) for name in ("factor", "cap_in", "cap_out", "slack")),
+    )  # fmt: skip
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    tables: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    variant: Variant,
+    *,
+    block_size: int = 0,
+    longer_than: int = 0,
+) -> None:
+    """Starts the kernel. k, v: [Tk, Hkv, D], packed, or with `tables` the rows of a cache with blocks of block_size."""
+    counter = torch.empty(1, dtype=torch.int32, device=q.device)
+    caps = (2 * LOG2_E * scale / softcap, LOG2_E * softcap) if softcap else (0.0, 0.0)
+    call = _Call(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), None if lse is None else lse.data_ptr(),
+        cu_q.data_ptr(), cu_k.data_ptr(), None if tables is None else tables.data_ptr(), counter.data_ptr(),
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        q.shape[0], k.shape[0], q.shape[1], k.shape[1], cu_q.shape[0] - 1, 0 if tables is None else tables.stride(0),
+        block_size, longer_than, window, variant.cache_bytes,
+        1.0 if softcap else scale * LOG2_E, *caps, variant.slack,
+    )  # fmt: skip
     compiled = replace(variant, slack=0.0, cache_bytes=0)  # which are arguments
-    library = compiler.load(SOURCE, defines_of(dtype, head_dim, causal, windowed, softcap, compiled))
-    function = library.mainspring_flash_forward
-    pointer, word, wide, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
-    function.argtypes = [
-        *[pointer] * 8, *[word] * 5, *[wide] * 6, *[real] * 3, word, real, word, pointer
-    ]  # fmt: skip
-    function.restype = word
-    return library, function
+    defines = defines_of(q.dtype, q.shape[2], causal, window > 0, softcap > 0, compiled, tables is not None)
+    library = compiler.load(SOURCE, defines)
+    with torch.cuda.device(q.device):
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        code = library.mainspring_flash_forward(ctypes.byref(call), stream)
+    compiler.check(library, NAME, code)
 
 
 def flash_attention_forward(
@@ -129,7 +170,7 @@ def flash_attention_forward(
         window: sliding window in keys, or None or 0 for all.
         softcap: bound of the scores, or None or 0 for none.
         canonical: whether a row is summed in canonical order (docs/design.md): its bits then depend on nothing that
-            stands beside it. They are not yet those of `ops.triton.attention`: not to be mixed in lockstep.
+            stands beside it, and are those of `ops.triton.attention` and of `paged_decode`.
         variant: another one than the table's (tests and benchmarks).
 
     Returns:
@@ -147,25 +188,14 @@ def flash_attention_forward(
     if variant is not None and variant.canonical is not canonical:
         raise _error(f"canonical is {canonical} and the variant's {variant.canonical}")
     check(q, k, v, cu_q, cu_k, max_q, max_k, scale, window, softcap)
-    q, k, v = (_described(x) for x in (q, k, v))
+    q, k, v = (described(x) for x in (q, k, v))
     tokens, heads, head_dim = q.shape
     out = torch.empty((tokens, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
     if tokens == 0 or k.shape[0] == 0 or heads == 0:
         return out.zero_(), lse.fill_(-torch.inf)
     variant = variant or variant_of(head_dim, causal, window > 0, softcap > 0, canonical, max_q)
-    counter = torch.empty(1, dtype=torch.int32, device=q.device)
-    factor = 1.0 if softcap else scale * LOG2_E
-    caps = (2 * LOG2_E * scale / softcap, LOG2_E * softcap) if softcap else (0.0, 0.0)
-    library, function = _launcher(q.dtype, head_dim, causal, window > 0, softcap > 0, variant)
-    with torch.cuda.device(q.device):
-        code = function(
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), cu_q.data_ptr(), cu_k.data_ptr(),
-            counter.data_ptr(), tokens, k.shape[0], heads, k.shape[1], cu_q.shape[0] - 1, q.stride(0), q.stride(1),
-            k.stride(0), k.stride(1), v.stride(0), v.stride(1), factor, *caps, window, variant.slack,
-            variant.cache_bytes, torch.cuda.current_stream().cuda_stream,
-        )  # fmt: skip
-    compiler.check(library, NAME, code)
+    launch(q, k, v, out, lse, cu_q, cu_k, None, scale, causal, window, softcap, variant)
     return out, lse
 
 
@@ -219,7 +249,7 @@ def _error(problem: str) -> BackendError:
     return BackendError(f"{NAME}: {problem}")
 
 
-def _described(x: Tensor) -> Tensor:
+def described(x: Tensor) -> Tensor:
     """x, copied unless the copy engine can read it: address and strides in multiples of 16 bytes, heads end to end."""
     fits = x.stride(2) == 1 and x.data_ptr() % ALIGNMENT == 0
     return x if fits and all(s > 0 and s * 2 % ALIGNMENT == 0 for s in x.stride()[:2]) else x.contiguous()

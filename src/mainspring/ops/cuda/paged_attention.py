@@ -17,7 +17,7 @@ from mainspring.ops.cuda import compiler
 from mainspring.ops.triton.support import multiprocessors, on_device, require
 
 SOURCE = "paged_attention.cu"
-KEY_CHUNK = 512
+KEY_CHUNK = 1024
 SHARED_BYTES = 227 << 10  # of a block, on Hopper
 FP8 = torch.float8_e4m3fn
 ELEMENTS = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
@@ -121,18 +121,9 @@ def paged_decode(
     name = "paged_decode"
     problem = refusal(q, k_cache, max_length)
     require(name, problem is None, problem or "")
+    check_paged(name, q, k_cache, v_cache, cu_seqlens, context_lens, block_tables, scale, out, lse)
     tokens, q_heads, d = q.shape
     kv_heads, num_seqs = k_cache.shape[2], context_lens.shape[0]
-    require(
-        name,
-        k_cache.dtype is v_cache.dtype
-        and k_cache.shape == v_cache.shape
-        and k_cache.shape[3] == d
-        and k_cache.is_contiguous()
-        and v_cache.is_contiguous(),
-        f"the caches must be contiguous [num_blocks, block_size, Hkv, {d}] of one dtype, not {tuple(k_cache.shape)} of "
-        f"{k_cache.dtype} and {tuple(v_cache.shape)} of {v_cache.dtype}",
-    )
     fp8 = k_cache.dtype is FP8
     for scales in (k_scale, v_scale):
         require(
@@ -144,31 +135,9 @@ def paged_decode(
             ),
             f"k_scale and v_scale must be contiguous [{kv_heads}] float32 with a cache of {FP8}, and None with others",
         )
-    require(name, q_heads % kv_heads == 0, f"{kv_heads} key heads do not divide {q_heads} heads")
-    require(name, scale > 0, f"scale must be above 0, not {scale}")
-    require(
-        name,
-        cu_seqlens.dtype is context_lens.dtype is block_tables.dtype is torch.int32
-        and cu_seqlens.shape == (num_seqs + 1,)
-        and block_tables.shape[0] == num_seqs
-        and block_tables.stride(1) == 1,
-        f"cu_seqlens, context_lens and block_tables must be int32 [S + 1], [S], [S, B], not {tuple(cu_seqlens.shape)}, "
-        f"{tuple(context_lens.shape)}, {tuple(block_tables.shape)}",
-    )
     if q.stride()[1:] != (d, 1) or q.stride(0) % 2 or q.data_ptr() % 4:
         q = q.contiguous()
     out = torch.empty((tokens, q_heads, d), dtype=q.dtype, device=q.device) if out is None else out
-    require(
-        name,
-        out.shape == (tokens, q_heads, d) and out.dtype is q.dtype and out.is_contiguous(),
-        f"out must be a contiguous [{tokens}, {q_heads}, {d}] of {q.dtype}, not {tuple(out.shape)} of {out.dtype}",
-    )
-    require(
-        name,
-        lse is None
-        or (lse.dtype is torch.float32 and lse.shape == (q_heads, tokens) and lse.is_contiguous()),
-        f"lse must be a contiguous [{q_heads}, {tokens}] of float32",
-    )
     if tokens == 0:
         return out
     group = q_heads // kv_heads
@@ -176,7 +145,7 @@ def paged_decode(
     tiles, rows = -(-group * max_length // tile_rows), min(tile_rows, group * max_length)
     chunks = -(-max_context // KEY_CHUNK)
     units = num_seqs * chunks * kv_heads * tiles if chunks > 1 else 0
-    partial = torch.empty(units * rows * (d + 2), dtype=torch.float32, device=q.device)
+    partial = torch.empty(units * rows * (d + 4), dtype=torch.float32, device=q.device)
     if tickets is None:
         count = num_seqs * tickets_per_sequence(kv_heads, group, max_length) if chunks > 1 else 0
         tickets = torch.zeros(count, dtype=torch.int32, device=q.device)
@@ -200,6 +169,55 @@ def paged_decode(
         )
     compiler.check(library, name, code)
     return out
+
+
+def check_paged(
+    name: str,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cu_seqlens: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    scale: float,
+    out: Tensor | None,
+    lse: Tensor | None,
+) -> None:
+    """Raises BackendError for tensors that do not belong together."""
+    tokens, q_heads, d = q.shape
+    kv_heads, num_seqs = k_cache.shape[2], context_lens.shape[0]
+    require(
+        name,
+        k_cache.dtype is v_cache.dtype
+        and k_cache.shape == v_cache.shape
+        and k_cache.shape[3] == d
+        and k_cache.is_contiguous()
+        and v_cache.is_contiguous(),
+        f"the caches must be contiguous [num_blocks, block_size, Hkv, {d}] of one dtype, not {tuple(k_cache.shape)} of "
+        f"{k_cache.dtype} and {tuple(v_cache.shape)} of {v_cache.dtype}",
+    )
+    require(name, q_heads % kv_heads == 0, f"{kv_heads} key heads do not divide {q_heads} heads")
+    require(name, scale > 0, f"scale must be above 0, not {scale}")
+    require(
+        name,
+        cu_seqlens.dtype is context_lens.dtype is block_tables.dtype is torch.int32
+        and cu_seqlens.shape == (num_seqs + 1,)
+        and block_tables.shape[0] == num_seqs
+        and block_tables.stride(1) == 1,
+        f"cu_seqlens, context_lens and block_tables must be int32 [S + 1], [S], [S, B], not {tuple(cu_seqlens.shape)}, "
+        f"{tuple(context_lens.shape)}, {tuple(block_tables.shape)}",
+    )
+    require(
+        name,
+        out is None or (out.shape == q.shape and out.dtype is q.dtype and out.is_contiguous()),
+        f"out must be a contiguous [{tokens}, {q_heads}, {d}] of {q.dtype}",
+    )
+    require(
+        name,
+        lse is None
+        or (lse.dtype is torch.float32 and lse.shape == (q_heads, tokens) and lse.is_contiguous()),
+        f"lse must be a contiguous [{q_heads}, {tokens}] of float32",
+    )
 
 
 def _library(head_dim: int, dtype: torch.dtype, fp8: bool, defines: compiler.Defines) -> Any:

@@ -11,6 +11,7 @@ from mainspring.ops.registry import Call
 
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_SIZES = (64, 96, 128, 192, 256)
+CANONICAL_HEAD_SIZES = (64, 96, 128)  # beside larger ones there is no shared memory for merged chunks
 CAPABILITY = (9, 0)  # warpgroup products and bulk tensor copies exist on Hopper alone
 
 

@@ -126,7 +126,7 @@ def paged_attention_op(
         block_tables,
     )  # fmt: skip
     with torch.no_grad():
-        run = ATTENTION.select(q, policy)
+        run = ATTENTION.select(q, policy, size=q.shape[-1])
         return run(q, k, v, batch, layer=0, scale=scale, window=window, policy=policy)
 
 

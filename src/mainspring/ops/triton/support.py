@@ -76,6 +76,14 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+@functools.lru_cache(maxsize=64)
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have (all there is to have in the interpreter)."""
+    if device.type != "cuda":
+        return 1 << 30
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
+
+
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Launches go to the current device; this makes it the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
