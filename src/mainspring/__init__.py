@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mainspring.engine.llm import LLM
     from mainspring.engine.outputs import CompletionOutput, RequestOutput
-    from mainspring.engine.sampling_params import SamplingParams
+    from mainspring.engine.sampling_params import SamplingParams, StructuredOutputsParams
+    from mainspring.engine.speculative import SpeculativeConfig
     from mainspring.model.checkpoint import load_model, save_model
 
 __version__ = "0.1.0"
@@ -20,13 +21,24 @@ __version__ = "0.1.0"
 _HOMES = {
     "LLM": "mainspring.engine.llm",
     "SamplingParams": "mainspring.engine.sampling_params",
+    "StructuredOutputsParams": "mainspring.engine.sampling_params",
+    "SpeculativeConfig": "mainspring.engine.speculative",
     "RequestOutput": "mainspring.engine.outputs",
     "CompletionOutput": "mainspring.engine.outputs",
     "load_model": "mainspring.model.checkpoint",
     "save_model": "mainspring.model.checkpoint",
 }
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "load_model", "save_model"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "RequestOutput",
+    "SamplingParams",
+    "SpeculativeConfig",
+    "StructuredOutputsParams",
+    "load_model",
+    "save_model",
+]
 
 
 def __getattr__(name: str) -> Any:
