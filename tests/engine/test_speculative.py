@@ -75,15 +75,22 @@ prompts = st.lists(st.integers(0, 9), min_size=1, max_size=20)
     jobs=st.lists(st.tuples(prompts, params), min_size=1, max_size=4),
     blocks=st.sampled_from([12, 40]),
     budget=st.sampled_from([8, 64]),
+    ahead=st.booleans(),
 )
 def test_text_and_log_probabilities_are_bitwise_those_without_speculation(
-    name: str, dtype: torch.dtype, method: str, jobs: list[Job], blocks: int, budget: int
+    name: str, dtype: torch.dtype, method: str, jobs: list[Job], blocks: int, budget: int, ahead: bool
 ) -> None:
     model = tiny_model(name, dtype=dtype)
-    settings = {"num_blocks": blocks, "block_size": 4, "max_num_batched_tokens": budget, "max_num_seqs": 3}
+    limits = {
+        "num_blocks": blocks,
+        "block_size": 4,
+        "max_num_batched_tokens": budget,
+        "max_num_seqs": 3,
+        "async_scheduling": ahead,
+    }
     expected = run(EngineCore(model, EngineConfig(num_blocks=64)), jobs, eos=(3,))
     draft = {"ngram": None, "itself": model, "another": tiny_model(name, 4, dtype)}[method]
-    config = EngineConfig(**settings, speculative=NGRAM if draft is None else DRAFT)  # type: ignore[arg-type]
+    config = EngineConfig(**limits, speculative=NGRAM if draft is None else DRAFT)  # type: ignore[arg-type]
     core = EngineCore(model, config, draft_model=draft)
     assert run(core, jobs, eos=(3,)) == expected
     stats = core.stats()

@@ -143,6 +143,29 @@ def test_a_request_ends_where_its_grammar_ends_and_others_are_not_touched(tiny: 
     tiny.engine.check_integrity()
 
 
+def test_a_step_launched_ahead_of_its_tokens_changes_no_text(tiny: LLM) -> None:
+    structures = [
+        StructuredOutputsParams(regex="[a-f]{4}[xyz]+"),
+        StructuredOutputsParams(choice=["abc", "abd"]),
+    ]
+    params = [
+        SamplingParams(structured_outputs=structures[0], seed=1, max_tokens=9),
+        SamplingParams(presence_penalty=1.5, frequency_penalty=0.5, seed=2, max_tokens=20),
+        SamplingParams(structured_outputs=structures[1], seed=3),
+        SamplingParams(min_tokens=6, stop_token_ids=list(range(0, 250, 2)), seed=4, max_tokens=20),
+        SamplingParams(
+            bad_words=["a", "bc"], allowed_token_ids=[97, 98, 99], seed=5, max_tokens=20, temperature=9
+        ),
+    ]
+    ahead = LLM(tiny.model, tokenizer=ENDING, num_blocks=12, max_num_seqs=3, async_scheduling=True)
+    prompts = ["x" * (5 * i + 1) for i in range(5)]
+    expected = tiny.generate(prompts, params)
+    assert [o.outputs for o in ahead.generate(prompts, params)] == [o.outputs for o in expected]
+    assert set(expected[4].outputs[0].text) == {"b", "c"}
+    assert "bc" not in expected[4].outputs[0].text
+    assert len(expected[3].outputs[0].token_ids) > 6
+
+
 def test_bad_words_never_come(tiny: LLM) -> None:
     free = tiny.generate("abc", SamplingParams(temperature=0, max_tokens=30))[0].outputs[0]
     often = chr(max(set(free.token_ids) & set(range(97, 127)) or {97}, key=free.token_ids.count))

@@ -38,7 +38,7 @@ class Request:
         is_drafted: a drafter may propose tokens, so each step waits for the tokens of the one before.
         grammar: what the next token may be, or None.
         lora_id: the adapter, 0 for none.
-        random_key: with the number of generated tokens it fixes the next random number.
+        random_key: with its position it fixes the random numbers of a token.
         rope_length: the longest the sequence can become; fixes the base of `dynamic` RoPE for its whole life.
         prompt_logprobs: filled chunk by chunk while the prompt is computed for the first time.
         num_prompt_logprobs: how many of them are there or in flight.
