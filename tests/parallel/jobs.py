@@ -16,6 +16,7 @@ from mainspring.formats.model_config import ModelConfig
 from mainspring.formats.safetensors_writer import _SliceWriter
 from mainspring.model.checkpoint import load_model
 from mainspring.ops import Numerics, Policy, TokenBatch
+from mainspring.parallel import experts
 from mainspring.parallel.balance import take_loads
 from mainspring.parallel.checkpoint import load_weights, stored_weights, write_together
 from mainspring.parallel.experts import Balance
@@ -50,6 +51,23 @@ def verify_with_fault(
 ) -> tuple[Run, dict[str, float]]:
     with getattr(faults, fault)():
         return verify(directory, layout, settings, gradients)
+
+
+def verify_and_count_empty(
+    directory: str, layout: str, settings: VerifySettings, gradients: str
+) -> tuple[Run, dict[str, float], int]:
+    """Also how often this rank's experts were given no row at all."""
+    counts: list[int] = []
+    whole = experts.dispatch
+
+    def counting(*arguments: Any) -> Any:
+        dispatched = whole(*arguments)
+        counts.append(dispatched.sorted.shape[0])
+        return dispatched
+
+    with patch.object(experts, "dispatch", counting):
+        run, errors = verify(directory, layout, settings, gradients)
+    return run, errors, counts.count(0)
 
 
 def hidden_and_logits(directory: str, layout: str, numerics: Numerics) -> tuple[Any, Any]:
@@ -171,9 +189,10 @@ def spoil(directory: str, layout: str, parameter: str) -> str | None:
         config, parsed, mesh, torch.device("cpu"), torch.float32, Policy("fast"), OptimizerSection()
     )
     sharded.load_weights(Path(directory))
-    for name, weight in sharded._model.named_parameters():
-        if name == parameter:
-            weight.data.fill_(1e30)  # finite, but its products are not
+    for piece in sharded._units.pieces:
+        if piece.block.parameter == parameter:
+            piece.of(piece.unit.shard).fill_(1e38)  # finite, but its products are not
+    sharded._units.refresh()
     batches = micro_batches(config, VerifySettings(), 0)
     loss, norm = sharded.train_step(batches, 1.0, 1.0)
     assert not (np.isfinite(loss) and np.isfinite(norm))

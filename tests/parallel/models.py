@@ -33,6 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 7,
     },
     "moe": _MOE,
+    "moe-sparse": _MOE | {"num_experts": 8, "num_experts_per_tok": 1},
     "moe-tied": _MOE | {"tie_word_embeddings": True, "norm_topk_prob": False},
 }  # fmt: skip
 

@@ -171,7 +171,8 @@ def run_layout(
 def gradient_errors(units: Units, reference: CheckpointReader) -> dict[str, float]:
     """norm(gradient - reference) / norm(reference) of every tensor, the same on every rank; a collective call.
 
-    Where the reference is zero: 0 if the gradient is, else infinity. A tensor that the file lacks counts as infinity.
+    A reference that is nothing beside the whole gradient's norm (below the dtype's epsilon of it) is rounding noise:
+    the difference is then taken over that norm. A tensor that the file lacks counts as infinity.
     """
     names = list(hf_shapes(units.model.config))
     place = {name: i for i, name in enumerate(names)}
@@ -186,7 +187,9 @@ def gradient_errors(units: Units, reference: CheckpointReader) -> dict[str, floa
         sums[place[name], 0] += piece.weight * (got - expected).square().sum()
         sums[place[name], 1] += piece.weight * expected.square().sum()
     sums = all_reduce(sums.to(units.model.device), units.mesh.group("world")).cpu()
-    return {name: _relative(*sums[i].tolist()) for name, i in place.items()}
+    whole = float(sums[:, 1].sum())
+    noise = whole * torch.finfo(units.model.dtype).eps ** 2
+    return {name: _relative(*sums[i].tolist(), whole=whole, noise=noise) for name, i in place.items()}
 
 
 def judge(reference: Run | None, run: Run, errors: dict[str, float], settings: VerifySettings) -> Verdict:
@@ -292,9 +295,11 @@ def _record_loads(model: Decoder) -> list[tuple[str, Tensor, Any]]:
     return recorded
 
 
-def _relative(difference: float, reference: float, missing: float) -> float:
+def _relative(difference: float, reference: float, missing: float, *, whole: float, noise: float) -> float:
+    """From squared norms."""
     if missing or not math.isfinite(difference):
         return math.inf
-    if reference == 0.0:
+    size = reference if reference > noise else whole
+    if size == 0.0:
         return 0.0 if difference == 0.0 else math.inf
-    return math.sqrt(difference / reference)
+    return math.sqrt(difference / size)

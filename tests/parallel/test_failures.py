@@ -1,0 +1,65 @@
+"""When something goes wrong: a hang names rank, step and collective; a loss that is not finite names its module."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mainspring.parallel.layout import Layout
+from mainspring.parallel.monitor import HUNG
+from mainspring.train.verify import VerifySettings
+from parallel.conftest import Reference
+from parallel.pool import Pool
+
+SETTINGS = VerifySettings(steps=2)
+
+
+def test_a_collective_that_one_rank_does_not_enter_ends_the_run_with_its_name(tmp_path: Path) -> None:
+    environment = {
+        **os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path),
+    }  # fmt: skip
+    store = str(tmp_path / "store")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "parallel.hang", str(rank), store],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        _, words = ranks[0].communicate(timeout=120)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert ranks[0].returncode == HUNG
+    assert "rank 0, step 7, in all_reduce over " in words
+    assert "(ranks 0, 1, 12 bytes)" in words
+    assert "nothing has happened for 2 s (the limit is 2 s)" in words
+    assert 'hang.py", line' in words  # the stack trace
+
+
+@pytest.mark.parametrize(
+    ("layout", "parameter", "rank"),
+    [
+        ("pp=2", "layers.2.mlp.down.weight", 1),
+        ("dp=2,zero=3", "layers.1.attention.qkv.weight", 0),
+        ("tp=2", "layers.0.mlp.gate_up.weight", 0),
+    ],
+)
+def test_a_loss_that_is_not_finite_names_the_first_module(
+    pool: Pool, reference: Callable[..., Reference], layout: str, parameter: str, rank: int
+) -> None:
+    directory = str(reference("dense", SETTINGS).directory)
+    found = pool.run("jobs:spoil", Layout.parse(layout).world, directory, layout, parameter)
+    layer = ".".join(parameter.split(".")[:2])
+    assert found[rank] is not None
+    assert found[rank].startswith(f"the output of {layer}")
+    assert found[rank].endswith(f"on rank {rank}")

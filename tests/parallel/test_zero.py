@@ -1,0 +1,51 @@
+"""ZeRO: what each rank holds is what the formulas say, traffic too, and gradients are FSDP2's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from mainspring.formats.model_config import ModelConfig
+from mainspring.formats.safetensors_file import CheckpointReader
+from mainspring.parallel.placement import full_shapes
+from mainspring.train.verify import VerifySettings
+from parallel.conftest import Reference
+from parallel.pool import Pool
+
+SETTINGS = VerifySettings(steps=2)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize(("ranks", "replicate"), [(2, 1), (4, 2)])
+def test_a_rank_holds_what_zeros_formula_says(
+    pool: Pool, reference: Callable[..., Reference], zero: int, ranks: int, replicate: int
+) -> None:
+    """Elements of parameters, gradients and each kind of state; a unit's padding is less than a rank each."""
+    if zero == 0 and replicate > 1:
+        pytest.skip("hybrid sharding without shards is plain data parallelism")
+    known = reference("dense", SETTINGS)
+    total = sum(math.prod(s) for s in full_shapes(ModelConfig.from_file(known.directory)).values())
+    shards = ranks // replicate if zero else 1
+    slack = 7 * ranks  # units
+    for held in pool.run(
+        "jobs:sizes", ranks, str(known.directory), f"dp={ranks},zero={zero},replicate={replicate}"
+    ):
+        assert held["shards"] == pytest.approx(total / shards, abs=slack)
+        assert held["parameters"] == pytest.approx(total / (shards if zero == 3 else 1), abs=slack)
+        # With ZeRO-1 the sum over micro-batches and, once it is scattered, its shard.
+        expected = {0: total, 1: total + total / shards, 2: total / shards, 3: total / shards}[zero]
+        assert held["gradients"] == pytest.approx(expected, abs=2 * slack)
+
+
+def test_gradients_are_those_of_pytorchs_fsdp2(pool: Pool, reference: Callable[..., Reference]) -> None:
+    known = reference("dense", SETTINGS)
+    reader = CheckpointReader(known.gradients)
+    gradients = pool.run("fsdp:fsdp2_gradients", 2, str(known.directory), SETTINGS)
+    for part in gradients[0]:
+        whole = np.concatenate([g[part] for g in gradients])
+        expected = reader.entry(part).numpy()
+        error = np.linalg.norm(whole[: expected.shape[0]] - expected) / np.linalg.norm(expected)
+        assert error < 1e-5, part
