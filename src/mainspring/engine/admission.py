@@ -5,7 +5,7 @@ Needs no PyTorch, so that the HTTP frontend refuses a bad request without asking
 
 from __future__ import annotations
 
-import operator
+from array import array
 from collections.abc import Collection, Sequence
 
 from mainspring.engine.messages import EngineLimits, EngineRequest, Pooling
@@ -33,8 +33,8 @@ def make_request(
         InvalidRequestError: an empty prompt, a token id outside the vocabulary, too many logprobs.
     """
     try:
-        token_ids = [operator.index(token_id) for token_id in prompt_token_ids]
-    except TypeError as error:
+        token_ids = array("q", prompt_token_ids).tolist()
+    except (TypeError, OverflowError) as error:
         raise InvalidRequestError(f"the prompt must hold token ids only: {error}", "prompt") from error
     room = limits.max_model_len - len(token_ids)
     if params.max_tokens is None:

@@ -17,11 +17,21 @@ def root_hash(cache_salt: str | None, lora_id: int, rope_length: int | None) -> 
     return _digest(repr((cache_salt, lora_id, rope_length)).encode())
 
 
-def extend_hashes(hashes: list[bytes], root: bytes, token_ids: Sequence[int], block_size: int) -> None:
-    """Append the hashes of the further full blocks of token_ids, each chained to the one before (RFC 7693)."""
+def extend_hashes(
+    hashes: list[bytes], root: bytes, token_ids: Sequence[int], block_size: int, num_blocks: int
+) -> None:
+    """Append the hashes of the further full blocks of token_ids, up to num_blocks, each chained to the one before.
+
+    BLAKE2b, RFC 7693.
+    """
+    done = len(hashes)
+    if done >= num_blocks:
+        return
     parent = hashes[-1] if hashes else root
-    for start in range(len(hashes) * block_size, len(token_ids) - block_size + 1, block_size):
-        parent = _digest(parent + array("q", token_ids[start : start + block_size]).tobytes())
+    data = array("q", token_ids[done * block_size : num_blocks * block_size]).tobytes()
+    width = 8 * block_size
+    for start in range(0, len(data), width):
+        parent = _digest(parent + data[start : start + width])
         hashes.append(parent)
 
 

@@ -127,6 +127,7 @@ class DecodeGraphs:
         put_tokens(tables.tokens, seats, known.next_positions, sampled, policy=policy)
         return logits, sampled, known.next_positions
 
+    @torch.inference_mode()
     def _capture_all(self) -> None:
         """The largest first: the smaller ones then find all the memory that they need in the pool."""
         pool = torch.cuda.graph_pool_handle()

@@ -130,14 +130,14 @@ class Request:
 
     @property
     def num_generated(self) -> int:
-        return self.num_tokens - self.num_prompt
+        return len(self.token_ids) + self.num_in_flight - self.num_prompt
 
     @property
     def is_exhausted(self) -> bool:
         """Its last token is there or in flight: there is nothing more to compute."""
         if self.pooling is not None:
             return self.num_computed >= self.num_prompt
-        return self.num_generated >= self.max_tokens
+        return len(self.token_ids) + self.num_in_flight - self.num_prompt >= self.max_tokens
 
     @property
     def waits_for_tokens(self) -> bool:

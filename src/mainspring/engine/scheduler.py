@@ -118,7 +118,9 @@ class Scheduler:
             num_tokens = min(missing, budget - reserved)
             if num_tokens < 1:
                 continue
-            num_drafts = self._fitting_drafts(request, budget - reserved - 1) if missing == 1 else 0
+            num_drafts = 0
+            if missing == 1 and request.draft_token_ids:
+                num_drafts = self._fitting_drafts(request, budget - reserved - 1)
             budget -= num_tokens + num_drafts
             scheduled.append(_scheduled(request, num_tokens, num_drafts))
         if not preempted:
@@ -127,19 +129,14 @@ class Scheduler:
 
     def publish(self, request: Request) -> None:
         """Name the request's blocks that are full, computed and of known tokens, so that others can share them."""
-        if not self._prefix_caching or request.seat == NO_SEAT:
+        size = self._block_size
+        done = request.num_published
+        if request.num_computed < (done + 1) * size or not self._prefix_caching or request.seat == NO_SEAT:
             return
-        full = min(request.num_computed, len(request.token_ids)) // self._block_size
-        done = len(request.block_hashes)
-        if request.num_published < full:
-            if done < full:
-                extend_hashes(
-                    request.block_hashes,
-                    request.cache_root,
-                    request.token_ids[: full * self._block_size],
-                    self._block_size,
-                )
-            for number in range(request.num_published, full):
+        full = min(request.num_computed, len(request.token_ids)) // size
+        if done < full:
+            extend_hashes(request.block_hashes, request.cache_root, request.token_ids, size, full)
+            for number in range(done, full):
                 self._allocator.publish(request.block_table[number], request.block_hashes[number])
             request.num_published = full
 
@@ -190,9 +187,9 @@ class Scheduler:
         cached: list[int] = []
         looks_up = self._prefix_caching and not request.needs_all_hidden_states
         if looks_up:
-            extend_hashes(request.block_hashes, request.cache_root, request.token_ids, self._block_size)
             # The last token is always computed: its hidden state gives the next one.
             most = (len(request.token_ids) - 1) // self._block_size
+            extend_hashes(request.block_hashes, request.cache_root, request.token_ids, self._block_size, most)
             cached = self._allocator.find_cached(request.block_hashes[:most])
         missing = self._blocks_for(len(request.token_ids)) - len(cached)
         revived = sum(self._allocator.is_free(block) for block in cached)
@@ -281,7 +278,7 @@ class Scheduler:
 
 
 def _is_ready(request: Request) -> bool:
-    return not request.is_exhausted and not (request.waits_for_tokens and request.num_in_flight)
+    return not request.is_exhausted and not (request.num_in_flight and request.waits_for_tokens)
 
 
 def _scheduled(request: Request, num_tokens: int, num_drafts: int) -> ScheduledRequest:
