@@ -82,6 +82,21 @@ void log_softmax(uintptr_t logits, int64_t stride, uintptr_t targets, uintptr_t 
   ms_log_softmax(&args);
 }
 
+void quantised_pack(uintptr_t rows, int64_t row_stride, uintptr_t packed, int64_t n, int64_t k, int type) {
+  const ms_quantised_pack_args args = {at<void>(rows), row_stride, at<void>(packed), n, k, static_cast<ms_quantised_type>(type)};
+  ms_quantised_pack(&args);
+}
+
+int64_t quantised_bytes(int type, int64_t n, int64_t k) { return ms_quantised_bytes(static_cast<ms_quantised_type>(type), n, k); }
+
+void quantised_linear(uintptr_t x, int64_t x_stride, uintptr_t w, uintptr_t bias, uintptr_t out, int64_t out_stride, int64_t m,
+                      int64_t n, int64_t k, int type, int dtype, int out_dtype) {
+  const ms_quantised_linear_args args = {at<void>(x), x_stride, at<void>(w), at<void>(bias), at<void>(out), out_stride, m, n, k,
+                                         static_cast<ms_quantised_type>(type), static_cast<ms_dtype>(dtype),
+                                         static_cast<ms_dtype>(out_dtype)};
+  ms_quantised_linear(&args);
+}
+
 }  // namespace
 
 NB_MODULE(_kernels, m) {
@@ -100,8 +115,11 @@ NB_MODULE(_kernels, m) {
   m.def("write_cache", &write_cache, no_gil);
   m.def("attention", &attention, no_gil);
   m.def("log_softmax", &log_softmax, no_gil);
+  m.def("quantised_pack", &quantised_pack, no_gil);
+  m.def("quantised_bytes", &quantised_bytes);
+  m.def("quantised_linear", &quantised_linear, no_gil);
 
-  m.def("isa", &ms_isa, "The instruction set in use: base, avx2, avx512 or avx512_bf16.");
+  m.def("isa", &ms_isa, "The instruction set in use: base, avx2, avx512, avx512_vnni or avx512_bf16.");
   m.def("num_threads", &ms_num_threads, "How many threads the kernels use, the caller included.");
   m.def("set_num_threads", &ms_set_num_threads, "count"_a, no_gil, "Sets how many threads the kernels use (>= 1).");
 }

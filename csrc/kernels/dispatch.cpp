@@ -21,11 +21,23 @@ int supported_level() {
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
       !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
     return 1;
-  return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+  if (!__builtin_cpu_supports("avx512vnni")) return 2;
+  return __builtin_cpu_supports("avx512bf16") ? 4 : 3;
 #else
   return 0;
 #endif
 }
+
+#ifdef MAINSPRING_X86
+const KernelTable& with_vnni() {
+  static const KernelTable table = [] {
+    KernelTable t = avx512::kKernels;
+    t.quantised_linear = avx512_vnni::quantised_linear;
+    return t;
+  }();
+  return table;
+}
+#endif
 
 Choice choose() {
   static const Choice choices[] = {
@@ -33,6 +45,7 @@ Choice choose() {
 #ifdef MAINSPRING_X86
       {"avx2", &avx2::kKernels},
       {"avx512", &avx512::kKernels},
+      {"avx512_vnni", &with_vnni()},
       {"avx512_bf16", &avx512_bf16::kKernels},
 #endif
   };
@@ -61,6 +74,7 @@ void ms_rope(const ms_rope_args* args) { chosen().kernels->rope(*args); }
 void ms_swiglu(const ms_swiglu_args* args) { chosen().kernels->swiglu(*args); }
 void ms_attention(const ms_attention_args* args) { chosen().kernels->attention(*args); }
 void ms_log_softmax(const ms_log_softmax_args* args) { chosen().kernels->log_softmax(*args); }
+void ms_quantised_linear(const ms_quantised_linear_args* args) { chosen().kernels->quantised_linear(*args); }
 
 const char* ms_isa(void) { return chosen().name; }
 int ms_num_threads(void) { return mainspring::num_threads(); }

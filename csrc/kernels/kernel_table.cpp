@@ -10,7 +10,12 @@ void rope(const ms_rope_args&);
 void swiglu(const ms_swiglu_args&);
 void attention(const ms_attention_args&);
 void log_softmax(const ms_log_softmax_args&);
+#ifdef MAINSPRING_BF16
+using avx512_vnni::quantised_linear;  // every processor with bfloat16 instructions has those for int8
+#else
+void quantised_linear(const ms_quantised_linear_args&);
+#endif
 
-extern const KernelTable kKernels = {linear, grouped_linear, rms_norm, rope, swiglu, attention, log_softmax};
+extern const KernelTable kKernels = {linear, grouped_linear, rms_norm, rope, swiglu, attention, log_softmax, quantised_linear};
 
 }  // namespace mainspring::MAINSPRING_ISA

@@ -13,11 +13,13 @@ struct KernelTable {
   void (*swiglu)(const ms_swiglu_args&);
   void (*attention)(const ms_attention_args&);
   void (*log_softmax)(const ms_log_softmax_args&);
+  void (*quantised_linear)(const ms_quantised_linear_args&);
 };
 
 namespace base { extern const KernelTable kKernels; }
 namespace avx2 { extern const KernelTable kKernels; }
 namespace avx512 { extern const KernelTable kKernels; }
+namespace avx512_vnni { void quantised_linear(const ms_quantised_linear_args&); }  // the rest is that of avx512
 namespace avx512_bf16 { extern const KernelTable kKernels; }
 
 }  // namespace mainspring

@@ -36,6 +36,35 @@ typedef struct {
 } ms_linear_args;
 void ms_linear(const ms_linear_args* args);
 
+// GGML's types of blocks of 32 weights (its specification of GGUF names them).
+typedef enum { MS_Q4_0 = 0, MS_Q4_1 = 1, MS_Q8_0 = 2 } ms_quantised_type;
+
+// Weights in the layout of a file to the layout that ms_quantised_linear reads: ms_quantised_bytes() of them.
+typedef struct {
+  const void* rows;    // [n], each k / 32 blocks of the file
+  int64_t row_stride;  // in bytes
+  void* packed;
+  int64_t n, k;        // k: a multiple of 32
+  ms_quantised_type type;
+} ms_quantised_pack_args;
+void ms_quantised_pack(const ms_quantised_pack_args* args);
+int64_t ms_quantised_bytes(ms_quantised_type type, int64_t n, int64_t k);
+
+// out[m, n] = sum_k x[m, k] w[n, k] + bias[n] with x rounded to int8 in blocks of 32, d = max|x| / 127.
+typedef struct {
+  const void* x;        // [m, k]
+  int64_t x_stride;     // between rows
+  const void* w;        // packed
+  const void* bias;     // [n] in `dtype`, or null
+  void* out;            // [m, n] in `out_dtype`
+  int64_t out_stride;   // between rows
+  int64_t m, n, k;      // k: a multiple of 32
+  ms_quantised_type type;
+  ms_dtype dtype;       // of x and bias
+  ms_dtype out_dtype;   // `dtype` or MS_FLOAT32
+} ms_quantised_linear_args;
+void ms_quantised_linear(const ms_quantised_linear_args* args);
+
 // Rows offsets[e] <= r < offsets[e + 1] of x are multiplied with w[e]; bits equal those of ms_linear.
 typedef struct {
   const void* x;           // [r, k]
@@ -145,7 +174,7 @@ typedef struct {
 } ms_log_softmax_args;
 void ms_log_softmax(const ms_log_softmax_args* args);
 
-// The chosen instruction set: "base", "avx2", "avx512" or "avx512_bf16". The environment variable
+// The chosen instruction set: "base", "avx2", "avx512", "avx512_vnni" or "avx512_bf16". The environment variable
 // MAINSPRING_CPU_ISA lowers it, read once at first use.
 const char* ms_isa(void);
 

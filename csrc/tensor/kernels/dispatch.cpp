@@ -19,7 +19,7 @@ void fill(KernelSet& set) {
   const char* isa = ms_isa();
 #ifdef MAINSPRING_X86
   if (std::strcmp(isa, "avx512_bf16") == 0) return avx512_bf16::fill_kernel_set(set);
-  if (std::strcmp(isa, "avx512") == 0) return avx512::fill_kernel_set(set);
+  if (std::strncmp(isa, "avx512", 6) == 0) return avx512::fill_kernel_set(set);
   if (std::strcmp(isa, "avx2") == 0) return avx2::fill_kernel_set(set);
 #endif
   (void)isa;

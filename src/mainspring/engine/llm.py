@@ -44,6 +44,7 @@ class LLM:
         dtype: str | None = None,
         device: torch.device | str = "cpu",
         numerics: Numerics = "lockstep",
+        quantized: bool = False,
         max_model_len: int | None = None,
         max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
@@ -66,7 +67,7 @@ class LLM:
             model: a Hugging Face directory, a GGUF file, a known name ("smollm2"), or a `Decoder`.
             tokenizer: None: the model's own. A `Decoder` has none: without one, prompts are token ids,
                 texts stay empty and stop strings are refused.
-            dtype, device, numerics: as `load_model` takes them; a `Decoder` has its own.
+            dtype, device, numerics, quantized: as `load_model` takes them; a `Decoder` has its own.
             max_model_len ... seed: as in `EngineConfig`.
             speculative_config: guess tokens and verify several in one step; the text stays the same.
             draft_model: a loaded model that guesses, instead of `speculative_config.model`.
@@ -92,17 +93,27 @@ class LLM:
             lora_adapters=None if lora is None else {name: str(path) for name, path in lora.items()},
         )
         if isinstance(model, Decoder):
-            if dtype is not None:
+            if dtype is not None or quantized:
                 raise ConfigError(
-                    f"dtype {dtype!r} was given beside a Decoder, which has its own: {model.dtype}"
+                    f"dtype {dtype!r} and quantized={quantized} were given beside a Decoder, which has its own: "
+                    f"{model.dtype}, quantised: {model.is_quantised}"
                 )
             self.model = model
         else:
             # A quantised file is converted to what is asked for: float32 keeps its exact values.
             directory = resolve(model, dtype if dtype is not None else "bfloat16").path
-            self.model = load_model(directory, device=device, dtype=dtype, numerics=numerics)
+            self.model = load_model(
+                model if quantized else directory,
+                device=device,
+                dtype=dtype,
+                numerics=numerics,
+                quantized=quantized,
+            )
             tokenizer = tokenizer if tokenizer is not None else Tokenizer.from_directory(directory)
         self.tokenizer = tokenizer
+        if max_num_batched_tokens is None and self.model.device.type == "cuda":
+            # Nobody waits for a stream's next token here: long steps keep the GPU busy while the host prepares more.
+            config = replace(config, max_num_batched_tokens=_OFFLINE_BATCHED_TOKENS)
         self.engine = EngineCore(self.model, config, tokenizer=tokenizer, draft_model=draft_model)
         self._processor = OutputProcessor(tokenizer)
         self._request_ids = count()

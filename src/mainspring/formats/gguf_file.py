@@ -83,6 +83,19 @@ class GGUFFile:
         flat: npt.NDArray[Any] = np.ascontiguousarray(elements).reshape(-1)
         return TensorEntry(name, tensor.type, self.shape(name), flat.view(np.uint8).data)
 
+    def stored_type(self, name: str) -> str:
+        """The GGML type of tensor `name`, such as "F32" or "Q4_1"."""
+        return self._find(name)[1].type
+
+    def blocks(self, name: str) -> npt.NDArray[np.uint8]:
+        """The rows of matrix `name` as they are stored, uint8 [rows, bytes of a row], in Hugging Face's order.
+
+        A view of the mapped file, but for rows that llama.cpp has rearranged.
+        """
+        source, tensor = self._find(name)
+        rows = _source_rows(source, tensor)
+        return rows[_unpermuted_rows(len(rows), source.rope_heads)] if source.rope_heads else rows
+
     def dequantise(self, name: str) -> npt.NDArray[np.float32]:
         """Tensor `name` as float32, whatever its stored type, in Hugging Face's layout."""
         return np.concatenate([chunk for _, chunk in self.chunks(name)]).reshape(self.shape(name))

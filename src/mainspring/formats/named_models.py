@@ -95,6 +95,27 @@ def resolve(
     return ResolvedModel(_converted(_packaged_file(named), named, dtype, progress), "named", named.name)
 
 
+def gguf_source(model: str | Path, progress: ResolveProgress | None = None) -> Path:
+    """The GGUF file of `model`, a `.gguf` file or one of `NAMED_MODELS`, verified where its hash is known.
+
+    Raises ModelNotFoundError if there is no such file (a Hugging Face directory has none), CheckpointError if it is
+    not the one that the name stands for.
+    """
+    path = Path(model).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return path
+    named = next((known for known in NAMED_MODELS if known.name == str(model).lower()), None)
+    if named is None or path.exists():
+        names = ", ".join(known.name for known in NAMED_MODELS)
+        raise ModelNotFoundError(
+            f"quantised weights are read from a GGUF file, and {str(model)!r} is none: give a .gguf file or a known "
+            f"name ({names})"
+        )
+    found = _packaged_file(named)
+    _verified_hash(found, named, progress or ResolveProgress())
+    return found
+
+
 def _packaged_file(named: NamedModel) -> Path:
     spec = importlib.util.find_spec(named.package)
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
@@ -108,21 +129,34 @@ def _packaged_file(named: NamedModel) -> Path:
 
 def _converted(path: Path, named: NamedModel | None, dtype: str, progress: ResolveProgress) -> Path:
     cache = cache_directory()
+    sha256 = _verified_hash(path, named, progress)
     try:
-        sha256 = _content_hash(path, cache, progress)
-        if named is not None and sha256 != named.sha256:
-            raise CheckpointError(
-                f"{path} has the SHA-256 {sha256}, but {named.name!r} must have {named.sha256}: "
-                f"install it anew ({named.install} --force-reinstall)"
-            )
         target = cache / "models" / f"{path.stem}-{sha256[:16]}-{dtype}-v{_CONVERSION}"
         if not (target / "config.json").is_file():
             _convert(path, target, dtype, progress)
     except OSError as error:
-        raise CheckpointError(
-            f"cannot use the cache {cache} for {path}: {error.strerror}; set MAINSPRING_CACHE to a writable directory"
-        ) from error
+        raise _cache_error(path, error) from error
     return target
+
+
+def _verified_hash(path: Path, named: NamedModel | None, progress: ResolveProgress) -> str:
+    try:
+        sha256 = _content_hash(path, cache_directory(), progress)
+    except OSError as error:
+        raise _cache_error(path, error) from error
+    if named is not None and sha256 != named.sha256:
+        raise CheckpointError(
+            f"{path} has the SHA-256 {sha256}, but {named.name!r} must have {named.sha256}: "
+            f"install it anew ({named.install} --force-reinstall)"
+        )
+    return sha256
+
+
+def _cache_error(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"cannot use the cache {cache_directory()} for {path}: {error.strerror}; set MAINSPRING_CACHE to a writable "
+        "directory"
+    )
 
 
 def _convert(path: Path, target: Path, dtype: str, progress: ResolveProgress) -> None:

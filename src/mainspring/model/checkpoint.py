@@ -34,15 +34,24 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     numerics: Numerics = "lockstep",
     backend: str | None = None,
+    quantized: bool = False,
 ) -> Decoder:
     """The decoder of a Hugging Face directory, of a GGUF file (dequantised), or of a known name ("smollm2").
 
     dtype: "float32", "bfloat16", "float16" or a torch dtype; None takes the checkpoint's own (of a GGUF file
     bfloat16; ask for float32 to compute with exactly its values). Weights are copied once, from the mapped
     file into the fused parameters.
+    quantized: keep the weights of a GGUF file as its blocks (on the CPU; see `load_quantised`). The numbers are then
+    the quantised model's own: each row's bits still do not depend on the batch, but there is nothing to train or save.
     Raises ModelNotFoundError, CheckpointError, UnsupportedModelError, ConfigError.
     """
     wanted = torch_dtype(dtype) if dtype is not None else None
+    if quantized:
+        from mainspring.model.quantised import load_quantised
+
+        return load_quantised(
+            path, device=torch_device(device), dtype=wanted, policy=Policy(numerics, backend)
+        )
     directory = resolve(path, _converted_dtype(wanted)).path
     config = ModelConfig.from_file(directory / "config.json")
     model = Decoder(

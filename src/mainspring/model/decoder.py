@@ -10,18 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mainspring import ops
-from mainspring.errors import InvalidRequestError
+from mainspring.errors import InvalidRequestError, UnsupportedModelError
 from mainspring.formats.model_config import ModelConfig
 from mainspring.model.layers import DecoderLayer, Linear, RmsNorm
 from mainspring.model.naming import Part, parts
 from mainspring.model.rope import RotaryEmbedding
 from mainspring.ops import LOCKSTEP, Policy, TokenBatch
+from mainspring.ops.quantised_linear import QuantisedWeight
 
 
 class Decoder(nn.Module):
     """A causal language model. Parameters are uninitialised: see `load_model` and `create_model`.
 
     `state_dict` and `load_state_dict` speak Hugging Face names; `hf_tensors` gives them as views.
+    Weights may be quantised (`load_model(..., quantized=True)`): such a model is neither saved nor trained.
     """
 
     def __init__(
@@ -46,6 +48,10 @@ class Decoder(nn.Module):
             if config.tie_word_embeddings
             else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         )
+        # There instead of the parameters in a quantised model (model/quantised.py).
+        self.is_quantised = False
+        self.quantised_embedding: QuantisedWeight | None = None
+        self.quantised_output_embedding: QuantisedWeight | None = None
         self.rotary = RotaryEmbedding(config)
         for name, module in self.named_modules():
             if isinstance(module, Linear):
@@ -55,11 +61,11 @@ class Decoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.embedding.device
+        return self.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embedding.dtype
+        return self.norm.weight.dtype
 
     @property
     def numerics(self) -> str:
@@ -67,12 +73,27 @@ class Decoder(nn.Module):
 
     @property
     def output_weight(self) -> Tensor:
-        """[vocab, hidden]: the output embedding, which may be the input one."""
+        """[vocab, hidden]: the output embedding, which may be the input one.
+
+        Raises UnsupportedModelError in a quantised model.
+        """
+        _refuse_quantised(self)
         return self.embedding if self.output_embedding is None else self.output_embedding
+
+    @property
+    def output_matrix(self) -> Tensor | QuantisedWeight:
+        """As `output_weight`, quantised or not."""
+        if self.config.tie_word_embeddings:
+            return self.embedding if self.quantised_embedding is None else self.quantised_embedding
+        if self.quantised_output_embedding is not None:
+            return self.quantised_output_embedding
+        assert self.output_embedding is not None  # an untied model has one or the other
+        return self.output_embedding
 
     def forward(self, tokens: Tensor, batch: TokenBatch) -> Tensor:
         """tokens: [T] int64 -> hidden states after the final norm, [T, hidden]."""
-        residual = F.embedding(tokens, self.embedding)
+        table = self.quantised_embedding
+        residual = F.embedding(tokens, self.embedding) if table is None else table.embed(tokens)
         angles = self.rotary.angles(batch)
         update: Tensor | None = None
         for layer in self.layers:
@@ -83,7 +104,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [N, hidden] -> [N, vocab] float32."""
-        return ops.linear(hidden, self.output_weight, out_dtype=torch.float32, policy=self.policy)
+        return ops.linear(hidden, self.output_matrix, out_dtype=torch.float32, policy=self.policy)
 
     def loss(self, tokens: Tensor, batch: TokenBatch, targets: Tensor) -> Tensor:
         """Mean negative log-likelihood of targets [T] (-100 is left out), a float32 scalar."""
@@ -114,7 +135,7 @@ class Decoder(nn.Module):
         predicts[ends] = False  # a sequence's last token predicts nothing
         log_p = ops.linear_log_probs(
             hidden[predicts],
-            self.output_weight,
+            self.output_matrix,
             tokens.roll(-1)[predicts],
             temperature,
             policy=self.policy,
@@ -123,8 +144,22 @@ class Decoder(nn.Module):
 
     def hf_tensors(self) -> dict[str, Tensor]:
         """Hugging Face name -> view of our parameter; tied output embeddings appear once."""
+        _refuse_quantised(self)
         parameters = dict(self.named_parameters())
         return {part.name: part.view(parameters[part.parameter]) for part in self.parts()}
+
+    def quantised_weights(self) -> dict[str, QuantisedWeight]:
+        """The weights that are no parameters, by the names that their parameters would have."""
+        found = {f"{name}.weight": m.quantised for name, m in self.named_modules() if isinstance(m, Linear)}
+        found["embedding"] = self.quantised_embedding
+        found["output_embedding"] = self.quantised_output_embedding
+        return {name: weight for name, weight in found.items() if weight is not None}
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the weights are, quantised ones included."""
+        parameters = sum(p.numel() for p in self.parameters())
+        return parameters + sum(w.numel() for w in self.quantised_weights().values())
 
     def parts(self) -> list[Part]:
         """Which rows of which parameter carry which Hugging Face name."""
@@ -145,10 +180,19 @@ class Decoder(nn.Module):
                 )
 
 
+def _refuse_quantised(model: Decoder) -> None:
+    if model.is_quantised:
+        raise UnsupportedModelError(
+            "the weights of this model are quantised blocks, which are neither saved, trained nor updated; "
+            "load it without quantized=True for that"
+        )
+
+
 def _to_hugging_face_names(
     module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
 ) -> None:
     assert isinstance(module, Decoder)
+    _refuse_quantised(module)
     fused = {name: state.pop(prefix + name) for name in {part.parameter for part in module.parts()}}
     for part in module.parts():
         state[prefix + part.name] = part.view(fused[part.parameter])
@@ -168,6 +212,7 @@ def _from_hugging_face_names(
 ) -> None:
     """Fuses named parts into the parameters' own storage layout; absent names are reported as theirs."""
     assert isinstance(module, Decoder)
+    _refuse_quantised(module)
     parameters = dict(module.named_parameters())
     fused = {name: torch.empty_like(parameter) for name, parameter in parameters.items()}
     with torch.no_grad():

@@ -13,6 +13,7 @@ from mainspring.formats.model_config import ModelConfig
 from mainspring.ops import HeadNorms, Policy, RopeAngles, TokenBatch, library
 from mainspring.ops.batch import LinearAdapters
 from mainspring.ops.precision import accumulator
+from mainspring.ops.quantised_linear import QuantisedWeight
 
 
 class Linear(nn.Module):
@@ -31,11 +32,13 @@ class Linear(nn.Module):
         self.name = ""
         self.policy = policy
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.quantised: QuantisedWeight | None = None  # there instead of `weight` in a quantised model
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, in_features] -> [T, out_features]."""
-        return ops.linear(x, self.weight, self.bias, policy=self.policy)
+        weight = self.weight if self.quantised is None else self.quantised
+        return ops.linear(x, weight, self.bias, policy=self.policy)
 
 
 def adapted(layer: Linear, x: Tensor, adapters: LinearAdapters | None) -> Tensor:

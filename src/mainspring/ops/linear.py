@@ -15,6 +15,7 @@ from mainspring.ops.cpu.linear import linear as cpu_linear
 from mainspring.ops.cpu.support import refuses
 from mainspring.ops.cuda import support as cuda_support
 from mainspring.ops.policy import LOCKSTEP, Policy
+from mainspring.ops.quantised_linear import QUANTISED_LINEAR, QuantisedWeight
 from mainspring.ops.registry import Call, Implementation, Operation, accepts_all, any_requires_grad
 from mainspring.ops.triton.support import refuses_fast_numerics as triton_refuses
 
@@ -24,7 +25,7 @@ ROW_BLOCK = 256  # and at most this many
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantisedWeight,
     bias: Tensor | None = None,
     *,
     out_dtype: torch.dtype | None = None,
@@ -32,8 +33,12 @@ def linear(
 ) -> Tensor:
     """x: [M, K] (rows may be strided), weight: [N, K], bias: [N] -> [M, N] in out_dtype (x's by default).
 
-    Accumulates in fp32. In lockstep each row of the result is bitwise the same for every M.
+    Accumulates in fp32. In lockstep each row of the result is bitwise the same for every M. A quantised weight is
+    multiplied as `quantised_linear` says.
     """
+    if isinstance(weight, QuantisedWeight):
+        product = QUANTISED_LINEAR.select(x, policy, any_requires_grad(x, bias))
+        return product(x, weight, bias, out_dtype, policy)
     if library.is_traced():
         return library.linear(x, weight, bias, out_dtype, policy)
     run = LINEAR.select(x, policy, any_requires_grad(x, weight, bias))

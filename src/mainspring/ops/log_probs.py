@@ -10,6 +10,7 @@ from torch import Tensor
 from mainspring.ops import library
 from mainspring.ops.cpu import log_probs as cpu
 from mainspring.ops.cpu.support import refuses
+from mainspring.ops.linear import linear
 from mainspring.ops.logit_loss import (
     LossOptions,
     logit_loss,
@@ -19,6 +20,7 @@ from mainspring.ops.logit_loss import (
 )
 from mainspring.ops.policy import LOCKSTEP, Policy
 from mainspring.ops.precision import accumulator
+from mainspring.ops.quantised_linear import QuantisedWeight
 from mainspring.ops.registry import Implementation, Operation, accepts_all, any_requires_grad
 from mainspring.ops.triton.support import refuses as triton_refuses
 
@@ -54,12 +56,22 @@ def token_log_probs_and_entropy(
 
 
 def linear_log_probs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, *, policy: Policy = LOCKSTEP
+    hidden: Tensor,
+    weight: Tensor | QuantisedWeight,
+    targets: Tensor,
+    temperature: float = 1.0,
+    *,
+    policy: Policy = LOCKSTEP,
 ) -> Tensor:
     """token_log_probs(hidden weightᵀ, targets), in chunks of rows: the logits are never held all at once.
 
     hidden: [M, H], weight: [V, H], targets: [M] int64 -> [M] float32, differentiable once.
     """
+    if isinstance(weight, QuantisedWeight):  # never trained: no backward pass to keep anything for
+        rows = rows_per_chunk(weight.shape[0], hidden.device)
+        products = (linear(h, weight, out_dtype=torch.float32, policy=policy) for h in hidden.split(rows))
+        pairs = zip(products, targets.split(rows), strict=True)
+        return torch.cat([token_log_probs(z, t, temperature, policy=policy) for z, t in pairs])
     if library.is_traced():
         return library.linear_log_probs(hidden, weight, targets, temperature, policy)
     needs_grad = any_requires_grad(hidden, weight)
