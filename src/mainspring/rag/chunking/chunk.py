@@ -15,6 +15,7 @@ class Chunk:
     """`text` is document.text[start:end]; what the generator reads is the wider `context` (the same, mostly).
 
     `header` (title and headings) goes before the text where it is embedded and indexed, and is never cited.
+    `places` says where in the file the context stands: (offset in it, place), from 0 on, wherever the place changes.
     `tokens` are counted by the embedding model's tokenizer, header and special tokens included.
     """
 
@@ -28,8 +29,17 @@ class Chunk:
     header: str
     context: str
     context_start: int
-    place: Place
+    places: tuple[tuple[int, Place], ...]
     tokens: int
+
+    @property
+    def place(self) -> Place:
+        """Where the text begins in the file."""
+        return self.place_in_context(self.start - self.context_start)
+
+    def place_in_context(self, offset: int) -> Place:
+        """Where the character at `offset` of the context stands in the file."""
+        return max((p for p in self.places if p[0] <= offset), key=lambda p: p[0], default=self.places[0])[1]
 
     @property
     def indexed_text(self) -> str:
@@ -88,6 +98,16 @@ def make_chunk(
         header=header,
         context=document.text[context_start:context_end],
         context_start=context_start,
-        place=document.place(start),
+        places=_places(document, context_start, context_end),
         tokens=counter.count(indexed),
     )
+
+
+def _places(document: Document, start: int, end: int) -> tuple[tuple[int, Place], ...]:
+    """(offset from start, place) at the start and wherever the place changes before the end."""
+    found = [(0, document.place(start))]
+    for offset in document.place_borders(start, end):
+        place = document.place(offset)
+        if place != found[-1][1]:
+            found.append((offset - start, place))
+    return tuple(found)

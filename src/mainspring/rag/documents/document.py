@@ -62,6 +62,11 @@ class Document:
         index = bisect.bisect_right(self._mark_offsets, offset) - 1
         return self.marks[max(index, 0)].place
 
+    def place_borders(self, start: int, end: int) -> list[int]:
+        """The offsets in (start, end) at which a new place begins."""
+        borders = self._mark_offsets if self.marks else self._line_starts
+        return borders[bisect.bisect_right(borders, start) : bisect.bisect_left(borders, end)]
+
     @cached_property
     def _line_starts(self) -> list[int]:
         return [0, *(i + 1 for i, character in enumerate(self.text) if character == "\n")]

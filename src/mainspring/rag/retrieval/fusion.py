@@ -53,12 +53,3 @@ def reciprocal_rank_fusion(rankings: Sequence[Ranking], k: int, rrf_k: int = RRF
         for rank, position in enumerate(ranking.positions.tolist(), 1):
             total[position] = total.get(position, 0.0) + 1 / (rrf_k + rank)
     return ranking_of(list(total.items())).top(k)
-
-
-def best_of(rankings: Sequence[Ranking], k: int) -> Ranking:
-    """Each passage with its highest score: how answers to several forms of one question are joined."""
-    total: dict[int, float] = {}
-    for ranking in rankings:
-        for position, score in zip(ranking.positions.tolist(), ranking.scores.tolist(), strict=True):
-            total[position] = max(total.get(position, score), score)
-    return ranking_of(list(total.items())).top(k)

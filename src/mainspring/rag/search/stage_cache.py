@@ -38,7 +38,14 @@ class StageCache:
         return found
 
     def get_many(self, stage: str, inputs: Sequence[object], compute: Callable[[list[int]], Array]) -> Array:
-        """One array row for each of `inputs`; `compute` gets the indices that the cache lacks, all at once."""
+        """[N, ...]: `get_rows` where every row has the same shape."""
+        rows = self.get_rows(stage, inputs, compute)
+        return np.stack(rows) if rows else np.empty(0, np.float32)
+
+    def get_rows(
+        self, stage: str, inputs: Sequence[object], compute: Callable[[list[int]], Sequence[Array] | Array]
+    ) -> list[Array]:
+        """One array for each of `inputs`; `compute` gets the indices that the cache lacks, all at once."""
         paths = [self._path(stage, item) for item in inputs]
         rows = [self._read(path) for path in paths]
         missing = [i for i, row in enumerate(rows) if row is None]
@@ -46,7 +53,7 @@ class StageCache:
             for index, value in zip(missing, compute(missing), strict=True):
                 rows[index] = np.asarray(value)
                 self._keep(paths[index], np.asarray(value))
-        return np.stack([row for row in rows if row is not None]) if rows else np.empty(0, np.float32)
+        return [row for row in rows if row is not None]
 
     def _path(self, stage: str, inputs: object) -> Path:
         address = hashlib.sha256(json.dumps([stage, inputs], sort_keys=True).encode()).hexdigest()

@@ -25,7 +25,7 @@ from mainspring.rag.retrieval.hits import best
 from mainspring.rag.stores.store import COLUMNS, Condition, Filter, Hit, chunk_of, row_of
 
 _TABLE = "chunks"
-_INTEGERS = {"first", "last", "context_first", "number", "tokens"}
+_INTEGERS = {"first", "last", "context_first", "tokens"}
 _KEPT = timedelta(hours=1)  # readers that opened an old version have so long
 _SCAN = 4096  # rows at once
 
@@ -101,10 +101,7 @@ class LanceStore:
             )
         )
         found = {row["id"]: chunk_of(row) for row in rows.to_pylist()}
-        missing = [i for i in ids if i not in found]
-        if missing:
-            raise StoreError(f"the store has no chunk {missing[0]!r}: the index changed; search again")
-        return [found[i] for i in ids]
+        return [found[i] for i in ids if i in found]
 
     def scan(self) -> Iterator[Chunk]:
         rows = self._rows(list(COLUMNS))

@@ -21,7 +21,7 @@ from mainspring.rag.chunking.chunk import Chunk
 from mainspring.rag.embedding.embedder import Vectors
 from mainspring.rag.stores.store import COLUMNS, Filter, Hit, chunk_of, row_of
 
-_INTEGERS = {"first", "last", "context_first", "number", "tokens"}
+_INTEGERS = {"first", "last", "context_first", "tokens"}
 _MAX_TEXT = 65_535  # bytes of a string field
 _PAGE = 1000  # rows of a query or an insertion at once
 _T = TypeVar("_T")
@@ -110,10 +110,7 @@ class MilvusStore:
             if ids
             else {}
         )
-        missing = [i for i in ids if i not in found]
-        if missing:
-            raise StoreError(f"the store has no chunk {missing[0]!r}: the index changed; search again")
-        return [found[i] for i in ids]
+        return [found[i] for i in ids if i in found]
 
     def scan(self) -> Iterator[Chunk]:
         for row in sorted(self._query("", COLUMNS), key=lambda row: str(row["id"])):

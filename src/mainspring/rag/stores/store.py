@@ -85,7 +85,7 @@ class VectorStore(Protocol):
         ...
 
     def get(self, ids: Sequence[str]) -> list[Chunk]:
-        """The chunks of these ids in their order; StoreError if one is not here."""
+        """The chunks of these ids in their order; ids that are gone (a writer is at it) are left out."""
         ...
 
     def scan(self) -> Iterator[Chunk]:
@@ -118,15 +118,15 @@ def row_of(chunk: Chunk) -> dict[str, str | int]:
         "header": chunk.header,
         "context": "" if chunk.context == chunk.text else chunk.context,
         "context_first": chunk.context_start,
-        "unit": chunk.place.unit,
-        "number": chunk.place.number,
+        "unit": chunk.places[0][1].unit,
+        "places": " ".join(f"{offset}:{place.number}" for offset, place in chunk.places),
         "tokens": chunk.tokens,
     }
 
 
 COLUMNS = (
     "id", "file", "content_hash", "title", "first", "last", "text", "header", "context", "context_first", "unit",
-    "number", "tokens",
+    "places", "tokens",
 )  # fmt: skip
 
 
@@ -144,9 +144,14 @@ def chunk_of(row: Mapping[str, object]) -> Chunk:
         header=str(row["header"]),
         context=str(row["context"]) or text,
         context_start=_integer(row["context_first"]),
-        place=Place(cast(Unit, str(row["unit"])), _integer(row["number"])),
+        places=_places(cast(Unit, str(row["unit"])), str(row["places"])),
         tokens=_integer(row["tokens"]),
     )
+
+
+def _places(unit: Unit, text: str) -> tuple[tuple[int, Place], ...]:
+    pairs = (item.split(":") for item in text.split(" "))
+    return tuple((int(offset), Place(unit, int(number))) for offset, number in pairs)
 
 
 def _integer(value: object) -> int:

@@ -1,0 +1,125 @@
+"""From names to running parts: the index, store, models and pipeline that a strategy asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from mainspring.errors import ConfigError, EmptyCorpusError
+from mainspring.rag.embedding.embedder import Embedder
+from mainspring.rag.embedding.models import load_embedder
+from mainspring.rag.generation.extraction import Bm25Extraction, EmbeddingExtraction, Summariser
+from mainspring.rag.generation.language_model import EndpointModel, InProcessModel, LanguageModel, TokenScorer
+from mainspring.rag.generation.pruning import Abstraction, LongLlmLingua, SelectiveContext
+from mainspring.rag.index import DocumentIndex, read_manifest
+from mainspring.rag.pipeline import Parts, Pipeline
+from mainspring.rag.ranking.cross_encoder import CrossEncoder
+from mainspring.rag.ranking.late_interaction import LateInteraction
+from mainspring.rag.ranking.precomputed import PrecomputedLateInteraction
+from mainspring.rag.ranking.reranker import Reranker
+from mainspring.rag.retrieval.lexical import LexicalIndex
+from mainspring.rag.stores.lance import LanceStore
+from mainspring.rag.stores.store import VectorStore
+from mainspring.rag.strategy import Strategy
+
+RECOMP_LEAST = 0.2  # cosine under which a sentence helps nothing (all-MiniLM-L6-v2; chosen by hand)
+_NEED_MODEL = ("selective-context", "longllmlingua", "abstractive")
+
+
+def store_opener(address: str | None) -> Callable[[Path, int], VectorStore]:
+    """What opens the store: LanceDB inside the index directory, or Milvus at an address (a URL or a .db file)."""
+    if address is None:
+        return lambda directory, dimension: LanceStore(directory / "store", dimension)
+    if not (address.startswith(("http://", "https://")) or address.endswith(".db")):
+        raise ConfigError(
+            f"the store {address!r} is neither an http(s) address of Milvus nor a file ending in .db"
+        )
+
+    def open_milvus(directory: Path, dimension: int) -> VectorStore:
+        from mainspring.rag.stores.milvus import MilvusStore  # its client takes a second to load
+
+        return MilvusStore(address, dimension)
+
+    return open_milvus
+
+
+def open_index(
+    directory: Path, strategy: Strategy, *, store: str | None = None, embedder: Embedder | None = None
+) -> DocumentIndex:
+    """The index in a directory, for updating. Raises what `DocumentIndex` and `load_embedder` raise."""
+    loaded = embedder if embedder is not None else load_embedder(strategy.index.embedder)
+    return DocumentIndex(directory, strategy.index, loaded, store_opener(store))
+
+
+def open_pipeline(
+    directory: Path,
+    strategy: Strategy,
+    *,
+    store: str | None = None,
+    embedder: Embedder | None = None,
+    model: LanguageModel | None = None,
+    citations: bool = True,
+) -> Pipeline:
+    """A pipeline over the index in a directory, as it is now.
+
+    The steps of indexing are those that the index was made with: of the strategy only the others count. Without
+    `citations` no reranker is loaded for them. Raises EmptyCorpusError if there is no index, and what its parts raise.
+    """
+    manifest = read_manifest(directory)
+    if manifest is None:
+        raise EmptyCorpusError(f"there is no index in {directory}: run `mainspring rag index FOLDER` first")
+    loaded = embedder if embedder is not None else load_embedder(str(manifest["embedder"]))
+    opened = store_opener(store)(directory, loaded.dimension)
+    reranker = make_reranker(strategy, directory)
+    attributor = reranker if isinstance(reranker, CrossEncoder) else CrossEncoder() if citations else None
+    parts = Parts(
+        embedder=loaded,
+        store=opened,
+        lexical=LexicalIndex.open(directory / "bm25", opened),
+        reranker=reranker,
+        attributor=attributor,
+        summariser=make_summariser(strategy, loaded, model),
+        model=model,
+    )
+    return Pipeline(strategy, parts)
+
+
+def make_reranker(strategy: Strategy, directory: Path) -> Reranker | None:
+    """The reranker that the strategy names. Raises ModelNotFoundError."""
+    method = strategy.rerank.method
+    if method == "cross-encoder":
+        return CrossEncoder()
+    if method == "late-interaction":
+        return LateInteraction()
+    if method == "precomputed":
+        return PrecomputedLateInteraction(directory / "tokens", LateInteraction())
+    return None
+
+
+def make_summariser(strategy: Strategy, embedder: Embedder, model: LanguageModel | None) -> Summariser | None:
+    """The summariser that the strategy names. Raises ConfigError if it needs a model (in this process, to prune)."""
+    method = strategy.context.summary
+    if method in _NEED_MODEL and model is None:
+        return None  # searching alone does not summarise; asking refuses without a model
+    if method == "extractive-bm25":
+        return Bm25Extraction()
+    if method in ("extractive-embedding", "recomp"):
+        return EmbeddingExtraction(embedder, RECOMP_LEAST if method == "recomp" else -1.0)
+    if method == "abstractive" and model is not None:
+        return Abstraction(model)
+    if method in ("selective-context", "longllmlingua"):
+        scorer: TokenScorer | None = model if isinstance(model, InProcessModel) else None
+        if scorer is None:
+            raise ConfigError(
+                f"{method!r} needs token probabilities: give a model in this process, not an endpoint"
+            )
+        return SelectiveContext(scorer) if method == "selective-context" else LongLlmLingua(scorer)
+    return None
+
+
+def open_model(name: str) -> LanguageModel:
+    """A model in this process (a name, a directory, a GGUF file), or an endpoint (`http://host/v1` or `URL#model`)."""
+    if name.startswith(("http://", "https://")):
+        url, _, model = name.partition("#")
+        return EndpointModel(url, model)
+    return InProcessModel(name)

@@ -1,0 +1,141 @@
+"""What writes: the protocol of a language model, one in this process, and any OpenAI-compatible endpoint."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import openai
+
+from mainspring.errors import ModelNotFoundError, RetrievalError
+
+if TYPE_CHECKING:
+    from mainspring.engine.llm import LLM
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class LanguageModel(Protocol):
+    """Completes a conversation, piece by piece, always in the likeliest way (temperature 0)."""
+
+    @property
+    def name(self) -> str: ...
+
+    def stream(self, messages: Sequence[Message], max_tokens: int) -> Iterator[str]:
+        """Pieces of the answer. Raises RetrievalError if the model fails or cannot be reached."""
+        ...
+
+
+@dataclass(frozen=True)
+class TokenSurprise:
+    """A token's characters [start, end) of a text and how little it was expected: -log p, in nats."""
+
+    start: int
+    end: int
+    nats: float
+
+
+class TokenScorer(Protocol):
+    """Knows how expected each token of a text is."""
+
+    def surprises(self, text: str, context: str = "") -> list[TokenSurprise]:
+        """One for each token of `text` after `context`, in order."""
+        ...
+
+
+def complete(model: LanguageModel, messages: Sequence[Message], max_tokens: int) -> str:
+    """The whole answer, without white space around it."""
+    return "".join(model.stream(messages, max_tokens)).strip()
+
+
+class InProcessModel:
+    """A model on our engine. Implements `LanguageModel` and `TokenScorer`; callers take turns."""
+
+    def __init__(self, model: str | LLM) -> None:
+        """Raises ModelNotFoundError, CheckpointError, RetrievalError if it has no chat template."""
+        from mainspring.engine.llm import LLM  # searching needs no engine
+
+        self._llm = LLM(model, max_num_seqs=1) if isinstance(model, str) else model
+        self._name = model if isinstance(model, str) else "in-process model"
+        self._lock = threading.Lock()
+        tokenizer = self._llm.tokenizer
+        if tokenizer is None or tokenizer.chat_template is None:
+            raise RetrievalError(
+                f"{self._name} has no chat template; answers need an instruction-tuned model"
+            )
+        self._tokenizer = tokenizer
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def stream(self, messages: Sequence[Message], max_tokens: int) -> Iterator[str]:
+        from mainspring.engine.sampling_params import SamplingParams
+
+        turns = [{"role": m.role, "content": m.content} for m in messages]
+        params = SamplingParams(temperature=0, max_tokens=max_tokens)
+        with self._lock:
+            for output in self._llm.stream_chat(turns, params):
+                yield output.outputs[0].text
+
+    def surprises(self, text: str, context: str = "") -> list[TokenSurprise]:
+        """One forward pass; the first token of an empty context follows the model's first special token."""
+        start = self._tokenizer.bos_token_id
+        before = self._tokenizer.encode(context, add_special_tokens=False) if context else []
+        if not before:
+            before = [start if start is not None else self._tokenizer.eos_token_ids[0]]
+        ids = self._tokenizer.encode(text, add_special_tokens=False)
+        if not ids:
+            return []
+        with self._lock:
+            log_probs = self._llm.model.log_probs([[*before, *ids]])[0][len(before) - 1 :].tolist()
+        result = []
+        done = b""
+        for token, log_prob in zip(ids, log_probs, strict=True):
+            first = len(done.decode(errors="ignore"))
+            done += self._tokenizer.token_bytes(token)
+            result.append(TokenSurprise(first, len(done.decode(errors="ignore")), -log_prob))
+        return result
+
+
+class EndpointModel:
+    """A model behind an OpenAI-compatible API. Implements `LanguageModel`; many callers at once."""
+
+    def __init__(self, base_url: str, model: str = "", api_key: str = "none", timeout: float = 120.0) -> None:
+        """`model` is the first that the endpoint lists, if empty. Raises ModelNotFoundError if it lists none."""
+        self._client = openai.OpenAI(base_url=base_url, api_key=api_key, timeout=timeout, max_retries=1)
+        self._url = base_url
+        try:
+            self._name = model or next((item.id for item in self._client.models.list()), "")
+        except openai.OpenAIError as error:
+            raise RetrievalError(f"the model at {base_url} cannot be reached: {error}") from error
+        if not self._name:
+            raise ModelNotFoundError(f"{base_url} lists no model: name one")
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def stream(self, messages: Sequence[Message], max_tokens: int) -> Iterator[str]:
+        turns = [{"role": m.role, "content": m.content} for m in messages]
+        try:
+            chunks: Any = self._client.chat.completions.create(
+                model=self._name,
+                messages=turns,  # type: ignore[arg-type]
+                max_tokens=max_tokens,
+                temperature=0,
+                stream=True,
+            )
+            for chunk in chunks:
+                if chunk.choices and chunk.choices[0].delta.content:
+                    yield chunk.choices[0].delta.content
+        except openai.OpenAIError as error:
+            raise RetrievalError(f"the model at {self._url} failed: {error}") from error
