@@ -14,6 +14,7 @@ from mainspring.cli.bench import bench
 from mainspring.cli.diff import diff
 from mainspring.cli.doctor import doctor
 from mainspring.cli.generate import generate
+from mainspring.cli.plan import plan
 from mainspring.cli.serve import serve
 from mainspring.cli.tensor import tensor
 from mainspring.cli.train import train
@@ -33,6 +34,7 @@ app = typer.Typer(
 app.command()(serve)
 app.command()(generate)
 app.command()(train)
+app.command()(plan)
 app.command()(verify)
 app.command()(diff)
 app.command()(doctor)

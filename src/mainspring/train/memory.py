@@ -1,0 +1,153 @@
+"""What a rank of a layout holds, by formula: parameters, gradients, optimizer state (ZeRO) and activations (Megatron).
+
+Sources: Rajbhandari et al., arXiv 1910.02054, section 3 (states); Korthikanti et al., arXiv 2205.05198, section 4
+(activations), with the tensors that this model keeps in place of theirs. `tests/train/test_memory.py` holds the
+formulas against what a rank really keeps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from mainspring.formats.model_config import ModelConfig
+from mainspring.parallel.layout import Layout
+from mainspring.parallel.mesh import Group, Mesh
+from mainspring.parallel.monitor import Monitor
+from mainspring.parallel.placement import place, rule_of
+from mainspring.parallel.schedule import make_schedule
+
+WORKSPACE = 1 << 28
+"""Bytes for libraries' workspaces and the allocator's gaps (measured: about 0.25 GiB on an H100)."""
+LOGITS = 1 << 24
+"""Elements of logits held at once on the CPU; a GPU takes a 32nd of its memory (`ops.log_probs.rows_per_chunk`)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A step: `micro_batches` over all replicas of `tokens` tokens each; `itemsize` bytes of the model's dtype."""
+
+    micro_batches: int
+    tokens: int
+    itemsize: int = 2
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the fullest rank."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    head: float
+    """Logits of a chunk and their gradient, hidden states and their gradient."""
+    workspace: float = float(WORKSPACE)
+
+    @property
+    def total(self) -> float:
+        return float(sum(getattr(self, field.name) for field in fields(self)))
+
+
+def estimate(config: ModelConfig, layout: Layout, batch: Batch, device_bytes: int = 0) -> Memory:
+    """Of the rank that holds most. device_bytes: the GPU's memory, which sets the size of a chunk of logits."""
+    candidates = [_of_stage(config, layout, batch, rank, device_bytes) for rank in range(layout.pp)]
+    return max(candidates, key=lambda memory: memory.total)
+
+
+def rank_shapes(config: ModelConfig, layout: Layout, pipeline_rank: int) -> dict[str, tuple[int, ...]]:
+    """Local shapes of a pipeline rank's parameters (before ZeRO), of its first tensor-parallel rank."""
+    axes = layout.axes
+    rank = axes.rank(pp=pipeline_rank)
+    groups = {}
+    for name, partition in (
+        ("ep", axes.expert_groups()),
+        ("tp", axes.along("tp")),
+        ("keys", axes.key_groups(1)),
+    ):
+        ranks = next(ranks for ranks in partition if rank in ranks)
+        groups[name] = Group(name, ranks, ranks.index(rank))
+    return place(config, layout, Mesh(axes, rank, groups, Monitor(rank))).shapes
+
+
+def _of_stage(config: ModelConfig, layout: Layout, batch: Batch, rank: int, device_bytes: int) -> Memory:
+    shards = layout.axes.dp_shard * layout.cp if layout.zero else 1
+    expert_shards = max(1, shards // layout.ep)
+    whole = shard = 0.0
+    units: dict[str, float] = {}
+    for name, shape in rank_shapes(config, layout, rank).items():
+        count = math.prod(shape)
+        experts = rule_of(name).experts
+        whole += count
+        shard += count / (expert_shards if experts else shards)
+        unit = (
+            ".".join(name.split(".")[:2]) + (".experts" if experts else "")
+            if name.startswith("layers.")
+            else name
+        )
+        units[unit] = units.get(unit, 0.0) + count
+    roots = sum(count for unit, count in units.items() if not unit.startswith("layers."))
+    layers = [count for unit, count in units.items() if unit.startswith("layers.")]
+    largest = max(layers, default=0.0)
+    size = batch.itemsize
+    # Shards, and what is whole for a while: the roots, the layer that computes and the one before or after it.
+    passing = shard + roots + min(2, len(layers)) * largest
+    parameters = size * (passing if layout.zero == 3 else whole)
+    if layout.zero >= 2:
+        gradients = 4 * passing
+    elif layout.zero == 1:
+        gradients = 4 * (whole + shard)
+    else:
+        gradients = 4.0 * whole
+    gradients += size * largest  # autograd's own of a layer before they are collected
+    masters = 4 if size != 4 else 0
+    own = layout.stage_layers(config.num_layers)
+    per_token = [
+        sum(activation_bytes(config, layout, layer, size) for layer in own[stage])
+        for stage in layout.stages_of(rank)
+    ]
+    tokens = batch.tokens / layout.cp
+    activations = tokens * _peak_activations(layout, batch, rank, per_token)
+    return Memory(
+        parameters, gradients, (masters + 8) * shard, activations,
+        head_bytes(config, layout, tokens, size, device_bytes) if layout.stages - 1 in layout.stages_of(rank) else 0.0,
+    )  # fmt: skip
+
+
+def activation_bytes(config: ModelConfig, layout: Layout, layer: int, itemsize: int) -> float:
+    """Kept for the backward pass of one layer, by token of the stream."""
+    tp = layout.tp
+    hidden, query = config.hidden_size, config.num_heads * config.head_dim / tp
+    keys = max(config.num_kv_heads / tp, 1.0 if tp > config.num_kv_heads else 0.0) * config.head_dim
+    stream = 4 * hidden / (tp if layout.sequence_sliced else 1)  # two sums, two normed inputs
+    attention = (query + 2 * keys) + query  # rotated q, k and v, and the output
+    if config.qk_norm:
+        attention += query + keys  # before their norms
+    if not config.moe_layers[layer]:
+        return itemsize * (stream + attention + 3 * config.intermediate_size / tp)
+    k, inner = config.num_experts_per_token, config.moe_intermediate_size / tp
+    whole = hidden if layout.sequence_sliced else 0  # gathered tokens: the router's input
+    rows = k * (hidden + 3 * inner + hidden)  # rows at the experts, gate and up, their product, outputs
+    return itemsize * (stream + attention + whole + rows) + 4 * config.num_experts
+
+
+def head_bytes(config: ModelConfig, layout: Layout, tokens: float, itemsize: int, device_bytes: int) -> float:
+    """While the loss is computed."""
+    vocabulary = math.ceil(config.vocab_size / layout.tp)
+    elements = max(LOGITS, device_bytes // (32 * 4)) if device_bytes else LOGITS
+    rows = min(max(16, elements // vocabulary), math.ceil(tokens))
+    logits = rows * vocabulary * (4 + itemsize)
+    weight_gradient = (itemsize if rows >= tokens else 4) * vocabulary * config.hidden_size
+    return logits + weight_gradient + 2 * itemsize * tokens * config.hidden_size
+
+
+def _peak_activations(layout: Layout, batch: Batch, rank: int, per_token: list[float]) -> float:
+    """The most that the schedule holds at once, by token of a micro-batch."""
+    count = max(1, batch.micro_batches // layout.dp)
+    stages = layout.stages_of(rank)
+    now = most = 0.0
+    for action in make_schedule(layout.schedule, layout.pp, layout.virtual, count)[rank]:
+        held = per_token[stages.index(action.stage)]
+        now += {"F": held, "B": -held, "I": 0.0, "W": -held}[action.kind]
+        most = max(most, now)
+    return most
