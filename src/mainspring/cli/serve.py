@@ -36,6 +36,9 @@ def serve(
     numerics: Annotated[
         str, typer.Option(help="lockstep (the same bits in any batch) or fast.")
     ] = "lockstep",
+    quantized: Annotated[
+        bool, typer.Option(help="Keep the weights of a GGUF file quantised: less memory, faster on a CPU.")
+    ] = False,
     max_model_len: Annotated[
         int | None, typer.Option(help="Longest sequence in tokens, prompt and answer together.")
     ] = None,
@@ -105,6 +108,14 @@ def serve(
     restart: Annotated[
         int, typer.Option(help="How often the engine process is started again after it has died.")
     ] = 0,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Run replicas under Ray Serve, on several GPUs or machines.")
+    ] = False,
+    replicas: Annotated[int, typer.Option(help="Replicas under --ray.")] = 1,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="A running Ray cluster, or auto; by default Ray starts on this machine only."),
+    ] = None,
     allowed_host: Annotated[
         list[str] | None, typer.Option(help="Another name that a Host header may have; may be repeated.")
     ] = None,
@@ -112,7 +123,8 @@ def serve(
     """Serve a model: OpenAI's API under /v1 and a console at /, on this machine only unless told otherwise."""
     from mainspring.console.mount import console_files, mount_console
     from mainspring.engine.config import EngineConfig
-    from mainspring.engine.server.serve import ServerSettings, run_server
+    from mainspring.engine.server.serve import run_server
+    from mainspring.engine.server.settings import ServerSettings
 
     settings = ServerSettings(
         model=model,
@@ -122,6 +134,7 @@ def serve(
         device=device,
         dtype=dtype,
         numerics=one_of("numerics", numerics, ("lockstep", "fast")),
+        quantized=quantized,
         engine=EngineConfig(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -148,8 +161,15 @@ def serve(
         max_restarts=restart,
         allowed_hosts=tuple(allowed_host or ()),
     )
+    if not ray and (replicas != 1 or ray_address is not None):
+        raise ConfigError("--replicas and --ray-address belong to --ray")
     with TerminalReporter(Console()) as reporter:
-        status = run_server(settings, reporter, extend=mount_console)
+        if ray:
+            from mainspring.engine.server.ray_replicas import run_replicas
+
+            status = run_replicas(settings, reporter, replicas, ray_address, extend=mount_console)
+        else:
+            status = run_server(settings, reporter, extend=mount_console)
     raise typer.Exit(status)
 
 

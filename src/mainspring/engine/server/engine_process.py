@@ -171,13 +171,18 @@ def load_core(message: Load, channel: Channel) -> EngineCore:
     if message.num_threads is not None:
         set_num_threads(message.num_threads)
     channel.send(Progress("Loading the weights"))
-    model = load_model(message.model, device=message.device, dtype=message.dtype, numerics=message.numerics)
+    model = load_model(
+        message.quantized or message.model,
+        device=message.device,
+        dtype=message.dtype,
+        numerics=message.numerics,
+        quantized=message.quantized is not None,
+    )
     channel.send(Progress("Preparing the engine"))
     # For structured outputs and bad words; the frontend has read the same files.
     core = EngineCore(model, message.config, tokenizer=Tokenizer.from_directory(message.model))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     dtype = str(model.dtype).removeprefix("torch.")
-    channel.send(Ready(core.limits, core.stats(), str(model.device), dtype, parameters))
+    channel.send(Ready(core.limits, core.stats(), str(model.device), dtype, model.num_parameters))
     return core
 
 

@@ -25,6 +25,7 @@ class Load(msgspec.Struct, tag="load", frozen=True):
         model: a Hugging Face directory or a GGUF file.
         dtype: "float32" or "bfloat16"; None: the checkpoint's own.
         num_threads: threads of one operation on a CPU; None: PyTorch's choice.
+        quantized: a GGUF file whose quantised blocks are the weights, instead of `model`'s.
     """
 
     model: str
@@ -33,6 +34,7 @@ class Load(msgspec.Struct, tag="load", frozen=True):
     numerics: Literal["lockstep", "fast"]
     config: EngineConfig
     num_threads: int | None
+    quantized: str | None = None
 
 
 class Submit(msgspec.Struct, tag="submit", frozen=True):

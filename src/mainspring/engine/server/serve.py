@@ -7,105 +7,32 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from collections.abc import Coroutine, Iterator
+from typing import TYPE_CHECKING, Any
 
-from mainspring.engine.config import EngineConfig
-from mainspring.engine.messages import Pooling
-from mainspring.engine.sampling_params import MAX_N
-from mainspring.engine.server.protocol import Load, Ready
+from mainspring.engine.server.assembly import (
+    Extend,
+    assemble,
+    load_message,
+    read_template,
+    read_tokenizer,
+    start_template,
+)
+from mainspring.engine.server.protocol import Ready
 from mainspring.engine.server.reporter import Reporter
+from mainspring.engine.server.settings import ServerSettings
 from mainspring.engine.server.supervisor import EngineSupervisor
-from mainspring.errors import ChatTemplateError, ConfigError, EngineDeadError
+from mainspring.errors import ConfigError, EngineDeadError
 
 if TYPE_CHECKING:
     import uvicorn
-    from fastapi import FastAPI
 
     from mainspring.engine.server.async_llm import AsyncLLM
     from mainspring.engine.server.middleware import DrainGate
     from mainspring.formats.named_models import ResolvedModel
-    from mainspring.formats.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerSettings:
-    """What `run_server` is to do.
-
-    Attributes:
-        model: a Hugging Face directory, a GGUF file, or a known name.
-        port: 0 takes a free one.
-        served_model_name: the name in the API; None: the model's own.
-        dtype: "float32" or "bfloat16"; None: the checkpoint's own.
-        num_threads: threads of one operation on a CPU; None: PyTorch's choice.
-        max_body_bytes: largest request body.
-        drain_seconds: how long running requests may go on after SIGTERM.
-        pooling: of embeddings, unless a request says otherwise: "mean" or "last".
-        max_choices: largest `n` of a request.
-        template_seconds: how long the chat template may take for one conversation.
-        chat_template: a file with a Jinja template to use instead of the model's own.
-        tool_parser: the format of the model's calls: "auto" (by its chat template), "none", or one of TOOL_FORMATS.
-        reasoning_parser: "think", "none", or "auto" (by its chat template).
-        api_keys: any of these opens the API; without one it is open.
-        admin_keys: any of these opens the routes of administration; without one they are closed.
-        open_paths: paths that need no key: files of a page that asks for it.
-        max_restarts: how often the engine process is started again after it has died.
-        allowed_hosts: names that a Host header may have besides the loopback ones. The header is checked
-            when the server listens on a loopback address only, or when names are given.
-
-    Raises:
-        ConfigError: a value is out of range.
-    """
-
-    model: str
-    host: str = "127.0.0.1"
-    port: int = 8000
-    served_model_name: str | None = None
-    device: str = "cpu"
-    dtype: str | None = None
-    numerics: Literal["lockstep", "fast"] = "lockstep"
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    num_threads: int | None = None
-    max_body_bytes: int = 16 * 2**20
-    drain_seconds: float = 30.0
-    pooling: Pooling = "mean"
-    max_choices: int = 128
-    template_seconds: float = 5.0
-    chat_template: str | None = None
-    tool_parser: str = "auto"
-    reasoning_parser: str = "auto"
-    api_keys: tuple[str, ...] = ()
-    admin_keys: tuple[str, ...] = ()
-    open_paths: frozenset[str] = frozenset()
-    max_restarts: int = 0
-    allowed_hosts: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"port is {self.port}, but must be between 0 and 65535")
-        if self.num_threads is not None and self.num_threads < 1:
-            raise ConfigError(f"num_threads is {self.num_threads}, but must be at least 1")
-        if self.max_body_bytes < 1:
-            raise ConfigError(f"max_body_bytes is {self.max_body_bytes}, but must be at least 1")
-        if not 0 <= self.drain_seconds < float("inf"):
-            raise ConfigError(f"drain_seconds is {self.drain_seconds}, but must be a number of at least 0")
-        if not 1 <= self.max_choices <= MAX_N:
-            raise ConfigError(f"max_choices is {self.max_choices}, but must be between 1 and {MAX_N}")
-        if not 0 < self.template_seconds < float("inf"):
-            raise ConfigError(f"template_seconds is {self.template_seconds}, but must be a number above 0")
-        if self.pooling not in get_args(Pooling):
-            raise ConfigError(f"pooling is {self.pooling!r}, but must be mean or last")
-        if self.max_restarts < 0:
-            raise ConfigError(f"max_restarts is {self.max_restarts}, but must be at least 0")
-        if not all((*self.api_keys, *self.admin_keys)):
-            raise ConfigError("an empty key was given, which everybody knows; give another or none")
-
-
-def run_server(
-    settings: ServerSettings, reporter: Reporter, extend: Callable[[FastAPI, AsyncLLM], None] | None = None
-) -> int:
+def run_server(settings: ServerSettings, reporter: Reporter, extend: Extend | None = None) -> int:
     """Serves until a signal ends it; returns the exit status (0 after a drain).
 
     The first SIGTERM or Ctrl-C drains: new requests get 503, running ones finish (for `drain_seconds` at
@@ -116,34 +43,16 @@ def run_server(
         EngineDeadError: the engine process ended before it was ready.
     """
     listener = _bind(settings.host, settings.port)
-    template = _read_template(settings.chat_template)
+    template = read_template(settings.chat_template)
     with listener, EngineSupervisor(reporter, settings.max_restarts) as supervisor:
         reporter.step(f"Looking for the model {settings.model}")
         # The engine process imports PyTorch meanwhile.
         from mainspring.engine.server.model_source import resolve_model
 
         resolved = resolve_model(settings.model, settings.dtype, reporter)
-        supervisor.load(
-            Load(
-                model=str(resolved.path),
-                device=settings.device,
-                dtype=settings.dtype,
-                numerics=settings.numerics,
-                config=settings.engine,
-                num_threads=settings.num_threads,
-            )
-        )
+        supervisor.load(load_message(settings, resolved.path))
         reporter.step("Starting the engine")
         return asyncio.run(_serve(settings, reporter, extend, listener, supervisor, resolved, template))
-
-
-def _read_template(path: str | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The chat template {path!r} cannot be read: {error}") from error
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -170,7 +79,7 @@ def _bind(host: str, port: int) -> socket.socket:
 async def _serve(
     settings: ServerSettings,
     reporter: Reporter,
-    extend: Callable[[FastAPI, AsyncLLM], None] | None,
+    extend: Extend | None,
     listener: socket.socket,
     supervisor: EngineSupervisor,
     resolved: ResolvedModel,
@@ -180,19 +89,15 @@ async def _serve(
     # Imported here, and the tokenizer read, while the engine process loads the model.
     import uvicorn
 
-    from mainspring.formats.tokenizer import Tokenizer
-
-    tokenizer = Tokenizer.from_directory(
-        resolved.path, chat_template=template, template_seconds=settings.template_seconds
-    )
-    warm = asyncio.create_task(asyncio.to_thread(_start_template, tokenizer))
+    tokenizer = read_tokenizer(settings, resolved.path, template)
+    warm = asyncio.create_task(asyncio.to_thread(start_template, tokenizer))
     ready = await signals.unless_stopped(supervisor.until_ready())
     if ready is None:
         supervisor.kill()
         return 0
     await warm
     name = settings.served_model_name or resolved.name
-    gate, llm, app = _application(settings, extend, supervisor, ready, tokenizer, name)
+    gate, llm, app = assemble(settings, extend, supervisor, ready, tokenizer, name)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=2
     )
@@ -209,56 +114,6 @@ async def _serve(
             task.cancel()
         await asyncio.wait({messages, drain})
     return 0
-
-
-def _application(
-    settings: ServerSettings,
-    extend: Callable[[FastAPI, AsyncLLM], None] | None,
-    supervisor: EngineSupervisor,
-    ready: Ready,
-    tokenizer: Tokenizer,
-    name: str,
-) -> tuple[DrainGate, AsyncLLM, FastAPI]:
-    """The engine's asynchronous face, and the routes on it."""
-    from mainspring.engine.server.app import create_app
-    from mainspring.engine.server.async_llm import AsyncLLM
-    from mainspring.engine.server.keys import AccessKeys
-    from mainspring.engine.server.metrics import Metrics
-    from mainspring.engine.server.middleware import LOOPBACK_NAMES, DrainGate, is_loopback
-    from mainspring.engine.server.service import Service, ServiceLimits
-    from mainspring.engine.server.tool_calls.formats import detect
-
-    form = detect(tokenizer.chat_template, settings.tool_parser, settings.reasoning_parser)
-    llm = AsyncLLM(supervisor.engine, ready, tokenizer, tokenizer.eos_token_ids, Metrics(name, ready.stats))
-    gate = DrainGate()
-    hosts: set[str] = set(settings.allowed_hosts)
-    if hosts or is_loopback(settings.host):
-        hosts |= {*LOOPBACK_NAMES, settings.host}
-    service = Service(
-        llm,
-        name,
-        gate,
-        form,
-        settings.pooling,
-        tuple(settings.engine.lora_adapters or ()),
-        ServiceLimits(max_choices=settings.max_choices),
-    )
-    app = create_app(
-        service,
-        max_body_bytes=settings.max_body_bytes,
-        allowed_hosts=hosts,
-        keys=AccessKeys(settings.api_keys, settings.admin_keys, settings.open_paths),
-    )
-    if extend is not None:
-        extend(app, llm)
-    return gate, llm, app
-
-
-def _start_template(tokenizer: Tokenizer) -> None:
-    """Starts the chat template's process, so that the first request need not wait for it."""
-    # A template may refuse this conversation, and a model may have none; requests will be told.
-    with contextlib.suppress(ChatTemplateError):
-        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}])
 
 
 async def _drain(
