@@ -15,6 +15,7 @@ from mainspring.cli.diff import diff
 from mainspring.cli.doctor import doctor
 from mainspring.cli.generate import generate
 from mainspring.cli.plan import plan
+from mainspring.cli.rag import rag
 from mainspring.cli.serve import serve
 from mainspring.cli.tensor import tensor
 from mainspring.cli.train import train
@@ -40,6 +41,7 @@ app.command()(diff)
 app.command()(doctor)
 app.add_typer(bench)
 app.add_typer(tensor)
+app.add_typer(rag)
 
 
 def _print_version(wanted: bool) -> None:
