@@ -1,4 +1,5 @@
-"""Attention of whole sequences, forward and backward: CUDA C++, Triton and canonical order against torch's SDPA.
+"""Attention of whole sequences, forward and backward: CUDA C++ and Triton against torch's SDPA, canonical order against
+the free order of the same kernel, and chunks of prompts over a paged cache.
 
 B · S = 16,384 tokens, H · D = 2,048; causal FLOPs are counted at half, a backward pass at 2.5 forward passes.
 """
@@ -15,12 +16,17 @@ from torch import Tensor
 
 from kernel_groups.timing import Calls, Row, randn, times
 from mainspring.errors import BackendError
+from mainspring.ops.cuda.flash_forward import flash_attention_forward
+from mainspring.ops.cuda.paged_prefill import paged_prefill
 from mainspring.ops.flash_attention import flash_attention_backward_op, flash_attention_op
-from mainspring.ops.triton import attention as canonical
+from mainspring.ops.triton.attention import attention
 
 TOKENS, WIDTH = 16384, 2048
 GRID = tuple(itertools.product((128, 64), (512, 2048, 8192, 16384), (False, True)))
+BLOCK = 16  # keys of a block of the paged cache, which lie in random order
 OURS = ("cuda", "triton")
+CANONICAL, PAGED = "cuda, canonical", "cuda, paged"
+PEERS = ("flash2", "cuDNN")
 aten: Any = torch.ops.aten
 
 
@@ -55,15 +61,27 @@ def forward_rows() -> Iterator[Row]:
             return [partial(flash_attention_op, q, k, v, cu, cu, *options)]
 
         cases: dict[str, Calls] = {name: ours(name) for name in OURS if available(ours(name)[0])}
+        if "cuda" in cases:
+            cases[CANONICAL] = [
+                partial(
+                    flash_attention_forward, q, k, v, cu, cu, max_q=s, max_k=s, scale=d**-0.5, causal=causal,
+                    canonical=True,
+                )
+            ]  # fmt: skip
         if causal:
             lengths = torch.full((TOKENS // s,), s, dtype=torch.int32, device="cuda")
-            for name, chunk in (("canonical", canonical.KEY_CHUNK), ("canonical, one chunk", 1 << 30)):
-                cases[name] = [
-                    partial(
-                        canonical.attention, q, k, v, cu, lengths, None, d**-0.5, max_length=s, max_context=s,
-                        split=False, chunk=chunk,
-                    )
-                ]  # fmt: skip
+            longest = {"max_length": s, "max_context": s}
+            cases["triton, canonical"] = [
+                partial(attention, q, k, v, cu, lengths, None, d**-0.5, **longest, split=False)
+            ]
+            if "cuda" in cases:
+                tables = (
+                    torch.randperm(TOKENS // BLOCK, device="cuda")
+                    .to(torch.int32)
+                    .view(TOKENS // s, s // BLOCK)
+                )
+                caches = [x.view(TOKENS // BLOCK, BLOCK, WIDTH // d, d) for x in (k, v)]
+                cases[PAGED] = [partial(paged_prefill, q, *caches, cu, lengths, tables, d**-0.5, **longest)]
         cases["flash2"] = [partial(aten._scaled_dot_product_flash_attention, dq, dk, dv, 0.0, causal)]
         cases["cuDNN"] = [
             partial(aten._scaled_dot_product_cudnn_attention, dq, dk, dv, None, True, 0.0, causal)
@@ -112,11 +130,14 @@ def backward_rows() -> Iterator[Row]:
 
 
 def compare(group: str, name: str, amount: float, cases: dict[str, Calls]) -> Iterator[Row]:
-    """Every case of ours against both peers; canonical order against itself in one chunk as well."""
+    """Every case of ours against both peers; what is in canonical order against our own free order as well."""
     found = dict(zip(cases, times(list(cases.values()), replays=9), strict=True))
     for label in cases:
-        if label in ("flash2", "cuDNN", "canonical, one chunk"):
+        if label in PEERS:
             continue
-        peers = ["flash2", "cuDNN", *(["canonical, one chunk"] if label == "canonical" else [])]
-        for peer in peers:
+        for peer in PEERS:
             yield Row(group, f"{label} {name}", amount, "GFLOP", *found[label], *found[peer], peer)
+        if label in (CANONICAL, PAGED):
+            yield Row(
+                group, f"{label} {name}", amount, "GFLOP", *found[label], *found["cuda"], "own free order"
+            )

@@ -75,6 +75,15 @@ __device__ __forceinline__ void load(unsigned char* shared, const Barriers& barr
   }
 }
 
+// How many blocks of keys add to a step's dQ before this one does, where their order counts. Under a causal mask they add
+// from the last to the first: a block begins at its diagonal, so the blocks of a row come by one after the other, two or
+// so steps apart, and none waits for long.
+__device__ __forceinline__ unsigned blocks_before(const Problem& problem, const Span& span, int block, int step) {
+  if (kCausal) return min(span.k_count - 1, (step + 1) * kQueries + span.shift - 1) / kKeys - block;
+  const int behind = step * kQueries + span.shift - problem.window + 1;  // first key of the window
+  return block - (kWindow ? max(0, behind) / kKeys : 0);
+}
+
 // One thread for each computing warpgroup: adds that warpgroup's half of every step's dQ.
 __device__ __forceinline__ void add_dq(unsigned char* shared, const Barriers& barriers, const Problem& problem,
                                        const Span& span, int key_head, int sequence, int block, int part, int half) {
@@ -89,8 +98,7 @@ __device__ __forceinline__ void add_dq(unsigned char* shared, const Barriers& ba
       wait(barriers.dq_full + half, parity);
       unsigned* turn = problem.turns + tile * 2 + half;
       if (kDeterministic) {
-        const int behind = step * kQueries + span.shift - problem.window + 1;  // first key of the window
-        const unsigned before = block - (kWindow ? max(0, behind) / kKeys : 0);
+        const unsigned before = blocks_before(problem, span, block, step);
         unsigned seen;
         do {
           asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(turn) : "memory");

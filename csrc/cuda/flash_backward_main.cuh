@@ -82,7 +82,9 @@ __global__ void __launch_bounds__(kThreads, 1)
              const __grid_constant__ Problem problem) {
   extern __shared__ unsigned char unaligned[];
   unsigned char* shared = unaligned + (1024 - shared_address(unaligned) % 1024) % 1024;
-  const int block = blockIdx.x / kParts, part = blockIdx.x % kParts, key_head = blockIdx.y, sequence = blockIdx.z;
+  // Blocks start in the order of their index: those that others wait for come first.
+  const int index = kDeterministic && kCausal ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+  const int block = index / kParts, part = index % kParts, key_head = blockIdx.y, sequence = blockIdx.z;
   const Span span(problem, sequence, block);
   if (span.key >= span.k_count) return;
   const Barriers barriers(shared);

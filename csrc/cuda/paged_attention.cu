@@ -9,11 +9,12 @@
 #include "paged_merge.cuh"
 #include "tensor_map.h"
 
-#ifndef STAGE_PIECES
-#define STAGE_PIECES 2
+// Of tuning: 128 KB on their way to a multiprocessor are enough; more of them make the memory slower.
+#ifndef STAGE_LIMIT
+#define STAGE_LIMIT 8192
 #endif
-#ifndef RING_BYTES
-#define RING_BYTES 32768
+#ifndef RING
+#define RING 2
 #endif
 #ifndef WARPS
 #define WARPS 8
@@ -22,20 +23,19 @@
 namespace mainspring {
 
 constexpr int PIECES = KEYS / PIECE;
+constexpr int stage_pieces() {
+  int pieces = 1;
+  while (pieces < PIECES && 2 * pieces * PIECE_BYTES <= STAGE_LIMIT) pieces *= 2;
+  return pieces;
+}
+constexpr int STAGE_PIECES = stage_pieces();
 constexpr int STAGE_BYTES = STAGE_PIECES * PIECE_BYTES;
 constexpr int SIDE_STAGES = PIECES / STAGE_PIECES;  // of a block's keys; as many of its values
 constexpr int BLOCK_STAGES = 2 * SIDE_STAGES;
-// Stages of a warp's ring: a power of two, so that a stage's place is known at compile time.
-constexpr int ring_stages() {
-  int stages = 2;
-  while (stages < BLOCK_STAGES && 2 * stages * STAGE_BYTES <= RING_BYTES) stages *= 2;
-  return stages;
-}
-constexpr int RING = ring_stages();
-constexpr int USES = BLOCK_STAGES / RING;  // of a stage of the ring in a block
+constexpr int USES = BLOCK_STAGES / RING;  // of a stage of the ring in a block, so that its place is known in advance
 constexpr int FITTING_WARPS = 225 * 1024 / (RING * STAGE_BYTES);
 constexpr int MAX_WARPS = FITTING_WARPS < WARPS ? FITTING_WARPS : WARPS;
-static_assert(PIECES % STAGE_PIECES == 0 && BLOCK_STAGES % RING == 0 && RING * STAGE_BYTES % 1024 == 0);
+static_assert(BLOCK_STAGES % RING == 0 && RING * STAGE_BYTES % 1024 == 0);
 
 // What a block keeps beside the warps' rings.
 struct Shared {

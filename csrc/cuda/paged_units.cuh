@@ -53,8 +53,9 @@ struct DecodeCall {
   int max_length;           // sequences with more queries are another kernel's
 };
 struct Arguments : DecodeCall {
-  Divisor by_group, by_block_size;
-  explicit Arguments(const DecodeCall& call) : DecodeCall(call), by_group(call.group), by_block_size(call.block_size) {}
+  Divisor by_group, by_block_size, by_heads;
+  explicit Arguments(const DecodeCall& call)
+      : DecodeCall(call), by_group(call.group), by_block_size(call.block_size), by_heads(call.kv_heads * call.tiles) {}
 };
 
 // First key (in whole chunks or blocks) that a window leaves to the query at this position.
@@ -113,16 +114,18 @@ __device__ __forceinline__ void find_unit(Unit& u, const Arguments& a, const int
   const int count = ends[a.num_seqs - 1] * heads;
 #pragma unroll 1
   for (; index < count; index += stride) {
-    const int item = index / heads, rest = index - item * heads;
-    int low = 0, high = a.num_seqs - 1;
+    const int item = a.by_heads.divide(index), rest = index - item * heads;
+    // The first sequence that ends behind the item: the lanes cut what is left into 32 parts.
+    int s = 0, step;
 #pragma unroll 1
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (ends[middle] > item) high = middle; else low = middle + 1;
+    for (int left = a.num_seqs;; left = min(step, a.num_seqs - s)) {
+      step = (left + 31) / 32;
+      const int last = (lane + 1) * step - 1;
+      s += step * __popc(__ballot_sync(~0u, last < left && ends[s + last] <= item));
+      if (step == 1) break;
     }
-    const int s = low;
     u.sequence = s;
-    u.tile = rest / a.kv_heads;
+    u.tile = a.tiles == 1 ? 0 : rest / a.kv_heads;
     u.key_head = rest - u.tile * a.kv_heads;
     u.start = a.cu_seqlens[s];
     const int length = a.cu_seqlens[s + 1] - u.start, context = a.context_lens[s];

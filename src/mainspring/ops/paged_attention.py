@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mainspring.ops.batch import TokenBatch
+from mainspring.ops.batch import KVCache, TokenBatch
 from mainspring.ops.cuda.support import refuses
 from mainspring.ops.policy import Policy
 from mainspring.ops.registry import Call
@@ -51,7 +51,7 @@ def paged_attention(
     v_scale = cache.v_scale[layer] if cache.v_scale is not None else None
     group, longest, context = q.shape[1] // keys.shape[2], max(batch.lengths), max(batch.contexts)
     few = min(max(1, TILE_ROWS // group), longest)
-    if min(batch.lengths) > few or not _cuda_serves(q, keys, few, policy):
+    if min(batch.lengths) > few or not _cuda_decodes(q, keys, few, context, policy):
         few = 0
     tickets = batch.tickets
     if k is not None and v is not None:
@@ -75,10 +75,20 @@ def paged_attention(
     return out
 
 
-def _cuda_serves(q: Tensor, keys: Tensor, max_length: int, policy: Policy) -> bool:
+def reads_lengths_on_the_device(
+    cache: KVCache, head_dim: int, group: int, dtype: torch.dtype, policy: Policy
+) -> bool:
+    """Whether both kernels find the sequences' lengths on the device, so that a CUDA graph can hold their launches for
+    any lengths within the batch's bounds. group: query heads a key head."""
+    q = torch.empty((1, group, head_dim), dtype=dtype, device=cache.k[0].device)
+    few, context = max(1, TILE_ROWS // group), cache.num_blocks * cache.block_size
+    return _cuda_decodes(q, cache.k[0], few, context, policy) and _cuda_prefills(q, cache.k[0], context, policy)
+
+
+def _cuda_decodes(q: Tensor, keys: Tensor, max_length: int, max_context: int, policy: Policy) -> bool:
     from mainspring.ops.cuda.paged_attention import refusal
 
-    return _on_hopper(q, policy) and refusal(q, keys, max_length) is None
+    return _on_hopper(q, policy) and refusal(q, keys, max_length, max_context) is None
 
 
 def _cuda_prefills(q: Tensor, keys: Tensor, max_context: int, policy: Policy) -> bool:

@@ -38,7 +38,7 @@ class _Arguments(ctypes.Structure):
     )  # fmt: skip
 
 
-def refusal(q: Tensor, k_cache: Tensor, max_length: int) -> str | None:
+def refusal(q: Tensor, k_cache: Tensor, max_length: int, max_context: int) -> str | None:
     """Why these kernels do not take such a call, or None."""
     head_dim, block_size = q.shape[-1], k_cache.shape[1]
     multiple = 32 if k_cache.dtype is FP8 else 16
@@ -52,7 +52,14 @@ def refusal(q: Tensor, k_cache: Tensor, max_length: int) -> str | None:
         return f"takes blocks of a multiple of 16 keys, not of {block_size}"
     if max_length < 1:
         return f"max_length must be at least 1, not {max_length}"
-    return None
+    return too_many_keys(block_size, max_context)
+
+
+def too_many_keys(block_size: int, max_context: int) -> str | None:
+    """The kernels divide positions by a multiplication in 32 bits."""
+    if max_context * block_size < 1 << 32:
+        return None
+    return f"takes fewer than {(1 << 32) // block_size} keys in blocks of {block_size}, not {max_context}"
 
 
 def tickets_per_sequence(kv_heads: int, group: int, max_length: int) -> int:
@@ -119,7 +126,7 @@ def paged_decode(
         BackendError: a dtype, shape or layout that the kernel does not take, or no nvcc.
     """
     name = "paged_decode"
-    problem = refusal(q, k_cache, max_length)
+    problem = refusal(q, k_cache, max_length, max_context)
     require(name, problem is None, problem or "")
     check_paged(name, q, k_cache, v_cache, cu_seqlens, context_lens, block_tables, scale, out, lse)
     tokens, q_heads, d = q.shape

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from mainspring.ops.cuda.flash_forward import TYPES, described, launch, variant_of
-from mainspring.ops.cuda.paged_attention import check_paged
+from mainspring.ops.cuda.paged_attention import check_paged, too_many_keys
 from mainspring.ops.cuda.support import CANONICAL_HEAD_SIZES
 from mainspring.ops.triton.support import require
-
-MAX_PRODUCT = 1 << 32  # of context and block size: positions are divided by a multiplication in 32 bits
 
 
 def refusal(q: Tensor, k_cache: Tensor, max_context: int) -> str | None:
@@ -28,11 +26,7 @@ def refusal(q: Tensor, k_cache: Tensor, max_context: int) -> str | None:
         return f"has head sizes {', '.join(map(str, CANONICAL_HEAD_SIZES))}, not {q.shape[-1]}"
     if block_size % 16:
         return f"takes blocks of a multiple of 16 keys, not of {block_size}"
-    if max_context * block_size >= MAX_PRODUCT:
-        return (
-            f"takes fewer than {MAX_PRODUCT // block_size} keys in blocks of {block_size}, not {max_context}"
-        )
-    return None
+    return too_many_keys(block_size, max_context)
 
 
 def paged_prefill(

@@ -91,14 +91,15 @@ def attention(
         return out
     kv_heads, num_seqs, paged = k.shape[-2], context_lens.shape[0], block_tables is not None
     group, dim = q_heads // kv_heads, max(16, triton.next_power_of_2(d))
-    rows = (tile or tile_of(dim, q.dtype)).rows
-    tiles = tokens * group // rows + num_seqs
+    loop_tile = tile or tile_of(dim, q.dtype)
     chunks = triton.cdiv(max_context, chunk)
     if split is None:
+        tiles = tokens * group // loop_tile.rows + num_seqs
         few = min(tiles, tokens) * kv_heads < 4 * multiprocessors(q.device)
         split = few or max_length == 1
     split = split and chunks > 1 and chunks * tokens * q_heads * d * 4 <= PARTIAL_BYTES
-    tile = tile or tile_of(dim, q.dtype, split)
+    tile = tile or (tile_of(dim, q.dtype, split=True) if split else loop_tile)
+    tiles = tokens * group // tile.rows + num_seqs
     tma = not paged and not split and _described(k) and _described(v) and q.dtype != torch.float32
     window, cap = window or 0, softcap or 0.0
     factor = 1.0 if cap else scale * LOG2_E

@@ -36,7 +36,8 @@ def tile_of(head_dim: int, dtype: torch.dtype, split: bool = False) -> Tile:
     if dtype == torch.float32:
         return Tile(32, 32, 4 if head_dim <= 64 else 8, 1)
     if head_dim <= 128:
-        return Tile(64, 128, 8 if split and head_dim > 64 else 4, 2)
+        wide = head_dim > 64
+        return Tile(128 if wide and not split else 64, 128, 8 if wide else 4, 2)
     return Tile(64, 64, 8, 2)
 
 
