@@ -9,7 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from mainspring.cli.main import app
+from mainspring.errors import ConfigError
 from mainspring.formats.safetensors_file import CheckpointReader, SafetensorsWriter
 from mainspring.train.verify import VerifySettings, micro_batches
 from parallel.conftest import Reference
@@ -59,8 +62,8 @@ def test_a_batch_is_written_for_others_to_compute(
 ) -> None:
     known = reference("dense", SETTINGS)
     target = tmp_path / "batch.safetensors"
-    done = _verify("--model", str(known.directory), "--write-batch", str(target))
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(app, ["verify", "--model", str(known.directory), "--write-batch", str(target)])
+    assert done.exit_code == 0, done.output
     reader = CheckpointReader(target)
     for number, batch in enumerate(micro_batches(tiny("dense"), VerifySettings(), 0)):
         np.testing.assert_array_equal(reader.entry(f"tokens.{number}").numpy(), batch.tokens)
@@ -80,6 +83,8 @@ def test_a_batch_is_written_for_others_to_compute(
 def test_a_layout_that_does_not_fit_is_refused_before_anything_starts(
     reference: Callable[..., Reference], arguments: tuple[str, ...], words: str
 ) -> None:
-    done = _verify("--model", str(reference("tied", SETTINGS).directory), *arguments)
-    assert done.returncode == 1
-    assert words in done.stderr.replace("\n", " ")
+    directory = str(reference("tied", SETTINGS).directory)
+    done = CliRunner().invoke(app, ["verify", "--model", directory, *arguments])
+    assert done.exit_code != 0
+    assert isinstance(done.exception, ConfigError)
+    assert words in str(done.exception)
