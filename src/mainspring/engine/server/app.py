@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from msgspec import UNSET
@@ -18,6 +19,27 @@ from mainspring.engine.server.openai_types import ModelCard, ModelList
 from mainspring.engine.server.service import Service, json_response, service_of
 
 router = APIRouter()
+_ERROR_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "error": {
+            "type": "object",
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+            "required": ["message", "type", "param", "code"],
+        }
+    },
+    "required": ["error"],
+}
+# What every route may answer, for the OpenAPI document.
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"description": text, "content": {"application/json": {"schema": _ERROR_SCHEMA}}}
+    for status, text in (("4XX", "The request cannot be served."), ("5XX", "The server cannot serve now."))
+}
 _ROUTES = (chat, completions, responses, embeddings, tokens, admin)
 
 
@@ -31,6 +53,7 @@ def create_app(
         # FastAPI's documentation pages load scripts from elsewhere; the schema itself stays.
         docs_url=None,
         redoc_url=None,
+        responses=_ERRORS,
         middleware=[
             Middleware(HostCheck, allowed=allowed_hosts),
             Middleware(KeyCheck, keys=keys),
