@@ -213,3 +213,20 @@ def scores(directory: str, layout: str, count: int) -> list[float]:
     sharded.load_weights(Path(directory))
     batches: list[MicroBatch] = micro_batches(config, VerifySettings(micro_batches=count), 0)
     return sharded.negative_log_likelihoods(batches)
+
+
+def biased_training(directory: str, layout: str, rate: float, steps: int) -> dict[str, Any]:
+    """The imbalance of each step, and the biases at the end, when the same batch is computed again and again."""
+    from mainspring.parallel.balance import blocks_by_layer, imbalance, move_biases
+
+    units = units_of(directory, Layout.parse(layout), Balance(0.0, rate))
+    pipeline = Pipeline(units.model, units)
+    seen = []
+    for _ in range(steps):
+        pipeline.run(micro_batches(units.model.config, VerifySettings(), 0))
+        units.clear()
+        loads = take_loads(units.model)
+        move_biases(units.model, loads)
+        seen.append(imbalance(loads))
+    biases = {number: block.choice_bias.tolist() for number, block in blocks_by_layer(units.model).items()}
+    return {"imbalance": seen, "biases": biases}

@@ -126,6 +126,17 @@ def _router_gradients_with_auxiliary_loss(
     }
 
 
+def test_the_bias_on_the_choice_balances_experts_the_same_under_every_layout(
+    pool: Pool, reference: Callable[..., Reference]
+) -> None:
+    directory = str(reference("moe", SETTINGS).directory)
+    one = pool.run("jobs:biased_training", 1, directory, "one", 0.05, 12)[0]
+    assert one["imbalance"][-1] < 0.75 * (one["imbalance"][0] - 1) + 1
+    for layout in ("dp=2,ep=2", "tp=2", "cp=2,zero=2"):
+        for rank in pool.run("jobs:biased_training", 2, directory, layout, 0.05, 12):
+            assert rank == one
+
+
 @pytest.mark.parametrize(
     "layout", ["dp=2,zero=3", "pp=2,virtual=2,schedule=interleaved", "tp=2,cp=2", "moe dp=2,ep=2"]
 )
