@@ -34,7 +34,7 @@ def test_log_probs(entropy: bool, tmp_path: Path) -> None:
         "each": "i32",
         "inverse_temperature": "fp32",
     }
-    constants = {"V": 151936, "SEGMENT": SEGMENT, "MOMENT": entropy, "ROWS": 32, "TARGETS": True}
+    constants = {"V": 151936, "SEGMENT": SEGMENT, "MOMENT": entropy, "ROWS": 32, "TARGETS": True, "EARLY": True}
     for kernel, warps in ((segment_kernel, WARPS), (combine_kernel, 1)):
         names = set(kernel.arg_names)
         binary = compiled(
@@ -45,6 +45,8 @@ def test_log_probs(entropy: bool, tmp_path: Path) -> None:
             3,
         )
         assert stack_bytes(binary, tmp_path) == 0
+        waits = "griddepcontrol.wait" if kernel is combine_kernel else "griddepcontrol.launch_dependents"
+        assert binary.asm["ptx"].count(waits) == 1
         assert kernel is combine_kernel or wide_loads(binary) == SEGMENT // (WARPS * 32) // 4
 
 

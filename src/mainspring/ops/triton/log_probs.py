@@ -10,8 +10,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mainspring.ops.triton.support import canonical_rows, multiprocessors, on_device, require
+from mainspring.ops.triton.support import (
+    canonical_rows,
+    has_dependent_launch,
+    multiprocessors,
+    on_device,
+    require,
+)
 
 SEGMENT = 8192  # elements of a row whose sum has an order of its own
 WARPS = 8
@@ -61,9 +68,11 @@ def log_prob_of(value, peak, log_total, inverse_temperature):
 @triton.jit(do_not_specialize=["inverse_temperature", "rows", "each"])
 def segment_kernel(
     logits, partial, stride, rows, each, inverse_temperature, V: tl.constexpr, SEGMENT: tl.constexpr,
-    MOMENT: tl.constexpr,
+    MOMENT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows, groups of `each` segments). partial: [2 or 3, segments, rows] fp32."""
+    if EARLY:
+        gdc_launch_dependents()  # the merging kernel may be brought up meanwhile; it waits for all of this one
     row = tl.program_id(0).to(tl.int64)
     segments = tl.cdiv(V, SEGMENT)
     first = tl.program_id(1) * each
@@ -81,11 +90,18 @@ def segment_kernel(
 @triton.jit(do_not_specialize=["inverse_temperature", "rows"])
 def combine_kernel(
     partial, logits, targets, out, entropies, stride, rows, inverse_temperature, V: tl.constexpr,
-    SEGMENT: tl.constexpr, ROWS: tl.constexpr, TARGETS: tl.constexpr, MOMENT: tl.constexpr,
+    SEGMENT: tl.constexpr, ROWS: tl.constexpr, TARGETS: tl.constexpr, MOMENT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Merges each row's segments from left to right. Grid: (groups of ROWS rows,)."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
+    value = tl.zeros((ROWS,), tl.float32)
+    if TARGETS:
+        target = tl.load(targets + row, inside, 0)
+        known = (target >= 0) & (target < V)
+        value = tl.load(logits + row * stride + target, inside & known, float("nan"))
+    if EARLY:
+        gdc_wait()
     segments: tl.constexpr = (V + SEGMENT - 1) // SEGMENT
     peak = tl.load(partial + row, inside, 0.0)
     total = tl.load(partial + segments * rows + row, inside, 1.0)
@@ -104,9 +120,6 @@ def combine_kernel(
         )
     log_total = tl.log(total)
     if TARGETS:
-        target = tl.load(targets + row, inside, 0)
-        known = (target >= 0) & (target < V)
-        value = tl.load(logits + row * stride + target, inside & known, float("nan"))
         tl.store(out + row, log_prob_of(value, peak, log_total, inverse_temperature), inside)
     else:
         tl.store(out + row, tl.fma(peak, inverse_temperature, log_total), inside)
@@ -187,7 +200,8 @@ def _run(
         segments = triton.cdiv(v, segment)
         partial = torch.empty((2 + entropy, segments, rows), dtype=torch.float32, device=logits.device)
         each = segments_each(rows, segments, multiprocessors(logits.device))
-        shared = {"V": v, "SEGMENT": segment, "MOMENT": entropy}
+        early = has_dependent_launch(logits.device)
+        shared = {"V": v, "SEGMENT": segment, "MOMENT": entropy, "EARLY": early}
         with on_device(logits):
             segment_kernel[(rows, triton.cdiv(segments, each))](
                 logits, partial, stride, rows, each, 1.0 / temperature, **shared, num_warps=WARPS,
@@ -195,6 +209,7 @@ def _run(
             combine_kernel[(triton.cdiv(rows, _COMBINED_ROWS),)](
                 partial, logits, out if targets is None else targets, out, entropies, stride, rows,
                 1.0 / temperature, **shared, ROWS=_COMBINED_ROWS, TARGETS=targets is not None, num_warps=1,
+                launch_pdl=early,
             )  # fmt: skip
     return out, entropies
 

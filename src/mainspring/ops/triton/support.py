@@ -16,6 +16,7 @@ from mainspring.ops.registry import Call
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)  # bf16 matrix instructions
 TMA_CAPABILITY = (9, 0)
+DEPENDENT_LAUNCH_CAPABILITY = (9, 0)
 ALIGNMENT = 16  # bytes: what a vector load and a tensor descriptor ask of addresses and strides
 
 
@@ -68,6 +69,12 @@ def _too_old() -> str | None:
 def has_tma(device: torch.device) -> bool:
     """Whether the device copies tiles by tensor descriptors (Hopper and later)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= TMA_CAPABILITY
+
+
+@functools.lru_cache(maxsize=64)
+def has_dependent_launch(device: torch.device) -> bool:
+    """Whether a kernel can be brought up while the one before it still runs (Hopper and later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= DEPENDENT_LAUNCH_CAPABILITY
 
 
 @functools.lru_cache(maxsize=64)
