@@ -10,12 +10,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mainspring.formats.model_config import ModelConfig
 from mainspring.model.layers import MixtureOfExperts
 from mainspring.ops import Policy
 from mainspring.ops.cpu.extension import unavailable_reason
-from support.families import FAMILIES, model_config
 
-CONFIGS = {f.name: model_config(f) for f in FAMILIES if f.name in ("mixtral", "qwen3-moe")}
+# Plain dictionaries: the GPU's tests run where transformers is not installed.
+SIZES = {
+    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+FAMILIES = {
+    "mixtral": {
+        "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "qwen3-moe": {
+        "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8,
+        "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 16, "norm_topk_prob": False,
+    },
+}  # fmt: skip
+CONFIGS = {name: ModelConfig.from_dict(SIZES | family) for name, family in FAMILIES.items()}
 WIDTH = 48
 PLACES = [
     pytest.param("cpu", "reference", id="cpu-reference"),
