@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from mainspring.engine.llm import LLM
 from mainspring.engine.sampling_params import SamplingParams
@@ -13,6 +14,7 @@ from mainspring.formats.model_config import ModelConfig
 from mainspring.model.checkpoint import save_model
 from mainspring.model.decoder import Decoder
 from mainspring.model.initialise import create_model
+from mainspring.ops import TokenBatch
 from support.byte_tokenizer import byte_tokenizer
 
 CONFIG = {
@@ -152,3 +154,23 @@ def test_a_directory_gives_what_its_decoder_gives(model: Decoder, llm: LLM, tmp_
 def test_a_dtype_beside_a_decoder_is_refused(model: Decoder) -> None:
     with pytest.raises(ConfigError, match="bfloat16"):
         LLM(model, dtype="bfloat16")
+
+
+def test_embeddings_are_the_pooled_hidden_states_whatever_runs_beside(llm: LLM, model: Decoder) -> None:
+    texts = ["abc", "a longer text than the other", "x"]
+    with torch.no_grad():
+        states = [
+            model(torch.tensor(TOKENIZER.encode(text)), TokenBatch.packed([len(TOKENIZER.encode(text))]))
+            for text in texts
+        ]
+    means = llm.embed(texts, normalize=False)
+    assert all(torch.equal(got, hidden.mean(0)) for got, hidden in zip(means, states, strict=True))
+    lasts = llm.embed(texts, pooling="last")
+    for got, hidden in zip(lasts, states, strict=True):
+        torch.testing.assert_close(got, hidden[-1] / hidden[-1].norm())
+    assert torch.equal(llm.embed("abc", normalize=False)[0], means[0])
+    assert llm.embed([]) == []
+    with pytest.raises(RequestTooLongError):
+        llm.embed(["abc", [1] * 129])
+    assert len(llm.embed([[1] * 128])) == 1
+    assert not llm.engine.has_work()

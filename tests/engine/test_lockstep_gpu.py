@@ -138,6 +138,6 @@ def test_forks_and_fp8_run_and_new_weights_reach_the_graphs() -> None:
     [result] = run_jobs(small, [(prompt, params)])
     assert len(result.tokens) == 40
     gaps = [
-        abs(a.logprobs[0] - b.logprobs[0]) for a, b in zip(result.logprobs, first[0].logprobs, strict=True)
+        abs(a.logprobs[0] - b.logprobs[0]) for a, b in zip(result.logprobs, expected[0].logprobs, strict=True)
     ]
     assert gaps[0] < 0.5

@@ -97,6 +97,7 @@ class EngineCore:
             num_seats=seats,
             max_model_len=max_model_len,
             cache_dtype=cache_dtype,
+            max_num_tokens=sizing.max_num_batched_tokens(config, device),
             graphs=device.type == "cuda" if config.cuda_graphs is None else config.cuda_graphs,
         )
         if config.lora_adapters:

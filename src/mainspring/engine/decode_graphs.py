@@ -68,6 +68,7 @@ class DecodeGraphs:
         self._tickets = torch.zeros(
             tables.dummy * model.config.num_heads, dtype=torch.int32, device=model.device
         )
+        self.pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
         if model.device.type == "cuda":
             self._capture_all()
 
@@ -130,7 +131,6 @@ class DecodeGraphs:
     @torch.inference_mode()
     def _capture_all(self) -> None:
         """The largest first: the smaller ones then find all the memory that they need in the pool."""
-        pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         for size in reversed(self._numbers):
@@ -140,10 +140,10 @@ class DecodeGraphs:
                 self._run(step, contexts)  # compiles and loads what a capture could not
             stream.synchronize()
             step.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(step.graph, pool=pool, stream=stream):
+            with torch.cuda.graph(step.graph, pool=self.pool, stream=stream):
                 logits, tokens, positions = self._run(step, contexts)
             # The memory of the logits goes back to the pool, for those of the next graph.
-            step.outputs = _unowned(logits), tokens, positions
+            step.outputs = unowned(logits), tokens, positions
             del logits
         torch.cuda.current_stream().wait_stream(stream)
 
@@ -160,6 +160,6 @@ class _Address:
         }
 
 
-def _unowned(tensor: Tensor) -> Tensor:
+def unowned(tensor: Tensor) -> Tensor:
     """A float32 tensor on the same memory, which somebody else must keep alive: here, the graph's pool."""
     return torch.as_tensor(_Address(tensor), device=tensor.device)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
 
 from mainspring.engine.admission import make_request
 from mainspring.engine.choices import ChoiceMerger, fan_out
 from mainspring.engine.config import EngineConfig, KVCacheDtype, SchedulingPolicy
 from mainspring.engine.core import EngineCore
-from mainspring.engine.messages import EngineRequest
+from mainspring.engine.messages import EngineRequest, Pooling
 from mainspring.engine.output_processor import OutputKind, OutputProcessor
 from mainspring.engine.outputs import RequestOutput
 from mainspring.engine.sampling_params import SamplingParams
@@ -25,6 +28,8 @@ from mainspring.formats.tokenizer import Tokenizer
 from mainspring.model.checkpoint import load_model
 from mainspring.model.decoder import Decoder
 from mainspring.ops import Numerics
+
+_OFFLINE_BATCHED_TOKENS = 16_384
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
@@ -171,6 +176,48 @@ class LLM:
         conversations = cast("Sequence[Messages]", [messages] if is_one else messages)
         prompts = [self._chat_prompt(chat) for chat in conversations]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+    ) -> list[Tensor]:
+        """A vector [hidden] float32 for each prompt: its hidden states after the final norm, pooled.
+
+        Args:
+            prompts: a text, a list of token ids, or a list of either.
+            pooling: "mean" of all tokens, or the "last" one's.
+            normalize: divide each vector by its length.
+
+        Raises:
+            InvalidRequestError, RequestTooLongError: a prompt is refused; then none is started.
+        """
+        requests = [
+            make_request(
+                str(next(self._request_ids)),
+                self._encode(prompt) if isinstance(prompt, str) else prompt,
+                SamplingParams(),
+                self.engine.limits,
+                (),
+                pooling=pooling,
+            )
+            for prompt in _as_list(prompts)
+        ]
+        vectors: dict[str, Tensor] = {}
+        try:
+            for request in requests:
+                self.engine.add_request(request)
+            while len(vectors) < len(requests):
+                for output in self.engine.step():
+                    if output.embedding is not None:
+                        vectors[output.request_id] = torch.tensor(output.embedding)
+        finally:
+            for request in requests:
+                self.engine.abort(request.request_id)
+        ordered = [vectors[request.request_id] for request in requests]
+        return [F.normalize(vector, dim=0) for vector in ordered] if normalize else ordered
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, lora: str | None = None

@@ -9,14 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mainspring.engine.decode_graphs import DecodeGraphs
+from mainspring.engine.decode_graphs import DecodeGraphs, DecodeRows
 from mainspring.engine.hooks import Adapters, Sampler, SampleRows
 from mainspring.engine.logprobs import LogprobTensors, compute_logprobs
 from mainspring.engine.messages import TokenLogprobs
 from mainspring.engine.request import Request
 from mainspring.engine.scheduler import ScheduledRequest
 from mainspring.engine.seats import SeatTables
-from mainspring.engine.step_input import StepInput, build_input, send
+from mainspring.engine.step_graphs import StepGraphs
+from mainspring.engine.step_input import StepArrays, build_step, send
 from mainspring.engine.threads import single_threaded
 from mainspring.model.decoder import Decoder
 from mainspring.ops.batch import KVCache, LinearAdapters, TokenBatch
@@ -74,9 +75,10 @@ class ModelRunner:
         num_seats: int,
         max_model_len: int,
         cache_dtype: torch.dtype,
+        max_num_tokens: int,
         graphs: bool,
     ) -> None:
-        """graphs: run decode steps of fixed sizes; on a GPU, from CUDA graphs."""
+        """max_num_tokens: of a step. graphs: run steps of fixed sizes; on a GPU, from CUDA graphs."""
         self._model = model
         self._sampler = sampler
         self._num_blocks = num_blocks
@@ -84,9 +86,11 @@ class ModelRunner:
         self._cache_dtype = cache_dtype
         self._tables = SeatTables(num_seats, max_model_len, block_size, model.device)
         self._max_model_len = max_model_len
+        self._max_num_tokens = max_num_tokens
         self._wants_graphs = graphs
         self._cache: KVCache | None = None
         self._graphs: DecodeGraphs | None = None
+        self._step_graphs: StepGraphs | None = None
         self.adapters: Adapters | None = None
         self.allocate_cache()
 
@@ -107,6 +111,16 @@ class ModelRunner:
                 self._graphs = DecodeGraphs(
                     self._model, self._tables, self._sampler, self._cache, self._max_model_len
                 )
+                if self._graphs.pool is not None and StepGraphs.serves(self._model, self._cache):
+                    self._step_graphs = StepGraphs(
+                        self._model,
+                        self._tables,
+                        self._sampler,
+                        self._cache,
+                        self._max_model_len,
+                        self._max_num_tokens,
+                        self._graphs.pool,
+                    )
 
     @property
     def has_cache(self) -> bool:
@@ -132,6 +146,7 @@ class ModelRunner:
     def free_cache(self) -> None:
         """Give the cache's memory back."""
         self._graphs = None
+        self._step_graphs = None
         self._cache = None
 
     def launch(
@@ -164,7 +179,15 @@ class ModelRunner:
             and item.samples
             and request.is_seated
             and len(request.block_table) - request.num_blocks_uploaded <= 1
-            and not request.lora_id
+            and self._is_simple(item)
+        )
+
+    def _is_simple(self, item: ScheduledRequest) -> bool:
+        """Its tokens take the path that all graphs take, and nobody asks for their hidden states."""
+        request = item.request
+        return (
+            not request.lora_id
+            and request.pooling is None
             and not (request.prompt_logprobs is not None and request.needs_all_hidden_states)
             and not self.rope_depends_on_length(request.rope_length)
         )
@@ -175,44 +198,66 @@ class ModelRunner:
             (item.request.seat, item.start, item.request.block_table[item.start // size])
             for item in result.scheduled
         ]
-        step = graphs.run(np.array(rows, dtype=np.int64).T)
-        requests = [item.request for item in result.scheduled]
-        is_plain = all(self._sampler.is_plain(request) for request in requests)
-        self._sample(result, step.logits, step.seats, step.positions, step.tokens if is_plain else None)
+        self._sample_after_graph(result, graphs.run(np.array(rows, dtype=np.int64).T))
+
+    def _sample_after_graph(self, result: StepResult, rows: DecodeRows) -> None:
+        """The graph has sampled as if all requests were plain."""
+        is_plain = all(self._sampler.is_plain(item.request) for item in result.scheduled if item.samples)
+        self._sample(result, rows.logits, rows.seats, rows.positions, rows.tokens if is_plain else None)
 
     def _compute(self, result: StepResult) -> None:
         """A step of any kind."""
         scheduled = result.scheduled
-        step = build_input(scheduled, self._model.device)
-        hidden = self._forward(scheduled, step)
+        step = build_step(scheduled)
+        self._enter_news(step)
+        graphs = self._step_graphs
+        size = graphs.size_of(step) if graphs is not None and all(map(self._is_simple, scheduled)) else None
+        if graphs is not None and size is not None:
+            rows = graphs.run(step, size)
+            if len(step.sample_rows):
+                self._sample_after_graph(result, rows)
+            return
+        sample_rows, sample_seats, sample_positions, hidden = self._forward(scheduled, step)
         result.prompt_logprobs = self._prompt_logprobs(scheduled, hidden)
         result.embeddings = _pool(scheduled, hidden)
-        rows = step.sample_rows
-        if len(rows):
-            logits = self._model.logits(hidden if len(rows) == len(hidden) else hidden.index_select(0, rows))
-            self._sample(result, logits, step.sample_seats, step.sample_positions, None)
+        if len(sample_rows):
+            everything = len(sample_rows) == len(hidden)
+            logits = self._model.logits(hidden if everything else hidden.index_select(0, sample_rows))
+            self._sample(result, logits, sample_seats, sample_positions, None)
 
-    def _forward(self, scheduled: Sequence[ScheduledRequest], step: StepInput) -> Tensor:
+    def _enter_news(self, step: StepArrays) -> None:
+        """Tell the device's tables which tokens and blocks are new."""
+        if step.new_tokens.size or step.new_blocks.size:
+            tokens, blocks = send(step.news(), self._model.device)
+            if tokens.shape[1]:
+                self._tables.write_tokens(*tokens)
+            if blocks.shape[1]:
+                self._tables.write_blocks(*blocks)
+
+    def _forward(
+        self, scheduled: Sequence[ScheduledRequest], step: StepArrays
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(rows, seats and positions of what is to be sampled, [R] each, hidden states of all tokens)."""
         tables = self._tables
-        if step.new_tokens.shape[1]:
-            tables.write_tokens(*step.new_tokens)
-        if step.new_blocks.shape[1]:
-            tables.write_blocks(*step.new_blocks)
+        token_seats, positions, seats, context_lens, boundaries, *samples = send(
+            step.rest(), self._model.device
+        )
         contexts = tuple(item.start + item.num_tokens for item in scheduled)
         batch = TokenBatch(
-            positions=step.positions,
-            cu_seqlens=step.boundaries.to(torch.int32),
-            context_lens=step.contexts.to(torch.int32),
+            positions=positions,
+            cu_seqlens=boundaries.to(torch.int32),
+            context_lens=context_lens.to(torch.int32),
             lengths=tuple(item.num_tokens for item in scheduled),
             contexts=contexts,
             rope_lengths=tuple(item.request.rope_length for item in scheduled),
             cache=self._cache,
-            slots=tables.slots(step.token_seats, step.positions),
-            block_tables=tables.block_tables(step.seats, -(-max(contexts) // self._block_size)),
+            slots=tables.slots(token_seats, positions),
+            block_tables=tables.block_tables(seats, -(-max(contexts) // self._block_size)),
             adapters=self._adapters_of(scheduled),
         )
-        hidden: Tensor = self._model(tables.read_tokens(step.token_seats, step.positions), batch)
-        return hidden
+        hidden: Tensor = self._model(tables.read_tokens(token_seats, positions), batch)
+        sample_rows, sample_seats, sample_positions = samples
+        return sample_rows, sample_seats, sample_positions, hidden
 
     def _adapters_of(self, scheduled: Sequence[ScheduledRequest]) -> LinearAdapters | None:
         if self.adapters is None or not any(item.request.lora_id for item in scheduled):

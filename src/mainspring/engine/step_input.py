@@ -17,8 +17,8 @@ Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class StepInput:
-    """A step of T tokens of S sequences on the device; R rows are sampled from. All int64.
+class StepArrays:
+    """A step of T tokens of S sequences; R rows are sampled from. All int64, on the host.
 
     Attributes:
         new_tokens: [3, *] seat, position and id of tokens that the device does not know yet.
@@ -30,16 +30,42 @@ class StepInput:
         sample_seats, sample_positions: [R] whose the sampled tokens are, and where they will stand.
     """
 
-    new_tokens: Tensor
-    new_blocks: Tensor
-    token_seats: Tensor
-    positions: Tensor
-    seats: Tensor
-    contexts: Tensor
-    boundaries: Tensor
-    sample_rows: Tensor
-    sample_seats: Tensor
-    sample_positions: Tensor
+    new_tokens: Ints
+    new_blocks: Ints
+    token_seats: Ints
+    positions: Ints
+    seats: Ints
+    contexts: Ints
+    boundaries: Ints
+    sample_rows: Ints
+    sample_seats: Ints
+    sample_positions: Ints
+
+    def news(self) -> list[Ints]:
+        """What is to be entered into the tables before the step."""
+        return [self.new_tokens, self.new_blocks]
+
+    def rest(self) -> list[Ints]:
+        """What the step itself is made of."""
+        return [
+            self.token_seats, self.positions, self.seats, self.contexts, self.boundaries, self.sample_rows,
+            self.sample_seats, self.sample_positions,
+        ]  # fmt: skip
+
+    def padded(self, num_tokens: int, num_rows: int, dummy: int) -> list[Ints]:
+        """`rest` with T = num_tokens and S = R = num_rows: further tokens are the dummy seat's, in no sequence, and
+        further sequences are empty."""
+        more_tokens, more = num_tokens - len(self.positions), num_rows - len(self.seats)
+        more_samples = num_rows - len(self.sample_rows)
+        last = int(self.boundaries[-1])
+        fills = (
+            (more_tokens, dummy), (more_tokens, 0), (more, dummy), (more, 0), (more, last), (more_samples, 0),
+            (more_samples, dummy), (more_samples, 0),
+        )  # fmt: skip
+        return [
+            np.concatenate([array, np.full(count, value, dtype=np.int64)])
+            for array, (count, value) in zip(self.rest(), fills, strict=True)
+        ]
 
 
 def send(arrays: Sequence[Ints], device: torch.device) -> list[Tensor]:
@@ -56,7 +82,7 @@ def send(arrays: Sequence[Ints], device: torch.device) -> list[Tensor]:
     return [piece.view(array.shape) for piece, array in zip(pieces, arrays, strict=True)]
 
 
-def build_input(scheduled: Sequence[ScheduledRequest], device: torch.device) -> StepInput:
+def build_step(scheduled: Sequence[ScheduledRequest]) -> StepArrays:
     """Any mix of prompt chunks, decodes and drafts."""
     lengths = np.array([item.num_tokens for item in scheduled], dtype=np.int64)
     starts = np.array([item.start for item in scheduled], dtype=np.int64)
@@ -69,19 +95,18 @@ def build_input(scheduled: Sequence[ScheduledRequest], device: torch.device) -> 
     firsts = np.cumsum(counts) - counts
     ramp = np.arange(counts.sum()) - np.repeat(firsts, counts)
     sample_rows = ramp + np.repeat(boundaries[1:] - counts, counts)
-    arrays = [
-        _new_tokens(scheduled),
-        _new_blocks(scheduled),
-        np.repeat(seats, lengths),
-        positions,
-        seats,
-        starts + lengths,
-        boundaries,
-        sample_rows,
-        np.repeat(seats, counts),
-        positions[sample_rows] + 1,
-    ]
-    return StepInput(*send(arrays, device))
+    return StepArrays(
+        new_tokens=_new_tokens(scheduled),
+        new_blocks=_new_blocks(scheduled),
+        token_seats=np.repeat(seats, lengths),
+        positions=positions,
+        seats=seats,
+        contexts=starts + lengths,
+        boundaries=boundaries,
+        sample_rows=sample_rows,
+        sample_seats=np.repeat(seats, counts),
+        sample_positions=positions[sample_rows] + 1,
+    )
 
 
 def _new_tokens(scheduled: Sequence[ScheduledRequest]) -> Ints:
