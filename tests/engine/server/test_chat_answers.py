@@ -280,6 +280,30 @@ def test_every_message_that_we_give_is_one_that_we_take(with_text: Ask) -> None:
     with_text(TWO_CALLS, scenario)
 
 
+def test_what_lies_between_is_asked_for_with_the_model_s_marks() -> None:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders
+    from tokenizers.models import BPE
+
+    letters = "abcdefgh"
+    backend = Backend(BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
+    backend.add_special_tokens(["<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<end>"])
+    backend.decoder = decoders.Fuse()
+    tokenizer = Tokenizer(backend, {"eos_token": "<end>"})
+
+    async def scenario() -> None:
+        async with scripted_app(tokenizer, WritingEngine(tokenizer, "dd")) as app:
+            answer = await app.client.completions.create(
+                model=MODEL_NAME, prompt="ab", suffix="gh", echo=True, extra_body={"stop_token_ids": [3]}
+            )
+            assert answer.choices[0].text == "abdd"
+            (request,) = app.engine.requests
+            assert request.prompt_token_ids == [8, 0, 1, 9, 6, 7, 10]
+            assert request.params.stop_token_ids == [3, 8, 9, 10]
+
+    asyncio.run(scenario())
+
+
 def responses(**fields: Any) -> Callable[[Scripted], Coroutine[Any, Any, Any]]:
     """A scenario that asks for a response."""
 

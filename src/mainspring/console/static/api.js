@@ -37,9 +37,34 @@ export async function fetchFigures() {
   return response.json();
 }
 
+// The key of a server that asks for one; kept for this tab only.
+const KEY = "mainspring-api-key";
+let declined = false;
+
+/** The answer to a request; where the server needs a key, the user is asked for it once. */
 async function request(path, options) {
+  const used = sessionStorage.getItem(KEY);
+  const response = await send(path, options, used);
+  if (response.status !== 401) return response;
+  // Another request may have asked meanwhile.
+  if (sessionStorage.getItem(KEY) === used && !askForKey()) return response;
+  return send(path, options, sessionStorage.getItem(KEY));
+}
+
+function askForKey() {
+  const key = declined ? null : window.prompt("This server needs an API key.");
+  if (!key) {
+    declined = true;
+    return false;
+  }
+  sessionStorage.setItem(KEY, key);
+  return true;
+}
+
+async function send(path, options, key) {
+  const headers = key ? { ...options.headers, Authorization: `Bearer ${key}` } : options.headers;
   try {
-    return await fetch(path, options);
+    return await fetch(path, { ...options, headers });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ConnectionError("The server does not answer.");

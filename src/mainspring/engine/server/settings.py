@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from mainspring.engine.config import EngineConfig
 from mainspring.engine.messages import Pooling
 from mainspring.engine.sampling_params import MAX_N
+from mainspring.engine.server.tool_calls.formats import check_names
 from mainspring.errors import ConfigError
 
 
@@ -80,6 +81,7 @@ class ServerSettings:
             raise ConfigError(f"template_seconds is {self.template_seconds}, but must be a number above 0")
         if self.pooling not in get_args(Pooling):
             raise ConfigError(f"pooling is {self.pooling!r}, but must be mean or last")
+        check_names(self.tool_parser, self.reasoning_parser)
         if self.max_restarts < 0:
             raise ConfigError(f"max_restarts is {self.max_restarts}, but must be at least 0")
         if not all((*self.api_keys, *self.admin_keys)):

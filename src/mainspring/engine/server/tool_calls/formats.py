@@ -39,6 +39,16 @@ class AnswerFormat:
         return self.tools == "llama3_json"
 
 
+def check_names(tool_parser: str, reasoning_parser: str) -> None:
+    """Raises ConfigError unless `detect` knows these names."""
+    for name, value, known in (
+        ("tool_parser", tool_parser, ("auto", "none", *TOOL_FORMATS)),
+        ("reasoning_parser", reasoning_parser, ("auto", "none", "think")),
+    ):
+        if value not in known:
+            raise ConfigError(f"{name} {value!r} is not one of {', '.join(known)}")
+
+
 def detect(template: str | None, tool_parser: str, reasoning_parser: str) -> AnswerFormat:
     """The format of a model with that chat template.
 
@@ -46,21 +56,15 @@ def detect(template: str | None, tool_parser: str, reasoning_parser: str) -> Ans
 
     Raises: ConfigError, for another name.
     """
+    check_names(tool_parser, reasoning_parser)
     source = template or ""
-    if reasoning_parser not in ("auto", "none", "think"):
-        raise ConfigError(f"reasoning_parser {reasoning_parser!r} is not one of auto, none, think")
     reasons = reasoning_parser == "think" or (
         reasoning_parser == "auto" and (reasoning.OPEN in source or reasoning.CLOSE in source)
     )
-    tools: ToolFormat | None = None
     if tool_parser == "auto":
         tools = _of_template(source)
-    elif tool_parser != "none":
+    else:
         tools = next((name for name in TOOL_FORMATS if name == tool_parser), None)
-        if tools is None:
-            raise ConfigError(
-                f"tool_parser {tool_parser!r} is not one of auto, none, {', '.join(TOOL_FORMATS)}"
-            )
     return AnswerFormat(tools, reasons, "tools" in source)
 
 
@@ -119,4 +123,12 @@ def _parser_of(tools: ToolFormat | None, names: Collection[str]) -> Parser:
             return PythonicParser(names)
 
 
-__all__ = ["TOOL_FORMATS", "AnswerFormat", "AnswerPlan", "ToolFormat", "detect", "prompt_opens_reasoning"]
+__all__ = [
+    "TOOL_FORMATS",
+    "AnswerFormat",
+    "AnswerPlan",
+    "ToolFormat",
+    "check_names",
+    "detect",
+    "prompt_opens_reasoning",
+]
