@@ -1,12 +1,13 @@
-"""Serving a small model on a CPU, against `transformers` in the same run: `python benchmarks/serve_cpu.py`.
+"""Serving a small model on a CPU against `transformers` and llama.cpp, in one run: `python benchmarks/serve_cpu.py`.
 
-One process, the same bfloat16 weights, the same threads, and the contestants take turns, so that a busy
-neighbour hurts all of them. Four cases:
+One process, the same threads, and the contestants take turns, so that a busy neighbour hurts all of them. Two
+comparisons: the same bfloat16 weights against `transformers`, and the quantised blocks of the same GGUF file against
+llama.cpp (`llama-cpp-python`, built for this processor; left out with a word if it is not installed). Four cases:
 
   one stream            a short prompt, then tokens one by one (greedy): tokens generated a second
   8 requests            ours: 8 requests arriving over the first second, each served as it comes; transformers:
                         its best case, a static batch of 8 that starts at once; tokens generated a second,
-                        from the first arrival to the last token
+                        from the first arrival to the last token (llama.cpp takes one stream: its figure is that)
   prefill               a prompt of 1,024 tokens and one token: prompt tokens a second
   start of the server   `mainspring serve`, from the command to the first healthy answer, model in the cache
 
@@ -41,7 +42,8 @@ from rich.table import Table
 from mainspring.engine.admission import make_request
 from mainspring.engine.llm import LLM
 from mainspring.engine.sampling_params import SamplingParams
-from mainspring.formats.named_models import resolve
+from mainspring.errors import ModelNotFoundError
+from mainspring.formats.named_models import gguf_source, resolve
 from mainspring.ops import Numerics
 from mainspring.ops.cpu.extension import kernels, unavailable_reason
 
@@ -51,6 +53,12 @@ BARS = {
     ("8 requests", "lockstep"): 1.5,
     ("prefill", "lockstep"): 1.0,
 }
+QUANTISED_BARS = {
+    "one stream": 0.8,
+    "8 requests": 2.5,
+    "prefill": 3.5,
+}  # to llama.cpp's; 8 requests to its one stream
+ONE_STREAM_BAR = 60.0  # tokens/s, bfloat16 in lockstep
 START_BAR_SECONDS = 6.0
 SHORT_PROMPT = 32
 LONG_PROMPT = 1024
@@ -92,10 +100,14 @@ def greedy(num_tokens: int) -> SamplingParams:
 
 
 class Ours:
-    """Our engine in one of its numerics. Each method gives tokens a second."""
+    """Our engine in one of its numerics, or with quantised weights. Each method gives tokens a second."""
 
-    def __init__(self, model: Path, numerics: Numerics, work: Workload) -> None:
-        self._llm = LLM(model, dtype="bfloat16", numerics=numerics)
+    def __init__(
+        self, model: str | Path, numerics: Numerics, work: Workload, *, quantized: bool = False
+    ) -> None:
+        self._llm = LLM(
+            model, dtype="bfloat16", numerics=numerics, quantized=quantized, enable_prefix_caching=False
+        )
         self._work = work
 
     def one_stream(self) -> float:
@@ -156,6 +168,42 @@ class Transformers:
         return len(self._work.long) / self._seconds([self._work.long], 1)
 
 
+class LlamaCpp:
+    """The peer for quantised weights, on the same GGUF file; greedy, token by token as its own `generate` does it."""
+
+    def __init__(self, file: Path, work: Workload, threads: int) -> None:
+        from llama_cpp import Llama
+
+        self._llama = Llama(
+            model_path=str(file),
+            n_ctx=2 * LONG_PROMPT,
+            n_batch=LONG_PROMPT,
+            n_ubatch=512,
+            n_threads=threads,
+            n_threads_batch=threads,
+            logits_all=False,
+            verbose=False,
+        )
+        self._work = work
+
+    def one_stream(self) -> float:
+        self._llama.reset()
+        began = time.perf_counter()
+        stream = self._llama.generate(self._work.short, temp=0.0, repeat_penalty=1.0, reset=True)
+        for _ in range(self._work.stream_tokens):
+            next(stream)
+        return self._work.stream_tokens / (time.perf_counter() - began)
+
+    def eight_requests(self) -> float:
+        return self.one_stream()
+
+    def prefill(self) -> float:
+        self._llama.reset()
+        began = time.perf_counter()
+        self._llama.eval(self._work.long)
+        return len(self._work.long) / (time.perf_counter() - began)
+
+
 def start_seconds(model: str) -> float:
     """From the command to the first healthy answer."""
     with socket.socket() as probe:
@@ -178,7 +226,10 @@ def start_seconds(model: str) -> float:
         process.wait(timeout=60)
 
 
-def measure(contestants: dict[str, Ours | Transformers], rounds: int) -> dict[str, dict[str, list[float]]]:
+Contestant = Ours | Transformers | LlamaCpp
+
+
+def measure(contestants: dict[str, Contestant], rounds: int) -> dict[str, dict[str, list[float]]]:
     """case -> contestant -> one figure a round; the first, unmeasured round warms everything up."""
     cases: dict[str, Callable[[Any], float]] = {
         "one stream": lambda c: c.one_stream(),
@@ -199,22 +250,29 @@ def measure(contestants: dict[str, Ours | Transformers], rounds: int) -> dict[st
 
 
 def show(console: Console, figures: dict[str, dict[str, list[float]]], starts: list[float]) -> None:
-    table = Table(title="tokens/s: median (lowest to highest); ratio to transformers")
+    names = list(next(iter(figures.values())))
+    table = Table(title="tokens/s: median (lowest to highest); ratio to the peer on the same weights")
     table.add_column("case")
-    for name in ("lockstep", "fast", "transformers"):
+    for name in names:
         table.add_column(name, justify="right")
     for case, by_name in figures.items():
-        base = median(by_name["transformers"])
         row = [case]
         for name, values in by_name.items():
             text = f"{median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
-            if name != "transformers":
-                ratio = median(values) / base
-                bar = BARS.get((case, name))
+            peer = {"lockstep": "transformers", "fast": "transformers", "quantised": "llama.cpp"}.get(name)
+            if peer in by_name:
+                ratio = median(values) / median(by_name[peer])
+                bar = QUANTISED_BARS[case] if name == "quantised" else BARS.get((case, name))
                 text += f"  {ratio:.2f}x" + ("" if bar is None else f" [bar {bar}: {_verdict(ratio >= bar)}]")
             row.append(text)
         table.add_row(*row)
     console.print(table)
+    if "lockstep" in names:
+        stream = median(figures["one stream"]["lockstep"])
+        verdict = _verdict(stream >= ONE_STREAM_BAR)
+        console.print(
+            f"one stream in lockstep: {stream:.1f} tokens/s [bar {ONE_STREAM_BAR:g}: {verdict}]", markup=False
+        )
     if starts:
         verdict = _verdict(max(starts) <= START_BAR_SECONDS)
         console.print(
@@ -237,6 +295,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--stream-tokens", type=int, default=64)
     parser.add_argument("--batch-tokens", type=int, default=64)
+    parser.add_argument("--only", default="", help="contestants to measure, separated by commas")
     parser.add_argument("--starts", type=int, default=3, help="starts of the server; 0 leaves them out")
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
@@ -251,11 +310,21 @@ def main() -> None:
     directory = resolve(options.model).path
     vocab_size = json.loads((directory / "config.json").read_text())["vocab_size"]
     work = Workload.make(vocab_size, options.stream_tokens, options.batch_tokens)
-    contestants: dict[str, Ours | Transformers] = {
+    contestants: dict[str, Contestant] = {
         "lockstep": Ours(directory, "lockstep", work),
         "fast": Ours(directory, "fast", work),
         "transformers": Transformers(directory, work),
     }
+    try:
+        file = gguf_source(options.model)
+        contestants["quantised"] = Ours(file, "lockstep", work, quantized=True)
+        contestants["llama.cpp"] = LlamaCpp(file, work, options.threads)
+    except ModelNotFoundError as error:
+        console.print(f"quantised weights left out: {error}", markup=False)
+    except ImportError:
+        console.print("llama.cpp left out: pip install llama-cpp-python", markup=False)
+    if options.only:
+        contestants = {name: contestants[name] for name in options.only.split(",")}
     figures = measure(contestants, options.rounds)
     starts = [start_seconds(options.model) for _ in range(options.starts)]
     show(console, figures, starts)
