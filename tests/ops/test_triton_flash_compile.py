@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing"),
 ]
 SHARED_BYTES = 227 << 10
+OTHERS = [pytest.param(d, marks=pytest.mark.slow) for d in (96, 256)]  # head sizes that are not tuned
 SMALL_STACK = 256  # bytes that the masked loops may spill; versions of the assembler differ
 INTEGERS = ("window", "num_seqs", "tokens", "pitch", "plane", "heads", "kv_heads", "group", "tiles", "each")
 STRIDES = ("q_stride", "k_stride", "v_stride", "dout_stride", "out_stride")
@@ -49,9 +51,24 @@ def for_hopper(
     source = GluonASTSource(kernel, full, constexprs=constants, attrs=pointers)
     with knobs.nvidia.scope(), knobs.compilation.scope():
         knobs.nvidia.dump_ptxas_log = True
-        knobs.compilation.always_compile = True
-        binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    report = capfd.readouterr().out
+
+        def compile_now() -> tuple[Any, str]:
+            made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+            return made, capfd.readouterr().out
+
+        binary, report = compile_now()
+        # What the assembler said lies beside what Triton's cache has, by the same hash of the content.
+        kept = Path(knobs.cache.dir) / "reports" / f"{binary.hash}.txt"
+        if not report and kept.is_file():
+            report = kept.read_text()
+        elif not report:
+            knobs.compilation.always_compile = True
+            binary, report = compile_now()
+    if not kept.is_file():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        written = kept.with_suffix(f".{os.getpid()}")
+        written.write_text(report)
+        written.rename(kept)
     assert "Compiling entry function" in report
     assert not re.search("serialized", report), report
     assert binary.metadata.shared <= SHARED_BYTES
@@ -71,7 +88,7 @@ def options(d: int, dim: int, tile: Any, **others: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("d", [64, 96, 128, 256])
+@pytest.mark.parametrize("d", [64, 128, *OTHERS])
 def test_forward_for_hopper(d: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("triton.experimental.gluon")
     from mainspring.ops.triton.flash_gluon import hopper_padded
@@ -94,7 +111,7 @@ def test_forward_for_hopper(d: int, tmp_path: Path, capfd: pytest.CaptureFixture
         assert binary.asm["ptx"].count(WARPGROUP_PRODUCT) == 3 * tile.groups * product
 
 
-@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("d", [64, 128, OTHERS[-1]])
 def test_backward_for_hopper(d: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("triton.experimental.gluon")
     from triton.experimental.gluon import language as gl
@@ -122,7 +139,7 @@ def test_backward_for_hopper(d: int, tmp_path: Path, capfd: pytest.CaptureFixtur
     assert binary.asm["ptx"].count(WARPGROUP_PRODUCT) == 2 * tile.groups * product
 
 
-@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("d", [64, 128, OTHERS[-1]])
 def test_portable_kernels(d: int, tmp_path: Path) -> None:
     from mainspring.ops.triton.flash_backward import backward_tiles, dkdv_kernel, dq_kernel
     from mainspring.ops.triton.flash_forward import forward_kernel, forward_tile
