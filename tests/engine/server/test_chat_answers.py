@@ -237,6 +237,39 @@ def test_every_sampling_parameter_reaches_the_engine(with_text: Ask) -> None:
     with_text("ab", scenario)
 
 
+def test_choices_share_their_prompt_and_stand_where_they_were_put(with_text: Ask) -> None:
+    async def scenario(app: Scripted) -> None:
+        extra = {"priority": -3, "cache_salt": "tenant"}
+        await app.client.completions.create(
+            model=MODEL_NAME, prompt=["one", "two"], n=3, seed=7, extra_body=extra
+        )
+        requests = app.engine.requests
+        first, fourth = requests[0].request_id, requests[3].request_id
+        assert [request.fork_of for request in requests] == [None, first, first, None, fourth, fourth]
+        assert [request.params.seed for request in requests] == [7, 8, 9, 7, 8, 9]
+        assert {(request.priority, request.cache_salt) for request in requests} == {(-3, "tenant")}
+        with pytest.raises(openai.BadRequestError) as refused:
+            await app.client.completions.create(model=MODEL_NAME, prompt="a", extra_body={"priority": 2**31})
+        assert refused.value.param == "priority"
+
+    with_text("ab", scenario)
+
+
+def test_a_template_that_takes_too_long_is_stopped(tiny_model: Path) -> None:
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    tokenizer = Tokenizer.from_directory(tiny_model, chat_template=endless, template_seconds=0.2)
+
+    async def scenario() -> None:
+        async with scripted_app(tokenizer, WritingEngine(tokenizer, "a")) as app:
+            with pytest.raises(openai.BadRequestError) as refused:
+                await chat()(app)
+            assert refused.value.code == "chat_template_error"
+            answer = await app.client.completions.create(model=MODEL_NAME, prompt="a")
+            assert answer.choices[0].text == "a"
+
+    asyncio.run(scenario())
+
+
 def test_the_conversation_with_calls_reaches_the_template(with_text: Ask) -> None:
     messages: list[Any] = [
         *HELLO,

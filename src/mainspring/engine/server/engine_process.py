@@ -6,6 +6,7 @@ input is a pipe that the parent keeps open and never writes to: its end means th
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
@@ -182,6 +183,9 @@ def load_core(message: Load, channel: Channel) -> EngineCore:
     # For structured outputs and bad words; the frontend has read the same files.
     core = EngineCore(model, message.config, tokenizer=Tokenizer.from_directory(message.model))
     dtype = str(model.dtype).removeprefix("torch.")
+    # What is there now stays: the collector need not look at it again, which would hold the steps up.
+    gc.collect()
+    gc.freeze()
     channel.send(Ready(core.limits, core.stats(), str(model.device), dtype, model.num_parameters))
     return core
 

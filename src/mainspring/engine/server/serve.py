@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -104,6 +105,9 @@ async def _serve(
     server = _server_without_signals(config)
     messages = asyncio.create_task(supervisor.run(llm))
     drain = asyncio.create_task(_drain(signals, gate, llm, server, settings.drain_seconds, reporter))
+    # What is there now stays: the collector need not look at it again, which would hold the streams up.
+    gc.collect()
+    gc.freeze()
     # From here on connections wait in the listener's queue until uvicorn takes them.
     listener.listen(config.backlog)
     reporter.ready(_url(settings.host, listener), name, ready)
