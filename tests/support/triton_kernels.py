@@ -6,6 +6,7 @@ when it is first imported.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,7 +62,52 @@ def _rows_of_products() -> None:
     interpreter.InterpreterBuilder.create_dot = create_dot
 
 
+def _without_overflow_checks() -> None:
+    """Every sum and product of integers is computed a second time in 64 bits, to look for what tiny shapes have not."""
+    import triton.runtime.interpreter as interpreter
+
+    options = interpreter.interpreter_builder.options
+    interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
+
+
+def _patched_once() -> None:
+    """The interpreter patches Triton's language anew in every call of a function from a kernel, a quarter of its time;
+    what the kernel's own patch has covered needs no second one."""
+    import triton.runtime.interpreter as interpreter
+
+    patch = interpreter._patch_lang
+    covered: set[int] = set()
+
+    def languages(function: Any) -> set[int]:
+        modules = (interpreter.tl, interpreter.tl.core)
+        return {id(value) for value in function.__globals__.values() if any(value is m for m in modules)}
+
+    def patched(function: Any) -> Any:
+        needed = languages(function)
+        if needed <= covered:
+            return None  # of a call in a kernel, which keeps no scope
+        scope = patch(function)
+        if covered:
+            outermost[0]._changes.extend(scope._changes)
+        else:
+            restore = scope.restore
+            outermost[0] = scope
+
+            def restored() -> None:
+                covered.clear()
+                restore()
+
+            scope.restore = restored
+        covered.update(needed)
+        return scope
+
+    outermost: list[Any] = [None]
+    interpreter._patch_lang = patched
+
+
 if INTERPRETED and AVAILABLE:
+    _patched_once()
+    _without_overflow_checks()
     _index_of_one_element()
     _rows_of_products()
 
@@ -75,12 +121,13 @@ def random_tensor(seed: int, *shape: int, dtype: torch.dtype = torch.float32, sc
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Every uninitialised tensor is full of NaN, so that an element that a kernel forgets to write shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # torch.use_deterministic_algorithms, but for the compiler that it imports, which takes seconds
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
     try:
         assert torch.empty(3, device=DEVICE).isnan().all()
         yield
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch._C._set_deterministic_algorithms(False)
 
 
 def bits(x: Tensor) -> Tensor:
