@@ -27,26 +27,41 @@ def test_scores(truncate: bool, tmp_path: Path) -> None:
         **dict.fromkeys(("rows_of_seats", "seats", "positions"), "*i64"),
         "best_token": "*i32", "stride": "i32", "tiles": "i32",
     }  # fmt: skip
-    binary = compiled(score_kernel, types, {"V": VOCAB, "TILE": TILE, "TRUNCATE": truncate}, WARPS, 3)
+    binary = compiled(
+        score_kernel, types, {"V": VOCAB, "TILE": TILE, "TRUNCATE": truncate, "HARDWARE": True}, WARPS, 3
+    )
     assert stack_bytes(binary, tmp_path) == 0
     assert len(re.findall(r"ld\.global\S*v4", binary.asm["ptx"])) == TILE // (WARPS * 32) // 4
     # The two halves of a random word fall to the thread that holds their logits: only the maximum is exchanged.
     assert binary.metadata.shared <= 64
 
 
-def test_floors(tmp_path: Path) -> None:
-    from mainspring.ops.triton import sample
+@pytest.mark.parametrize("name", ["peak", "level", "gather", "search"])
+def test_floors(name: str, tmp_path: Path) -> None:
+    from mainspring.ops.triton import sample_floors
 
+    kernel = getattr(sample_floors, f"{name}_kernel")
     types = {
-        **dict.fromkeys(("logits", "floors", "candidates"), "*fp32"),
-        **dict.fromkeys(("rows_of_seats", "seats"), "*i64"),
-        "counters": "*i32", "stride": "i32",
-    }  # fmt: skip
+        **dict.fromkeys(("logits", "floors", "peaks", "candidates"), "*fp32"),
+        **dict.fromkeys(("rows_of_seats", "seats", "masses"), "*i64"),
+        **dict.fromkeys(("counters", "counts"), "*i32"),
+        **dict.fromkeys(("stride", "tiles", "segments"), "i32"),
+    }
     constants = {
-        "V": VOCAB, "TILE": sample._FLOOR_TILE, "PIVOTS": sample._PIVOTS, "CANDIDATES": sample._CANDIDATES,
-    }  # fmt: skip
-    binary = compiled(sample.floor_kernel, types, constants, sample._FLOOR_WARPS, 3)
+        "V": VOCAB,
+        "SEGMENTS": 64,
+        **{n: getattr(sample_floors, n) for n in ("TILE", "PIVOTS", "LEVELS", "CANDIDATES")},
+    }
+    binary = compiled(
+        kernel,
+        {n: t for n, t in types.items() if n in kernel.arg_names},
+        {n: c for n, c in constants.items() if n in kernel.arg_names},
+        sample_floors.WARPS,
+        3,
+    )
     assert stack_bytes(binary, tmp_path) == 0
+    if name != "search":
+        assert "ld.global.v4" in binary.asm["ptx"] or re.search(r"ld\.global\S*v4", binary.asm["ptx"])
 
 
 def test_adjusted_logits(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_tokens_are_the_references_and_the_same_alone(seed: int, vocab: int, tru
 @settings(max_examples=3 * EXAMPLES, deadline=None)
 @given(seed=st.integers(0, 10_000), vocab=st.sampled_from(VOCABULARIES))
 def test_floors_keep_what_the_references_keep(seed: int, vocab: int) -> None:
-    from mainspring.ops.triton.sample import floors as triton_floors
+    from mainspring.ops.triton.sample_floors import floors as triton_floors
 
     params = to_device(random_seats(seed, SEATS, vocab), DEVICE)
     logits = random_logits(seed, SEATS, vocab).to(DEVICE)
