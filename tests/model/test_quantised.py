@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import transformers
 
+from formats.samples import write_gguf
+from formats.test_gguf_file import SIZES, gguf_metadata, make, permuted, random_blocks
 from mainspring.engine.llm import LLM
 from mainspring.engine.sampling_params import SamplingParams
 from mainspring.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
@@ -78,3 +82,55 @@ def test_what_cannot_be_kept_quantised_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="bfloat16 or float32"):
         load_model("smollm2", quantized=True, dtype="float16")
     assert gguf_source("SmolLM2").suffix == ".gguf"
+
+
+def mixed_file(path: Path, kinds: dict[str, str]) -> Path:
+    """A tiny Llama whose matrices have the given types ("" is that of all others)."""
+    rng = np.random.default_rng(3)
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 1,
+        "tie_word_embeddings": True,
+    }
+    config = transformers.LlamaConfig(**SIZES | sizes)
+    shapes = {"attn_q": (256, 256), "attn_k": (128, 256), "attn_v": (128, 256), "attn_output": (256, 256)}
+    shapes |= {"ffn_gate": (512, 256), "ffn_up": (512, 256), "ffn_down": (256, 512)}
+    tensors = []
+    for name, shape in {**shapes, "token_embd": (400, 256)}.items():
+        kind = kinds.get(name, kinds[""])
+        rows = random_blocks(rng, kind, shape)
+        rows = permuted(rows, {"attn_q": 4, "attn_k": 2}[name]) if name in ("attn_q", "attn_k") else rows
+        full = f"blk.0.{name}.weight" if name in shapes else f"{name}.weight"
+        tensors.append((full, rows, kind))
+    norms = ("blk.0.attn_norm.weight", "blk.0.ffn_norm.weight", "output_norm.weight")
+    tensors += [(name, np.full(256, 0.1, np.float32), "F32") for name in norms]
+    return write_gguf(path, "llama", gguf_metadata("llama", config), tensors)
+
+
+def test_types_may_mix_and_others_are_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAINSPRING_CACHE", str(tmp_path / "cache"))
+    path = mixed_file(tmp_path / "mixed.gguf", {"": "Q4_0", "attn_v": "Q8_0", "ffn_down": "Q6_K"})
+    model = load_model(path, quantized=True, dtype="float32")
+    weights = model.quantised_weights()
+    assert [part.kind for part in weights["layers.0.attention.qkv.weight"].parts] == ["Q4_0", "Q4_0", "Q8_0"]
+    assert "layers.0.mlp.down.weight" not in weights
+    parameters = dict(load_model(path, dtype="float32").named_parameters())
+    assert torch.equal(
+        dict(model.named_parameters())["layers.0.mlp.down.weight"], parameters["layers.0.mlp.down.weight"]
+    )
+    for name, weight in weights.items():
+        assert torch.equal(weight.expanded(), parameters[name]), name
+    reference = load_model(path, quantized=True, dtype="float32", backend="reference").log_probs([[1, 2, 3]])[
+        0
+    ]
+    torch.testing.assert_close(
+        reference, load_model(path, dtype="float32").log_probs([[1, 2, 3]])[0], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_files_without_a_type_of_ours_and_mixtures_of_experts_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="stores F16, F32; kept quantised are Q4_0, Q4_1, Q8_0"):
+        load_model(mixed_file(tmp_path / "plain.gguf", {"": "F16"}), quantized=True)
+    with pytest.raises(UnsupportedModelError, match="mixture of experts"):
+        load_model(make(tmp_path, "mixtral")[0], quantized=True)
