@@ -8,7 +8,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from engine.test_core import Job, Result, collect
+from engine.test_core import FAMILY_NAMES, VOCAB, Job, Result, assert_bitwise_the_trainers, collect
 from mainspring.engine.admission import make_request
 from mainspring.engine.config import EngineConfig
 from mainspring.engine.core import EngineCore
@@ -16,6 +16,8 @@ from mainspring.engine.sampling_params import SamplingParams
 from mainspring.engine.throughput import SHAPES, random_model
 from mainspring.formats.model_config import ModelConfig
 from mainspring.model.decoder import Decoder
+from mainspring.model.initialise import create_model
+from support.families import FAMILIES, model_config
 
 DEVICE = "cuda"
 
@@ -141,3 +143,19 @@ def test_forks_and_fp8_run_and_new_weights_reach_the_graphs() -> None:
         abs(a.logprobs[0] - b.logprobs[0]) for a, b in zip(result.logprobs, expected[0].logprobs, strict=True)
     ]
     assert gaps[0] < 0.5
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_every_family_runs_from_graphs_with_the_trainers_bits(name: str) -> None:
+    """Experts, sliding windows, biases, scaled RoPE; heads that the CUDA kernels do not take go to Triton's."""
+    family = next(family for family in FAMILIES if family.name == name)
+    model = create_model(model_config(family), dtype=torch.bfloat16, device=DEVICE, seed=3)
+    generator = random.Random(2)
+    jobs: list[Job] = []
+    for number in range(12):
+        prompt = [generator.randrange(VOCAB) for _ in range(generator.randint(1, 30))]
+        params = SamplingParams(seed=number, max_tokens=generator.randint(1, 20), logprobs=0)
+        jobs.append((prompt, params))
+    core = EngineCore(model, EngineConfig(num_blocks=12, max_num_seqs=5, max_num_batched_tokens=40))
+    for result in run_jobs(core, jobs):
+        assert_bitwise_the_trainers(model, result)
