@@ -10,7 +10,7 @@ import numpy as np
 from mainspring.errors import ConfigError, EmptyCorpusError
 from mainspring.rag.chunking.chunk import Chunk
 from mainspring.rag.embedding.embedder import Embedder
-from mainspring.rag.generation.citations import Attributor, Citation
+from mainspring.rag.generation.citations import Attributor, Citation, cited
 from mainspring.rag.generation.extraction import Summariser
 from mainspring.rag.generation.language_model import LanguageModel
 from mainspring.rag.generation.prompts import ABSTENTION, answer_prompt
@@ -115,18 +115,14 @@ class Pipeline:
         attributor = Attributor(chunks, self.parts.attributor) if self.parts.attributor is not None else None
         text = ""
         citations: list[Citation] = []
-        for piece in model.stream(prompt, self.strategy.answer.max_tokens):
-            text += piece
-            yield Delta(piece)
-            for citation in attributor.push(text) if attributor is not None else ():
-                citations.append(citation)
-                yield citation
-        for citation in attributor.push(text, final=True) if attributor is not None else ():
-            citations.append(citation)
-            yield citation
-        yield Answer(
-            text.strip(), tuple(citations), tuple(passages), text.strip().startswith(ABSTENTION[:-1])
-        )
+        for event in cited(model.stream(prompt, self.strategy.answer.max_tokens), attributor):
+            if isinstance(event, Citation):
+                citations.append(event)
+                yield event
+            else:
+                text += event
+                yield Delta(event)
+        yield Answer(text, tuple(citations), tuple(passages), text.startswith(ABSTENTION[:-1]))
 
     def answer(self, question: str, where: Filter = ()) -> Answer:
         """The finished answer at once; raises what `ask` raises."""

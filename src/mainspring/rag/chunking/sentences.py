@@ -12,7 +12,12 @@ _ABBREVIATIONS = {
     "apr", "jun", "jul", "aug", "sep", "sept", "oct", "nov", "dec", "u.s", "u.k", "a.m", "p.m", "gen", "col", "lt",
 }  # fmt: skip
 _ENDS = re.compile(
-    r"""(?<=[.!?…])["'”’)\]]*\s+(?=["'“‘(\[]*[^\s a-z])|(?<=[。！？])|\n\s*\n|\n(?=\s*(?:[-*+•]|\d+[.)])\s)"""
+    r"""(?<=[.!?…])["'”’)\]]*\s+(?=["'“‘(\[]*[^\s a-z])"""  # a full stop, white space, no small letter
+    r"""|(?<=[。！？])"""
+    r"""|\n\s*\n"""  # a blank line
+    r"""|^\#{1,6}[ ].*\n|\n(?=\#{1,6}[ ])"""  # a heading of Markdown
+    r"""|\n(?=\s*(?:[-*+•]|\d+[.)])\s)""",  # an item of a list
+    re.MULTILINE,
 )
 
 
@@ -24,7 +29,15 @@ def sentence_spans(text: str, start: int = 0, end: int | None = None) -> list[tu
     end = len(text) if end is None else end
     cuts = [start]
     for found in _ENDS.finditer(text, start, end):
-        if "\n\n" in found[0] or not _is_abbreviation(text, cuts[-1], found.start()):
+        closed = found[0][:1] in (
+            '"',
+            "'",
+            "”",
+            "’",
+            ")",
+            "]",
+        )  # a full stop inside of these ends its sentence
+        if closed or "\n" in found[0] or not _is_abbreviation(text, cuts[-1], found.start()):
             cuts.append(found.end())
     cuts.append(end)
     spans = []

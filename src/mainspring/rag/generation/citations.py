@@ -5,7 +5,7 @@ Small models do not cite reliably, so that nobody asks them to.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mainspring.rag.chunking.chunk import Chunk
@@ -34,6 +34,27 @@ class Citation:
 
     def __str__(self) -> str:
         return f"[{self.number}] {self.file}, {self.place}: {self.quote}"
+
+
+def cited(pieces: Iterable[str], attributor: Attributor | None) -> Iterator[str | Citation]:
+    """Text as it comes, each citation right behind its statement; white space at the very ends is left out.
+
+    That a statement is finished shows when the next begins: white space is held back until then.
+    """
+    text = ""
+    emitted = 0
+    for piece in pieces:
+        text = (text + piece).lstrip() if not text.strip() else text + piece
+        for citation in attributor.push(text) if attributor is not None else ():
+            if citation.end > emitted:
+                yield text[emitted : citation.end]
+                emitted = citation.end
+            yield citation
+        visible = len(text.rstrip())
+        if visible > emitted:
+            yield text[emitted:visible]
+            emitted = visible
+    yield from attributor.push(text, final=True) if attributor is not None else ()
 
 
 class Attributor:

@@ -81,7 +81,8 @@ class InProcessModel:
         from mainspring.engine.sampling_params import SamplingParams
 
         turns = [{"role": m.role, "content": m.content} for m in messages]
-        params = SamplingParams(temperature=0, max_tokens=max_tokens)
+        # Small models fall into loops when they take the likeliest token every time.
+        params = SamplingParams(temperature=0, repetition_penalty=1.1, max_tokens=max_tokens)
         with self._lock:
             for output in self._llm.stream_chat(turns, params):
                 yield output.outputs[0].text

@@ -54,11 +54,15 @@ class LongLlmLingua:
 
     def _shares(self, question: str, passages: Sequence[str], ratio: float) -> list[float]:
         """The ratio of each passage: up to 0.25 more for the best, as much less for the worst."""
+        if not passages:
+            return []
         means = [
             np.mean([-s.nats for s in self.scorer.surprises(question, p + "\n")] or [0.0]) for p in passages
         ]
         order = np.argsort(np.argsort(means))
-        middle = (len(passages) - 1) / 2 or 1.0
+        middle = (len(passages) - 1) / 2
+        if middle == 0:
+            return [ratio]
         return [float(np.clip(ratio * (1 + 0.25 * (rank - middle) / middle), 0.01, 1)) for rank in order]
 
 
