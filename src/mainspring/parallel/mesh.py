@@ -137,8 +137,13 @@ class Mesh:
 
     @staticmethod
     def single() -> Mesh:
-        """One rank, which needs no process group."""
-        return Mesh.build(Axes(), key_copies=1)
+        """A mesh of this process alone, whether or not it belongs to a process group."""
+        names = (
+            "world", "pp", "tp", "cp", "dp", "data", "shard", "replicate", "ep", "expert_shard", "expert_data", "tied",
+            "keys",
+        )  # fmt: skip
+        monitor = Monitor()
+        return Mesh(Axes(), 0, {name: Group(name, (0,), 0, None, monitor) for name in names}, monitor)
 
     @staticmethod
     def build(axes: Axes, *, key_copies: int = 1, monitor: Monitor | None = None) -> Mesh:
