@@ -1,7 +1,7 @@
 """What a rank of a layout holds, by formula: parameters, gradients, optimizer state (ZeRO) and activations (Megatron).
 
 Sources: Rajbhandari et al., arXiv 1910.02054, section 3 (states); Korthikanti et al., arXiv 2205.05198, section 4
-(activations), with the tensors that this model keeps in place of theirs. `tests/train/test_memory.py` holds the
+(activations), with the tensors that this model keeps in place of theirs. `tests/parallel/test_plan.py` holds the
 formulas against what a rank really keeps.
 """
 
