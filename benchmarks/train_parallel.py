@@ -30,9 +30,9 @@ from mainspring.model.decoder import Decoder
 from mainspring.model.initialise import create_model
 from mainspring.ops import FAST, TokenBatch
 from mainspring.parallel.checkpoint import fill_weights
-from mainspring.parallel.launch import joined
+from mainspring.parallel.launch import joined, local_device
 from mainspring.parallel.layout import Layout
-from mainspring.parallel.mesh import Mesh, local_device
+from mainspring.parallel.mesh import Mesh
 from mainspring.parallel.parallelize import parallelize
 from mainspring.parallel.pipeline import Pipeline
 from mainspring.parallel.placement import hf_shapes

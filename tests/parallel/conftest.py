@@ -15,8 +15,6 @@ from mainspring.train.verify import Run, VerifySettings, run_reference
 from parallel.models import tiny
 from parallel.pool import Pool
 
-WORKERS = 8
-
 
 @dataclass(frozen=True)
 class Reference:
@@ -30,7 +28,7 @@ class Reference:
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
-    pool = Pool(WORKERS)
+    pool = Pool()
     yield pool
     pool.close()
 

@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_S = 240.0
+TIMEOUT_S = 280.0
 
 
 class JobError(AssertionError):
@@ -33,21 +33,24 @@ class Pool:
     job: "module:function" in this folder. Returns what each rank's call returned.
     """
 
-    def __init__(self, workers: int) -> None:
-        context = get_context("forkserver")  # one process has imported torch, the workers are its forks
-        context.set_forkserver_preload(["torch", "torch.distributed", "parallel.jobs"])
+    def __init__(self) -> None:
+        self._context = get_context("forkserver")  # one process has imported torch, the workers are its forks
+        self._context.set_forkserver_preload(["torch", "torch.distributed", "parallel.jobs"])
         self._folder = tempfile.TemporaryDirectory()
         self._groups = 0
         self._ranks = 0
         self._workers: list[_Worker] = []
-        for number in range(workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(number, theirs), daemon=True)
+
+    def _grow(self, workers: int) -> None:
+        for number in range(len(self._workers), workers):
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(number, theirs), daemon=True)
             process.start()
             theirs.close()
             self._workers.append(_Worker(process, ours))
 
     def run(self, job: str, ranks: int, *arguments: Any, timeout: float = TIMEOUT_S) -> list[Any]:
+        self._grow(ranks)
         if ranks != self._ranks:
             self._groups += 1
             self._ranks = ranks

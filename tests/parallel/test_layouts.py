@@ -14,7 +14,7 @@ from parallel.pool import Pool
 
 DOUBLE = VerifySettings(steps=2, dtype="float64")
 
-# kind of model : layout. Sorted by ranks, for a change of their number makes a new process group.
+# kind of model : layout. By ranks, more or less, for a change of their number makes a new process group.
 QUICK = [
     "dense:one",
     "tied:tp=2",
@@ -45,6 +45,8 @@ QUICK = [
     "moe:pp=2,dp=2,ep=2,zero=1",
     "dense:dp=4,replicate=2,zero=3",
     "windowed:cp=4",
+    "tied:tp=2,pp=2,recompute=full",
+    "moe:dp=2,ep=2,zero=3,recompute=full,tp=2",
     "tied:pp=4,schedule=zero_bubble",
     "dense:dp=2,cp=2,zero=1,context=ulysses",
     "moe:dp=4,ep=2,replicate=2,zero=1",
@@ -71,6 +73,11 @@ SLOW = [
     "moe-tied:pp=2,virtual=2,schedule=interleaved,tp=2,dp=2,ep=2,zero=3",
     "moe:tp=4,dp=2,ep=2",
     "biased:cp=4,dp=2,zero=2",
+    "moe:pp=2,virtual=2,schedule=interleaved,dp=2,zero=3,recompute=full",
+    # Four dimensions, 16 ranks.
+    "tied:tp=2,pp=2,dp=2,cp=2,zero=1",
+    "moe:tp=2,pp=2,dp=2,cp=2,ep=4,zero=3",
+    "moe-tied:tp=2,pp=2,dp=4,ep=2,replicate=2,zero=1,schedule=zero_bubble",
 ]
 
 

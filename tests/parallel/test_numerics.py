@@ -79,7 +79,7 @@ def test_the_auxiliary_loss_is_switch_transformers_and_the_same_under_every_layo
     directory = str(reference("moe", SETTINGS).directory)
     settings = VerifySettings(micro_batches=4)
     expected = _router_gradients_with_auxiliary_loss(directory, 0.5, settings)
-    for layout in ("one", "tp=2", "cp=2", "dp=2,ep=2", "dp=2,zero=3", "pp=2", "tp=2,cp=2"):
+    for layout in ("one", "tp=2", "cp=2", "dp=2,ep=2", "dp=2,zero=3", "pp=2", "tp=2,cp=2,recompute=full"):
         results = pool.run("jobs:balanced", Layout.parse(layout).world, directory, layout, 0.5, settings)
         for result in results:
             assert result["gradients"] or layout == "pp=2" or "zero" in layout

@@ -130,7 +130,7 @@ def _under_torchrun(
         config = ModelConfig.from_file(model)
         mesh = Mesh.build(layout.axes, key_copies=layout.key_copies(config))
         from mainspring.parallel.checkpoint import agreed, share_json
-        from mainspring.parallel.mesh import local_device
+        from mainspring.parallel.launch import local_device
 
         world, place = mesh.group("world"), local_device(settings.device)
         folder = Path(share_json(own, world, place))  # a file system that all ranks see

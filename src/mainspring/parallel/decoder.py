@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from mainspring.formats.model_config import ModelConfig
 from mainspring.model.layers import RmsNorm
 from mainspring.model.rope import RotaryEmbedding
-from mainspring.ops import Policy, TokenBatch
+from mainspring.ops import Policy, RopeAngles, TokenBatch
 from mainspring.parallel.collectives import gather_rows
 from mainspring.parallel.context import ContextBatch, cut_stream
 from mainspring.parallel.experts import Balance, ParallelExperts
@@ -19,6 +21,16 @@ from mainspring.parallel.mesh import Mesh, even_bounds
 from mainspring.parallel.placement import Placement
 from mainspring.parallel.tensor import TensorParallel
 from mainspring.parallel.vocabulary import embed, token_loss, whole_logits
+
+Stream = tuple[Tensor | None, Tensor]
+"""(update, residual): the residual stream's value is their sum."""
+
+
+class Observer(Protocol):
+    """Told when a layer begins and ends; may replace the stream's tensors by equal ones with hooks in their graph."""
+
+    def before(self, number: int, stream: Stream) -> Stream: ...
+    def after(self, number: int, stream: Stream) -> Stream: ...
 
 
 class ParallelDecoder(nn.Module):
@@ -49,6 +61,7 @@ class ParallelDecoder(nn.Module):
         self.norm = norm
         self.output_embedding = output_embedding
         self.rotary = RotaryEmbedding(config)
+        self.observer: Observer | None = None
         self.stages = layout.stages_of(mesh.index["pp"])
         self.stage_layers = layout.stage_layers(config.num_layers)
 
@@ -97,15 +110,46 @@ class ParallelDecoder(nn.Module):
         else:
             residual = x
         angles = self.rotary.angles(batch)
-        update: Tensor | None = None
+        stream: Stream = (None, residual)
         for number in self.stage_layers[stage]:
-            update, residual = self.layers[str(number)](update, residual, batch, angles)
+            stream = self._run_layer(number, stream, batch, angles)
+        update, residual = stream
         assert update is not None  # a stage has at least one layer
         if stage < self.layout.stages - 1:
             return update + residual
         assert self.norm is not None  # the last stage holds it
         hidden, _ = self.norm.add(update, residual)
         return hidden
+
+    def _run_layer(self, number: int, stream: Stream, batch: TokenBatch, angles: RopeAngles) -> Stream:
+        if self.observer is not None:
+            stream = self.observer.before(number, stream)
+        layer = self.layers[str(number)]
+        if self.layout.recompute == "full" and torch.is_grad_enabled():
+            stream = self._run_twice(layer, stream, batch, angles)
+        else:
+            stream = layer(*stream, batch, angles)
+        return stream if self.observer is None else self.observer.after(number, stream)
+
+    def _run_twice(self, layer: nn.Module, stream: Stream, batch: TokenBatch, angles: RopeAngles) -> Stream:
+        """Keeps the layer's inputs alone; its backward pass computes the layer again."""
+        times = 0
+
+        def run(update: Tensor | None, residual: Tensor) -> Stream:
+            nonlocal times
+            times += 1
+            self.tp.tokens = batch.num_tokens  # another micro-batch may have gone through in between
+            self.balance.recording = times == 1
+            try:
+                again: Stream = layer(update, residual, batch, angles)
+                return again
+            finally:
+                self.balance.recording = True
+
+        # To its end, so that all ranks walk through the same collectives.
+        with set_checkpoint_early_stop(False):
+            result: Stream = checkpoint(run, *stream, use_reentrant=False, preserve_rng_state=False)
+        return result
 
     def loss_sum(self, hidden: Tensor, batch: TokenBatch, targets: Tensor) -> Tensor:
         """The sum of -log p of the rank's targets [T]; under tp the same on every rank of the group."""

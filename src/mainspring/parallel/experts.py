@@ -36,6 +36,8 @@ class Balance:
     bias_rate: float = 0.0
     weight: float = 1.0
     """Of the micro-batch in flight: its tokens over the step's."""
+    recording: bool = True
+    """Not while a layer is computed again for its backward pass."""
     losses: list[Tensor] = field(default_factory=list)
     """Auxiliary losses of the forward pass in flight, times coefficient and weight, one a block."""
 
@@ -98,9 +100,11 @@ class ParallelExperts(nn.Module):
             routing = dataclasses.replace(routing, weights=self._weights(logits, routing.experts))
         if self.training:
             counts = routing.offsets.diff().to(torch.float64)
-            self.load += counts
-            if self.balance.auxiliary:
-                self.balance.losses.append(self._auxiliary_loss(logits, counts))
+            # What is computed again must keep the same tensors, and be counted once.
+            loss = self._auxiliary_loss(logits, counts) if self.balance.auxiliary else None
+            if self.balance.recording:
+                self.load += counts
+                self.balance.losses += [loss] if loss is not None else []
         return routing
 
     def _weights(self, logits: Tensor, experts: Tensor) -> Tensor:

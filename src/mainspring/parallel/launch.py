@@ -23,6 +23,15 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def local_device(kind: str) -> torch.device:
+    """This process's device. Raises ConfigError for CUDA where there is none."""
+    if kind != "cuda":
+        return torch.device(kind)
+    if torch.cuda.device_count() == 0:
+        raise ConfigError("device cuda was asked for, but PyTorch sees no CUDA device; use cpu")
+    return torch.device("cuda", local_rank())
+
+
 @contextmanager
 def joined(device: str) -> Iterator[None]:
     """Inside, the process belongs to the group of all ranks: gloo on the CPU, NCCL on CUDA.

@@ -13,6 +13,7 @@ from mainspring.parallel.mesh import Axes, even_bounds
 
 ScheduleName = Literal["afab", "1f1b", "interleaved", "zero_bubble"]
 ContextMethod = Literal["ring", "ulysses"]
+Recompute = Literal["none", "full"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Layout:
     split: tuple[int, ...] = ()
     """Layers of each of the pp · virtual stages in the model's order; empty splits them evenly."""
     context: ContextMethod = "ring"
+    recompute: Recompute = "none"
+    """What is computed again in the backward pass: nothing, or whole layers, of which only the inputs are kept."""
     tp_invariant: bool = False
     """Row-parallel sums by a tree that is the same at every degree: the bits do not depend on tp."""
 
@@ -54,7 +57,7 @@ class Layout:
                 f"layout: replicate {self.replicate} does not divide dp {self.dp}; "
                 "each replica must have equally many ranks to shard over"
             )
-        for name, kind in (("schedule", ScheduleName), ("context", ContextMethod)):
+        for name, kind in (("schedule", ScheduleName), ("context", ContextMethod), ("recompute", Recompute)):
             if getattr(self, name) not in get_args(kind):
                 raise ConfigError(
                     f"layout: {name} is {getattr(self, name)!r}; choose among {', '.join(get_args(kind))}"

@@ -8,12 +8,11 @@ dp_shard · cp = expert_shard · ep. Nothing here is global: who holds a Mesh ho
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import product
 
-import torch
 import torch.distributed as dist
 
 from mainspring.errors import ConfigError
@@ -240,14 +239,3 @@ def even_bounds(total: int, parts: int) -> list[int]:
     for i in range(parts):
         bounds.append(bounds[-1] + small + (i < larger))
     return bounds
-
-
-def local_device(kind: str, ranks: Iterable[int] = ()) -> torch.device:
-    """The device of this process: on CUDA the one of its local rank."""
-    if kind != "cuda":
-        return torch.device(kind)
-    count = torch.cuda.device_count()
-    if count == 0:
-        raise ConfigError("device cuda was asked for, but PyTorch sees no CUDA device; use cpu")
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    return torch.device("cuda", rank % count)

@@ -42,6 +42,8 @@ def parallelize(
             f"layout {layout}: {layout.key_copies(model.config)} ranks share a key head, "
             f"the mesh was built for {mesh.group('keys').size}; pass key_copies to Mesh.build"
         )
+    if getattr(model, "quantised_embedding", None) is not None:
+        raise ConfigError("a quantised model cannot be cut over ranks; load it in bfloat16 or float32")
     placement = place(model.config, layout, mesh)
     parameters = dict(model.named_parameters())
     local = {

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mainspring.parallel.collectives import all_reduce
-from mainspring.parallel.decoder import ParallelDecoder
+from mainspring.parallel.decoder import ParallelDecoder, Stream
 from mainspring.parallel.flat import FlatUnit
 from mainspring.parallel.mesh import Group
 from mainspring.parallel.placement import Block, rule_of
@@ -53,7 +53,7 @@ class Units:
         self.model, self.layout, self.mesh = model, model.layout, model.mesh
         self.units: list[FlatUnit] = []
         self._of_parameter: dict[str, FlatUnit] = {}
-        self._of_layer: dict[str, list[FlatUnit]] = {}
+        self._of_layer: dict[int, list[FlatUnit]] = {}
         self._last: set[int] = set()
         self._reduced: set[str] = set()
         self._build()
@@ -67,11 +67,8 @@ class Units:
         for name, parameter in model.named_parameters():
             parameter.register_post_accumulate_grad_hook(partial(self._collect, name))
         model.tp.deferred.collect = lambda parameter: self._collect(self._names[parameter], parameter)
-        order = list(model.layers)
-        for i, number in enumerate(order):
-            before = order[i - 1] if i else None
-            after = order[i + 1] if i + 1 < len(order) else None
-            self._hook(model.layers[number], number, before, after)
+        self._order = [int(number) for number in model.layers]
+        model.observer = self
 
     # Around a step
 
@@ -161,7 +158,7 @@ class Units:
             self.units.append(unit)
             self._of_parameter.update(dict.fromkeys(parameters, unit))
             if name.startswith("layers."):
-                self._of_layer.setdefault(name.split(".")[1], []).append(unit)
+                self._of_layer.setdefault(int(name.split(".")[1]), []).append(unit)
 
     def _pieces(self, unit: FlatUnit) -> Iterator[Piece]:
         shapes, blocks = self.model.placement.shapes, self.model.placement.blocks
@@ -177,41 +174,35 @@ class Units:
     def _roots(self) -> list[FlatUnit]:
         return [unit for unit in self.units if not unit.name.startswith("layers.")]
 
-    # Hooks
+    # Around a layer (`decoder.Observer`)
+
+    def before(self, number: int, stream: Stream) -> Stream:
+        """Its parameters come, and the next layer's set out; behind its backward pass gradients are summed."""
+        self._gather(number, +1)
+        return _mark(lambda: self._reduce(number), stream)
+
+    def after(self, number: int, stream: Stream) -> Stream:
+        """Its parameters go, to come again, and those of the layer before it, for the backward pass."""
+        for unit in self._of_layer[number]:
+            unit.release()
+        return _mark(lambda: self._gather(number, -1), stream)
 
     def _collect(self, name: str, parameter: Tensor) -> None:
         self._of_parameter[name].collect(name)
 
-    def _hook(self, layer: nn.Module, number: str, before: str | None, after: str | None) -> None:
-        units = self._of_layer[number]
-        stage = next(s for s in self.model.stages if int(number) in self.model.stage_layers[s])
-
-        def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            self._gather(units, after)
-            if not torch.is_grad_enabled():
-                return args
-            return _mark(lambda: self._reduce(units, stage), args)
-
-        def leave(module: nn.Module, args: tuple[Any, ...], out: tuple[Any, ...]) -> tuple[Any, ...]:
-            for unit in units:
-                unit.release()
-            if not torch.is_grad_enabled():
-                return out
-            return _mark(lambda: self._gather(units, before), out)
-
-        layer.register_forward_pre_hook(enter)
-        layer.register_forward_hook(leave)
-
-    def _gather(self, units: list[FlatUnit], coming: str | None) -> None:
-        for unit in units:
+    def _gather(self, number: int, direction: int) -> None:
+        for unit in self._of_layer[number]:
             unit.gather()
-        for unit in self._of_layer[coming] if coming is not None else []:
-            unit.start_gather()
+        coming = self._order.index(number) + direction
+        if 0 <= coming < len(self._order):
+            for unit in self._of_layer[self._order[coming]]:
+                unit.start_gather()
 
-    def _reduce(self, units: list[FlatUnit], stage: int) -> None:
+    def _reduce(self, number: int) -> None:
         """Behind a layer's backward pass."""
+        stage = next(s for s in self.model.stages if number in self.model.stage_layers[s])
         last = stage in self._last
-        for unit in units:
+        for unit in self._of_layer[number]:
             unit.release()
             if self.model.tp.deferred.deferring:
                 continue
@@ -252,16 +243,16 @@ def _unit_name(parameter: str) -> str:
     return f"{layer}.experts" if rule_of(parameter).experts else layer
 
 
-def _mark(action: Callable[[], None], values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same values; in the backward pass `action` runs once the gradients of all tensors among them are known."""
-    places = [i for i, value in enumerate(values) if isinstance(value, Tensor) and value.requires_grad]
-    if not places:
-        return values
-    marked = _Mark.apply(action, *(values[i] for i in places))
-    result = list(values)
-    for i, tensor in zip(places, marked, strict=True):
-        result[i] = tensor
-    return tuple(result)
+def _mark(action: Callable[[], None], stream: Stream) -> Stream:
+    """The same stream; in the backward pass `action` runs once the gradients of its tensors are known."""
+    update, residual = stream
+    tensors = [t for t in stream if t is not None and t.requires_grad]
+    if not torch.is_grad_enabled() or not tensors:
+        return stream
+    marked = iter(_Mark.apply(action, *tensors))
+    if update is not None and update.requires_grad:
+        update = next(marked)
+    return update, next(marked) if residual.requires_grad else residual
 
 
 class _Mark(torch.autograd.Function):

@@ -87,7 +87,8 @@ def make_runner(recipe: Recipe, data: PreparedData, resume_from: Path | None, ra
     """
     layout = layout_of(recipe.parallel, ranks.world)
     balance = Balance(recipe.experts.auxiliary_loss, recipe.experts.bias_rate)
-    if layout.world == 1 and not (balance.auxiliary or balance.bias_rate):
+    plain = layout == Layout() and not (balance.auxiliary or balance.bias_rate or recipe.parallel.offload)
+    if plain:
         device = usable_device(recipe.training.device)
         single = SingleDevice(_make_model(recipe, data, resume_from, device), recipe.optimizer)
         if resume_from is not None:
@@ -116,6 +117,7 @@ def layout_of(section: ParallelSection, world: int) -> Layout:
         virtual=section.virtual,
         split=_split(section.split),
         context=section.context,
+        recompute=section.recompute,
     )
     if layout.world != world:
         raise ConfigError(
@@ -152,8 +154,9 @@ def _make_sharded(
     device = usable_device(settings.device, local_rank() if settings.device == "cuda" else None)
     policy = Policy(settings.numerics)
     sharded = Sharded(
-        config, layout, mesh, device, torch_dtype(settings.dtype), policy, recipe.optimizer, balance
-    )
+        config, layout, mesh, device, torch_dtype(settings.dtype), policy, recipe.optimizer, balance,
+        offload=recipe.parallel.offload,
+    )  # fmt: skip
     if source is not None:
         sharded.load_weights(source)
     else:

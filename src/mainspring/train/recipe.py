@@ -170,6 +170,9 @@ class ParallelSection:
     split: str = ""
     """Layers of each stage, as 5+6+6+5; empty splits them evenly."""
     context: Literal["ring", "ulysses"] = "ring"
+    recompute: Literal["none", "full"] = "none"
+    offload: bool = False
+    """Masters and moments in the host's memory, where the optimizer then runs."""
     watchdog_seconds: float = _limits(300.0, low=1.0)
     """A rank that has done nothing for so long names its step and collective and ends the run."""
 

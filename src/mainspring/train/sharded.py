@@ -59,6 +59,8 @@ class Sharded:
         policy: Policy,
         settings: OptimizerSection,
         balance: Balance | None = None,
+        *,
+        offload: bool = False,
     ) -> None:
         """Weights are zeros until `load_weights`. Raises ConfigError where the layout does not fit."""
         self.config, self.dtype, self.device, self.layout, self.mesh = config, dtype, device, layout, mesh
@@ -67,7 +69,7 @@ class Sharded:
         self._model = parallelize(model, layout, mesh, balance=balance)
         self._units = Units(self._model, device)
         self._pipeline = Pipeline(self._model, self._units)
-        self._settings = settings
+        self._settings, self._offload = settings, offload
         self._optimizer: ShardedOptimizer | None = None
         self._step = 0
         self.expert_imbalance: float | None = None
@@ -75,13 +77,13 @@ class Sharded:
     def load_weights(self, directory: Path) -> None:
         """Takes the rank's part of a Hugging Face directory."""
         load_weights(self._units, directory)
-        self._optimizer = ShardedOptimizer(self._units, self._settings)
+        self._optimizer = ShardedOptimizer(self._units, self._settings, offload=self._offload)
 
     def initialise_weights(self, settings: ModelSection, seed: int) -> None:
         """A new model's: the bits that one device would begin with."""
         shapes = hf_shapes(self.config)
         fill_weights(self._units, initial_tensors(shapes, self.config.num_layers, settings, seed))
-        self._optimizer = ShardedOptimizer(self._units, self._settings)
+        self._optimizer = ShardedOptimizer(self._units, self._settings, offload=self._offload)
 
     def load_optimizer(self, checkpoint: Path) -> None:
         """Continues from a checkpoint's optimizer state, whatever layout wrote it. Raises CheckpointError."""

@@ -22,9 +22,12 @@ from mainspring.train.recipe import OptimizerSection
 
 
 class ShardedOptimizer:
-    """Moves the shards of `units` by their summed gradients. Parameters that are not float32 have float32 masters."""
+    """Moves the shards of `units` by their summed gradients. Parameters that are not float32 have float32 masters.
 
-    def __init__(self, units: Units, settings: OptimizerSection) -> None:
+    With `offload` masters and moments are in the host's memory: gradients go there, weights come back.
+    """
+
+    def __init__(self, units: Units, settings: OptimizerSection, *, offload: bool = False) -> None:
         """Raises ConfigError for Muon, whose matrices a shard would cut."""
         if settings.name != "adamw":
             raise ConfigError(
@@ -32,12 +35,10 @@ class ShardedOptimizer:
                 "use it, or train on one device"
             )
         self._units, self._settings = units, settings
+        self._offload = offload
         self.has_masters = units.model.dtype != torch.float32
         full = full_shapes(units.model.config)
-        self._masters = {
-            unit.name: unit.shard.to(torch.float32, copy=True) if self.has_masters else unit.shard
-            for unit in units.units
-        }
+        self._masters = {unit.name: self._master(unit.shard) for unit in units.units}
         self._means = {unit.name: torch.zeros_like(self._masters[unit.name]) for unit in units.units}
         self._squares = {unit.name: torch.zeros_like(self._masters[unit.name]) for unit in units.units}
         self._states = [
@@ -48,7 +49,7 @@ class ShardedOptimizer:
                 settings.weight_decay
                 if is_inner_matrix(piece.block.parameter, len(full[piece.block.parameter]))
                 else 0.0,
-                piece.of(piece.unit.shard) if self.has_masters else None,
+                piece.of(piece.unit.shard) if self.has_masters and not offload else None,
             )
             for piece in units.pieces
         ]
@@ -64,14 +65,18 @@ class ShardedOptimizer:
             if clip_norm and norm > clip_norm:
                 units.scale_gradients(clip_norm / norm)
             self.steps += 1
+            host = torch.device("cpu")
+            gradients = [units.gradient(piece) for piece in units.pieces]
             self._adamw.step(
-                [units.gradient(piece) for piece in units.pieces],
+                [gradient.to(host) for gradient in gradients] if self._offload else gradients,
                 step=self.steps,
                 lr=s.lr * lr_factor,
                 beta1=s.beta1,
                 beta2=s.beta2,
                 eps=s.eps,
             )
+            if self._offload:
+                self._copy_masters()
             units.refresh()
         units.clear()
         return norm
@@ -98,10 +103,19 @@ class ShardedOptimizer:
     @torch.no_grad()
     def weights_from_masters(self) -> None:
         """After the masters were loaded: rounds them into the parameters."""
-        if self.has_masters:
-            for unit in self._units.units:
-                unit.shard.copy_(self._masters[unit.name])
+        if self.has_masters or self._offload:
+            self._copy_masters()
             self._units.refresh()
+
+    def _copy_masters(self) -> None:
+        for unit in self._units.units:
+            unit.shard.copy_(self._masters[unit.name])
+
+    def _master(self, shard: Tensor) -> Tensor:
+        if self._offload:
+            copy = shard.to("cpu", torch.float32, copy=True)
+            return copy.pin_memory() if shard.is_cuda else copy
+        return shard.to(torch.float32, copy=True) if self.has_masters else shard
 
     def _kinds(self) -> dict[str, dict[str, Tensor]]:
         kinds = {"adamw.exp_avg.": self._means, "adamw.exp_avg_sq.": self._squares}

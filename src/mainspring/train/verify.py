@@ -33,8 +33,9 @@ from mainspring.ops.precision import accumulator
 from mainspring.parallel.balance import take_loads
 from mainspring.parallel.checkpoint import NAMES, load_weights, read_piece
 from mainspring.parallel.collectives import all_reduce
+from mainspring.parallel.launch import local_device
 from mainspring.parallel.layout import Layout
-from mainspring.parallel.mesh import Mesh, local_device
+from mainspring.parallel.mesh import Mesh
 from mainspring.parallel.parallelize import parallelize
 from mainspring.parallel.pipeline import Pipeline
 from mainspring.parallel.placement import hf_shapes
