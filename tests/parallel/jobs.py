@@ -230,3 +230,30 @@ def biased_training(directory: str, layout: str, rate: float, steps: int) -> dic
         seen.append(imbalance(loads))
     biases = {number: block.choice_bias.tolist() for number, block in blocks_by_layer(units.model).items()}
     return {"imbalance": seen, "biases": biases}
+
+
+def muon_error(
+    directory: str, layout: str, gradients: str, expected: str, offload: bool
+) -> tuple[float, float]:
+    """(largest difference to the expected weights after two steps of given gradients, largest move of a weight)."""
+    from mainspring.formats.safetensors_file import CheckpointReader
+    from mainspring.parallel.checkpoint import read_piece
+    from mainspring.train.recipe import OptimizerSection
+    from mainspring.train.sharded_optimizer import ShardedOptimizer
+
+    units = units_of(directory, Layout.parse(layout))
+    optimizer = ShardedOptimizer(units, OptimizerSection("muon", muon_weight_decay=0.1), offload=offload)
+    given, wanted, before = (CheckpointReader(path) for path in (gradients, expected, directory))
+    for _ in range(2):
+        units.begin_step()
+        for unit in units.units:
+            unit.gradient_shard = torch.zeros_like(unit.shard)
+        for piece in units.pieces:
+            units.gradient(piece).copy_(read_piece(given.entry(piece.block.name), piece))
+        optimizer.step(1.0, 0.0)
+    error = moved = 0.0
+    for piece in units.pieces:
+        now = piece.of(piece.unit.shard)
+        error = max(error, float((now - read_piece(wanted.entry(piece.block.name), piece)).abs().max()))
+        moved = max(moved, float((now - read_piece(before.entry(piece.block.name), piece)).abs().max()))
+    return error, moved

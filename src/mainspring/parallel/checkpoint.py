@@ -167,7 +167,7 @@ def write_together(directory: Path, stored: Stored, units: Units) -> None:
                 if writes(units, piece):
                     for start, rows in rectangles_of(piece):
                         flat = value().detach()[rows].cpu().contiguous()
-                        helper.write_block(name, _numpy(flat).reshape(_shape_of(piece, flat)), start)
+                        helper.write_block(name, _numpy(flat).reshape(shape_of(piece, flat)), start)
             for name, tensor in stored.whole.items() if writer is not None else ():
                 helper.write(name, tensor.cpu().contiguous().numpy())
             if isinstance(helper, SafetensorsHelper):
@@ -202,7 +202,8 @@ def rectangles_of(piece: Piece) -> Iterator[tuple[tuple[int, ...], slice]]:
         at = stop
 
 
-def _shape_of(piece: Piece, flat: Tensor) -> tuple[int, ...]:
+def shape_of(piece: Piece, flat: Tensor) -> tuple[int, ...]:
+    """The shape of one of the rectangles of `rectangles_of`, from its elements."""
     if len(piece.block.shape) == 1:
         return (flat.shape[0],)
     width = piece.block.shape[1]

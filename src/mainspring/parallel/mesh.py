@@ -139,7 +139,7 @@ class Mesh:
         """A mesh of this process alone, whether or not it belongs to a process group."""
         names = (
             "world", "pp", "tp", "cp", "dp", "data", "shard", "replicate", "ep", "expert_shard", "expert_data", "tied",
-            "keys",
+            "keys", "holders",
         )  # fmt: skip
         monitor = Monitor()
         return Mesh(Axes(), 0, {name: Group(name, (0,), 0, None, monitor) for name in names}, monitor)
@@ -165,6 +165,7 @@ class Mesh:
             "dp": axes.along("dp_replicate", "dp_shard"),
             "data": axes.along("dp_replicate", "dp_shard", "cp"),
             "shard": axes.along("dp_shard", "cp"),
+            "holders": axes.along("dp_shard", "cp", "tp"),
             "replicate": axes.along("dp_replicate"),
             "ep": axes.expert_groups(),
             "expert_shard": axes.expert_shard_groups(),
@@ -194,7 +195,7 @@ class Mesh:
 
     def group(self, name: str) -> Group:
         """One of: world, pp, tp, cp, dp (replicas of the data), data (dp and cp), shard (dp_shard and cp), replicate,
-        ep, expert_shard, expert_data (holders of the same experts), tied, keys."""
+        ep, expert_shard, expert_data (holders of the same experts), holders (of one copy of a stage), tied, keys."""
         return self._groups[name]
 
     def edge(self, source: int, to: int) -> Group:

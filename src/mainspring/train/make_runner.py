@@ -144,10 +144,6 @@ def _make_sharded(
     config = ModelConfig.from_file(source) if source is not None else model_config(recipe, data)
     _check_vocabulary(config, data)
     layout.check(config, settings.accumulation_steps)
-    if layout.world > 1 and recipe.optimizer.name != "adamw":
-        raise ConfigError(
-            f"optimizer.name = {recipe.optimizer.name!r}: under a layout only 'adamw' moves shards of weights; use it"
-        )
     mesh = Mesh.build(layout.axes, key_copies=layout.key_copies(config))
     if layout.world > 1:
         mesh.monitor.watch(recipe.parallel.watchdog_seconds)

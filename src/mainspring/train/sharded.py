@@ -163,7 +163,7 @@ class Sharded:
         stored = self.optimizer.stored()
         whole: dict[str, Tensor] = {
             f"adamw.step.{name}": torch.tensor(float(self.optimizer.steps))
-            for name in full_shapes(self.config)
+            for name in self.optimizer.adamw_names
         }
         whole["random.cpu"] = torch.get_rng_state()
         whole |= {f"choice_bias.{number}": bias for number, bias in self._choice_biases().items()}

@@ -1,4 +1,4 @@
-"""AdamW on the shards of a parallel model: the optimizer of a run under a layout.
+"""AdamW, and Muon if asked for, on the shards of a parallel model: the optimizer of a run under a layout.
 
 State is kept where its parameters' shard is and named as `train.optimizer.Optimizer` names it, so that a checkpoint
 of one is read by the other, and by any layout.
@@ -11,14 +11,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mainspring.errors import ConfigError
 from mainspring.formats.safetensors_file import TensorSpec
+from mainspring.model.naming import parts
 from mainspring.ops.adamw import AdamWParameter, make_adamw
+from mainspring.ops.muon import MuonSettings, classic
 from mainspring.parallel.checkpoint import Stored
 from mainspring.parallel.placement import full_shapes, hf_shapes
 from mainspring.parallel.units import Piece, Units
 from mainspring.train.optimizer import is_inner_matrix
 from mainspring.train.recipe import OptimizerSection
+from mainspring.train.sharded_muon import ShardedMuon
 
 
 class ShardedOptimizer:
@@ -28,32 +30,34 @@ class ShardedOptimizer:
     """
 
     def __init__(self, units: Units, settings: OptimizerSection, *, offload: bool = False) -> None:
-        """Raises ConfigError for Muon, whose matrices a shard would cut."""
-        if settings.name != "adamw":
-            raise ConfigError(
-                f"optimizer.name = {settings.name!r}: under a layout of several ranks only 'adamw' moves shards; "
-                "use it, or train on one device"
-            )
         self._units, self._settings = units, settings
         self._offload = offload
         self.has_masters = units.model.dtype != torch.float32
         full = full_shapes(units.model.config)
+        inner = {name for name, shape in full.items() if is_inner_matrix(name, len(shape))}
+        muon_names = inner if settings.name == "muon" else set()
+        self.adamw_names = [name for name in full if name not in muon_names]
         self._masters = {unit.name: self._master(unit.shard) for unit in units.units}
-        self._means = {unit.name: torch.zeros_like(self._masters[unit.name]) for unit in units.units}
-        self._squares = {unit.name: torch.zeros_like(self._masters[unit.name]) for unit in units.units}
-        self._states = [
+        self._pieces = [piece for piece in units.pieces if piece.block.parameter not in muon_names]
+        self._means = [torch.zeros_like(piece.of(self._masters[piece.unit.name])) for piece in self._pieces]
+        self._squares = [torch.zeros_like(mean) for mean in self._means]
+        states = [
             AdamWParameter(
                 piece.of(self._masters[piece.unit.name]),
-                piece.of(self._means[piece.unit.name]),
-                piece.of(self._squares[piece.unit.name]),
-                settings.weight_decay
-                if is_inner_matrix(piece.block.parameter, len(full[piece.block.parameter]))
-                else 0.0,
+                mean,
+                square,
+                settings.weight_decay if piece.block.parameter in inner else 0.0,
                 piece.of(piece.unit.shard) if self.has_masters and not offload else None,
             )
-            for piece in units.pieces
+            for piece, mean, square in zip(self._pieces, self._means, self._squares, strict=True)
         ]
-        self._adamw = make_adamw(self._states)
+        self._adamw = make_adamw(states) if states else None
+        muon = MuonSettings(
+            momentum=settings.muon_momentum,
+            weight_decay=settings.muon_weight_decay,
+            newton_schulz=classic(settings.muon_iterations),
+        )
+        self._muon = ShardedMuon(units, self._masters, muon_names, muon) if muon_names else None
         self.steps = 0
 
     @torch.no_grad()
@@ -65,30 +69,33 @@ class ShardedOptimizer:
             if clip_norm and norm > clip_norm:
                 units.scale_gradients(clip_norm / norm)
             self.steps += 1
-            host = torch.device("cpu")
-            gradients = [units.gradient(piece) for piece in units.pieces]
-            self._adamw.step(
-                [gradient.to(host) for gradient in gradients] if self._offload else gradients,
-                step=self.steps,
-                lr=s.lr * lr_factor,
-                beta1=s.beta1,
-                beta2=s.beta2,
-                eps=s.eps,
-            )
-            if self._offload:
+            if self._muon is not None:
+                self._muon.step(s.muon_lr * lr_factor)
+            if self._adamw is not None:
+                gradients = [units.gradient(piece) for piece in self._pieces]
+                self._adamw.step(
+                    [gradient.to("cpu") for gradient in gradients] if self._offload else gradients,
+                    step=self.steps,
+                    lr=s.lr * lr_factor,
+                    beta1=s.beta1,
+                    beta2=s.beta2,
+                    eps=s.eps,
+                )
+            if self._offload or (self.has_masters and self._muon is not None):
                 self._copy_masters()
             units.refresh()
         units.clear()
         return norm
 
     def stored(self) -> Stored:
-        """The state for a checkpoint: `master.`, `adamw.exp_avg.`, `adamw.exp_avg_sq.` + Hugging Face's name."""
-        shapes = hf_shapes(self._units.model.config)
-        specs = {
-            f"{kind}{name}": TensorSpec("F32", shape)
-            for kind in self._kinds()
-            for name, shape in shapes.items()
-        }
+        """The state for a checkpoint: `master.`, `adamw.exp_avg.`, ... + Hugging Face's name."""
+        config = self._units.model.config
+        shapes, adamw = hf_shapes(config), set(self.adamw_names)
+        specs = {}
+        for part in parts(config):
+            kinds = ["adamw.exp_avg.", "adamw.exp_avg_sq."] if part.parameter in adamw else ["muon.momentum."]
+            for kind in ["master.", *kinds] if self.has_masters else kinds:
+                specs[f"{kind}{part.name}"] = TensorSpec("F32", shapes[part.name])
         return Stored(
             specs,
             [(name, piece, lambda tensor=tensor: tensor) for name, piece, tensor in self.pieces()],  # type: ignore[misc]
@@ -96,9 +103,15 @@ class ShardedOptimizer:
 
     def pieces(self) -> Iterator[tuple[str, Piece, Tensor]]:
         """(name, piece, its part of the rank's state) for every kind of state."""
-        for kind, shards in self._kinds().items():
+        if self.has_masters:
             for piece in self._units.pieces:
-                yield f"{kind}{piece.block.name}", piece, piece.of(shards[piece.unit.name])
+                yield f"master.{piece.block.name}", piece, piece.of(self._masters[piece.unit.name])
+        for piece, mean, square in zip(self._pieces, self._means, self._squares, strict=True):
+            yield f"adamw.exp_avg.{piece.block.name}", piece, mean
+            yield f"adamw.exp_avg_sq.{piece.block.name}", piece, square
+        if self._muon is not None:
+            for piece, momentum in zip(self._muon.pieces, self._muon.momenta, strict=True):
+                yield f"muon.momentum.{piece.block.name}", piece, momentum
 
     @torch.no_grad()
     def weights_from_masters(self) -> None:
@@ -116,7 +129,3 @@ class ShardedOptimizer:
             copy = shard.to("cpu", torch.float32, copy=True)
             return copy.pin_memory() if shard.is_cuda else copy
         return shard.to(torch.float32, copy=True) if self.has_masters else shard
-
-    def _kinds(self) -> dict[str, dict[str, Tensor]]:
-        kinds = {"adamw.exp_avg.": self._means, "adamw.exp_avg_sq.": self._squares}
-        return {"master.": self._masters, **kinds} if self.has_masters else kinds

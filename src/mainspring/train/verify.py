@@ -64,6 +64,7 @@ class VerifySettings:
     numerics: Numerics = "fast"
     device: Literal["cpu", "cuda"] = "cpu"
     lr: float = 1e-3
+    optimizer: Literal["adamw", "muon"] = "adamw"
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,7 @@ def _write_file(
 
 
 def _optimizer(settings: VerifySettings) -> OptimizerSection:
-    return OptimizerSection(lr=settings.lr)
+    return OptimizerSection(settings.optimizer, lr=settings.lr)
 
 
 def _compared(reference: Run | None, run: Run) -> Sequence[tuple[str, list[float], list[float]]]:
