@@ -1,8 +1,8 @@
 """The floors of `ops.sample` on the GPU: what min-p, top-k and top-p leave of each row, without sorting it.
 
 Three passes, spread over the GPU, find a row's peak, how many logits lie over eight levels below it (and their mass),
-and gather those over the lowest level that has few enough: the candidates. One program a row then searches among them
-for the floor. Only where it lies below the candidates (a flat distribution) does that program search the whole row.
+and gather those over a level that has enough and not too many: the candidates. One program a row then searches among
+them for the floor. Only where it lies below the candidates (a flat distribution) does it search the whole row.
 Counts and masses are integers, whose sums have no order. Rows that do not truncate are not read.
 """
 
@@ -19,7 +19,7 @@ from mainspring.ops.triton.support import multiprocessors, on_device
 TILE = 1024  # logits that a program looks at at a time
 WARPS = 8
 LEVELS = 8  # bytes of a 64-bit word
-CANDIDATES = 1024
+CANDIDATES = 8192
 PIVOTS = 8  # of a round of the search
 _MOST_TILES = 255  # of a segment: a lane counts its tiles in a byte
 _PROGRAMS_EACH = 8  # a multiprocessor
@@ -58,13 +58,13 @@ def min_p_floor(peak, temperature, min_p):
 
 
 @triton.jit
-def level_of(number, peak, temperature, floor):
-    """Level 0 lies half a unit of the temperature below the peak, level 7 lies 18; none under the floor.
+def level_of(number, peak, temperature):
+    """Level 0 lies half a unit of the temperature below the peak, level 7 lies 18.
 
     The fused product is named and the steps are exact, so that a scalar and a vector of levels have the same bits.
     """
     step = ((number + 1) * (number + 2)).to(tl.float32) * 0.25
-    return tl.maximum(tl.fma(-temperature, step, peak), floor)
+    return tl.fma(-temperature, step, peak)
 
 
 @triton.jit
@@ -112,7 +112,7 @@ def level_kernel(
             value = tl.load(logits + row * stride + index, index < V, float("-inf"))
             below = tl.zeros((TILE,), tl.int32)
             for j in tl.static_range(LEVELS):
-                level = level_of(tl.full((), j, tl.int32), peak, temperature, floor)
+                level = level_of(tl.full((), j, tl.int32), peak, temperature)
                 below += (value < level).to(tl.int32)
             is_over = (below < LEVELS) & (index < V)
             one = tl.full((TILE,), 1, tl.int64) << (8 * tl.where(is_over, below, 0)).to(tl.int64)
@@ -129,16 +129,22 @@ def level_kernel(
 
 @triton.jit
 def chosen_level(
-    counts, row, peak, temperature, floor, segments, LEVELS: tl.constexpr, SEGMENTS: tl.constexpr,
+    counts, row, peak, temperature, top_k, limits, segments, LEVELS: tl.constexpr, SEGMENTS: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    """(the lowest level with at most CANDIDATES logits over it, their number); (inf, 0) if there is none."""
+    """(a level with at most CANDIDATES logits over it, their number): where top-k limits, the highest with as many as
+    that keeps, else the lowest. (inf, 0) if there is none."""
     segment = tl.arange(0, SEGMENTS)[:, None]
     place = counts + (row * segments + segment) * LEVELS + tl.arange(0, LEVELS)[None, :]
     count = tl.sum(tl.load(place, segment < segments, 0), 0)
-    levels = level_of(tl.arange(0, LEVELS), peak, temperature, floor)
-    fits = count <= CANDIDATES
-    return tl.min(tl.where(fits, levels, float("inf")), 0), tl.max(tl.where(fits, count, 0), 0)
+    levels = level_of(tl.arange(0, LEVELS), peak, temperature)
+    fits = (count <= CANDIDATES) & (count >= tl.where(limits, top_k, 1))
+    highest = tl.max(tl.where(fits, levels, float("-inf")), 0)
+    lowest = tl.min(tl.where(fits, levels, float("inf")), 0)
+    fewest = tl.min(tl.where(fits, count, CANDIDATES), 0)
+    most = tl.max(tl.where(fits, count, 0), 0)
+    level = tl.where(most > 0, tl.where(limits, highest, lowest), float("inf"))
+    return level, tl.where(most > 0, tl.where(limits, fewest, most), 0)
 
 
 @triton.jit(do_not_specialize=["stride", "tiles"])
@@ -150,12 +156,11 @@ def gather_kernel(
     row = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
     segments = tl.num_programs(1)
-    _, searches, temperature, _, _, _, min_p = truncation(rows_of_seats, seats, row, V)
+    _, searches, temperature, top_k, limits, _, _ = truncation(rows_of_seats, seats, row, V)
     if searches:
         peak = peak_of(peaks, row, segments, SEGMENTS)
-        floor = min_p_floor(peak, temperature, min_p)
         level, _count = chosen_level(
-            counts, row, peak, temperature, floor, segments, LEVELS, SEGMENTS, CANDIDATES
+            counts, row, peak, temperature, top_k, limits, segments, LEVELS, SEGMENTS, CANDIDATES
         )
         for tile in range(segment * tiles, min((segment + 1) * tiles, tl.cdiv(V, TILE))):
             index = tile * TILE + tl.arange(0, TILE)
@@ -267,14 +272,14 @@ def search_kernel(
         floor = min_p_floor(peak, temperature, min_p)
         if searches & (peak > float("-inf")):
             level, count = chosen_level(
-                counts, row, peak, temperature, floor, segments, LEVELS, SEGMENTS, CANDIDATES
+                counts, row, peak, temperature, top_k, limits, segments, LEVELS, SEGMENTS, CANDIDATES
             )
             segment = tl.arange(0, SEGMENTS)
             whole = tl.sum(tl.load(masses + row * segments + segment, segment < segments, 0), 0)
             wanted = tl.maximum((top_p.to(tl.float64) * whole.to(tl.float64)).to(tl.int64), 1)
             own = candidates + row * CANDIDATES
             held = mass_from(own, count, floor, peak, temperature, TILE)
-            are_enough = (count > 0) & tl.where(limits, count >= top_k, held >= wanted)
+            are_enough = (count > 0) & (limits | (held >= wanted))
             if are_enough:
                 floor = floor_among(
                     own,
