@@ -43,7 +43,7 @@ LIMITS = EngineLimits(max_model_len=100, max_cache_tokens=64, vocab_size=50, max
         ({"n": 129}, "n", "128"),
         ({"presence_penalty": 2.1}, "presence_penalty", "2.1"),
         ({"frequency_penalty": -3}, "frequency_penalty", "-3"),
-        ({"repetition_penalty": 0}, "repetition_penalty", "above 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "between 0.01 and 100"),
         ({"logit_bias": [1]}, "logit_bias", "[1]"),
         ({"logit_bias": {-1: 2.0}}, "logit_bias", "-1"),
         ({"logit_bias": {1: 100.5}}, "logit_bias", "100.5"),

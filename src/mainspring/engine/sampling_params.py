@@ -13,6 +13,9 @@ from mainspring.errors import InvalidRequestError
 
 MAX_N = 128  # completions of one prompt
 MAX_BIAS = 100.0
+# Beyond these the logits would leave float32 and every token be as good as any other.
+MAX_TEMPERATURE = 1e6
+REPETITION_PENALTIES = (0.01, 100.0)
 
 
 class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -79,8 +82,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         presence_penalty: taken off the logit of every token that the completion has already, in [-2, 2].
         frequency_penalty: the same for every time that it has it.
         repetition_penalty: divides the positive logits (and multiplies the negative ones) of the tokens of prompt
-            and completion; above 0, 1 does nothing (Keskar et al. 2019, "CTRL", section 4.1).
-        temperature: divides the logits; 0 means greedy.
+            and completion, in [0.01, 100]; 1 does nothing (Keskar et al. 2019, "CTRL", section 4.1).
+        temperature: divides the logits, at most a million; 0 means greedy.
         top_p: keep the smallest set of most likely tokens whose mass reaches it, in (0, 1].
         top_k: keep that many most likely tokens; 0 or -1 keeps all. Applied before `top_p`, which then
             works on the renormalised rest, as in vLLM.
@@ -132,12 +135,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _require_int("n", self.n, low=1, high=MAX_N)
         _require_number("presence_penalty", self.presence_penalty, low=-2.0, high=2.0)
         _require_number("frequency_penalty", self.frequency_penalty, low=-2.0, high=2.0)
-        _require_number("repetition_penalty", self.repetition_penalty, low=0.0)
-        if self.repetition_penalty == 0.0:
-            raise InvalidRequestError(
-                "repetition_penalty is 0, but must be above 0; 1 does nothing", "repetition_penalty"
-            )
-        _require_number("temperature", self.temperature, low=0.0)
+        low, high = REPETITION_PENALTIES
+        _require_number("repetition_penalty", self.repetition_penalty, low=low, high=high)
+        _require_number("temperature", self.temperature, low=0.0, high=MAX_TEMPERATURE)
         _require_number("top_p", self.top_p, low=0.0, high=1.0)
         if self.top_p == 0.0:
             raise InvalidRequestError(
@@ -251,9 +251,9 @@ def _require_number(name: str, value: float, *, low: float, high: float = math.i
         raise InvalidRequestError(f"{name} is {value}, but must be {limit}", name)
 
 
-def _require_int(name: str, value: int, *, low: int, high: int | None = None) -> None:
+def _require_int(name: str, value: int, *, low: int, high: int = 2**31 - 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidRequestError(f"{name} must be a whole number, not {value!r}", name)
-    if value < low or (high is not None and value > high):
-        limit = f"at least {low}" if high is None else f"between {low} and {high}"
+    if not low <= value <= high:
+        limit = f"at least {low}" if value < low and high == 2**31 - 1 else f"between {low} and {high}"
         raise InvalidRequestError(f"{name} is {value}, but must be {limit}", name)

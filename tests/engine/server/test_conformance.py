@@ -224,6 +224,32 @@ def test_calls_in_the_model_s_own_format_are_found(client: openai.OpenAI) -> Non
     assert choice.message.content is None
 
 
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"temperature": 5e-324},
+        {"temperature": 1e6},
+        {"top_p": 5e-324},
+        {"min_p": 5e-324},
+        {"min_p": 1.0},
+        {"top_k": 2**31 - 1},
+        {"repetition_penalty": 0.01},
+        {"repetition_penalty": 100.0},
+        {"logit_bias": {"0": -100, "257": 100}},
+        {"seed": -(2**63)},
+        {"seed": 2**63 - 1},
+        {"temperature": 5e-324, "repetition_penalty": 0.01, "presence_penalty": -2, "top_p": 5e-324},
+    ],
+)
+def test_extreme_values_are_served(http: httpx.Client, extreme: dict[str, Any]) -> None:
+    body = {"prompt": "hello", "max_tokens": 8, "logprobs": 2, "ignore_eos": True, "n": 2, **extreme}
+    answer = http.post("/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    for choice in answer.json()["choices"]:
+        assert len(choice["logprobs"]["token_logprobs"]) == 8
+        assert all(-1e4 < value <= 0 for value in choice["logprobs"]["token_logprobs"])
+
+
 def test_embeddings_are_the_model_s_pooled_states(
     client: openai.OpenAI, tiny_model: Any, tiny_tokens: Any
 ) -> None:

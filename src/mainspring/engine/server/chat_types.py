@@ -14,6 +14,7 @@ from mainspring.engine.server.openai_types import (
     ChatLogprobs,
     GenerationRequest,
     Usage,
+    documented,
     neutral,
 )
 
@@ -139,7 +140,7 @@ class ChatCompletionRequest(GenerationRequest):
     """The body of POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Annotated[int | None, documented(minimum=1)] = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     modalities: Annotated[list[str] | None, neutral(None, ["text"])] = None

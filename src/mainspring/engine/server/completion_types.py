@@ -14,6 +14,7 @@ from mainspring.engine.server.openai_types import (
     GenerationRequest,
     Tokens,
     Usage,
+    documented,
     is_ids,
     neutral,
 )
@@ -44,7 +45,9 @@ class CompletionRequest(GenerationRequest):
     `max_tokens` may be 0 with `echo`: the prompt's log-probabilities and nothing more.
     """
 
-    prompt: Annotated[str | Tokens | list[str] | list[Tokens], BeforeValidator(prompts)]
+    prompt: Annotated[
+        str | Tokens | list[str] | list[Tokens], BeforeValidator(prompts), documented(minLength=1, minItems=1)
+    ]
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
     suffix: str | None = None

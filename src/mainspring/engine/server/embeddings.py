@@ -15,7 +15,7 @@ from mainspring.engine.messages import Pooling
 from mainspring.engine.server.async_llm import Placement
 from mainspring.engine.server.completion_types import prompts, split_prompts
 from mainspring.engine.server.disconnect import until_disconnect
-from mainspring.engine.server.openai_types import Body, Tokens
+from mainspring.engine.server.openai_types import Body, Tokens, documented
 from mainspring.engine.server.service import ServedModel, Service, json_response, service_of
 from mainspring.errors import InvalidRequestError
 
@@ -32,7 +32,9 @@ class EmbeddingRequest(Body):
     """
 
     model: str | None = None
-    input: Annotated[str | Tokens | list[str] | list[Tokens], BeforeValidator(prompts)]
+    input: Annotated[
+        str | Tokens | list[str] | list[Tokens], BeforeValidator(prompts), documented(minLength=1, minItems=1)
+    ]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1)] | None = None
     user: str | None = None

@@ -11,25 +11,48 @@ from typing import Annotated, Any, TypeAlias
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+)
+from pydantic_core import CoreSchema, core_schema
 
-from mainspring.engine.sampling_params import MAX_N
+from mainspring.engine.sampling_params import MAX_N, MAX_TEMPERATURE, REPETITION_PENALTIES
 
 MAX_CHOICES = MAX_N
 MAX_LOGPROBS = 20
 
-Tokens: TypeAlias = list[int]
+Tokens: TypeAlias = list[Annotated[int, Field(json_schema_extra={"minimum": 0})]]
 
 
-def neutral(*values: object) -> AfterValidator:
+class neutral:
     """Accepts only the values that ask for nothing."""
 
-    def check(value: object) -> object:
-        if value not in values:
+    def __init__(self, *values: object) -> None:
+        self.values = values
+
+    def check(self, value: object) -> object:
+        """The value itself."""
+        if value not in self.values:
             raise ValueError("this parameter is not supported by this server; leave it out")
         return value
 
-    return AfterValidator(check)
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"enum": list(self.values)}
+
+
+def documented(**schema: Any) -> Any:
+    """Tells the OpenAPI document of a range that is checked elsewhere."""
+    return Field(json_schema_extra=schema)
 
 
 def is_ids(value: Any) -> bool:
@@ -62,6 +85,9 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
+_ID_NAMES = {"pattern": "^[0-9]{1,9}$"}
+
+
 class StructuredOutputs(Body):
     """What the text must be; exactly one is given. As in vLLM."""
 
@@ -88,25 +114,31 @@ class GenerationRequest(Body):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    stop: Annotated[str | list[str] | None, BeforeValidator(_stops)] = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: Annotated[dict[int, float] | None, BeforeValidator(_biases)] = None
+    max_tokens: Annotated[int | None, documented(minimum=1)] = None
+    temperature: Annotated[float | None, documented(minimum=0, maximum=MAX_TEMPERATURE)] = None
+    top_p: Annotated[float | None, documented(exclusiveMinimum=0, maximum=1)] = None
+    seed: Annotated[int | None, documented(minimum=-(2**63), maximum=2**63 - 1)] = None
+    stop: Annotated[str | list[str] | None, BeforeValidator(_stops), documented(minLength=1)] = None
+    presence_penalty: Annotated[float | None, documented(minimum=-2, maximum=2)] = None
+    frequency_penalty: Annotated[float | None, documented(minimum=-2, maximum=2)] = None
+    logit_bias: Annotated[
+        dict[int, float] | None,
+        BeforeValidator(_biases),
+        documented(propertyNames={"pattern": "^[0-9]{1,9}$"}),
+    ] = None
     # Names of vLLM's, beyond OpenAI's.
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    allowed_token_ids: Tokens | None = None
-    bad_words: list[str] | None = None
+    top_k: Annotated[int | None, documented(minimum=-1)] = None
+    min_p: Annotated[float | None, documented(minimum=0, maximum=1)] = None
+    repetition_penalty: Annotated[
+        float | None, documented(minimum=REPETITION_PENALTIES[0], maximum=REPETITION_PENALTIES[1])
+    ] = None
+    allowed_token_ids: Annotated[Tokens | None, documented(minItems=1)] = None
+    bad_words: list[Annotated[str, documented(minLength=1)]] | None = None
     structured_outputs: StructuredOutputs | None = None
     return_token_ids: bool | None = None
-    priority: int | None = None
+    priority: Annotated[int | None, documented(minimum=-(2**31), maximum=2**31 - 1)] = None
     cache_salt: Annotated[str, Field(min_length=1)] | None = None
-    min_tokens: int | None = None
+    min_tokens: Annotated[int | None, documented(minimum=0)] = None
     stop_token_ids: Tokens | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None

@@ -8,8 +8,9 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from pydantic import Discriminator, Field, Tag
 
+from mainspring.engine.sampling_params import MAX_TEMPERATURE
 from mainspring.engine.server.chat_types import FUNCTION_NAME
-from mainspring.engine.server.openai_types import MAX_LOGPROBS, Body, TokenLogprob, neutral
+from mainspring.engine.server.openai_types import MAX_LOGPROBS, Body, TokenLogprob, documented, neutral
 
 LOGPROBS = "message.output_text.logprobs"
 Status: TypeAlias = Literal["in_progress", "completed", "incomplete"]
@@ -154,9 +155,9 @@ class ResponsesRequest(Body):
         Discriminator(_form),
     ]
     instructions: str | None = None
-    max_output_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
+    max_output_tokens: Annotated[int | None, documented(minimum=1)] = None
+    temperature: Annotated[float | None, documented(minimum=0, maximum=MAX_TEMPERATURE)] = None
+    top_p: Annotated[float | None, documented(exclusiveMinimum=0, maximum=1)] = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     include: list[Literal["message.output_text.logprobs"]] | None = None
     tools: list[FunctionTool] | None = None
