@@ -104,7 +104,7 @@ class Pipeline:
         if model is None:
             raise ConfigError("answering needs a language model; searching does not")
         found = self.search(question, where=where)
-        if self._abstains(found):
+        if self._abstains(question, found):
             yield Delta(ABSTENTION)
             yield Answer(ABSTENTION, (), tuple(found), True)
             return
@@ -122,7 +122,7 @@ class Pipeline:
             else:
                 text += event
                 yield Delta(event)
-        yield Answer(text, tuple(citations), tuple(passages), text.startswith(ABSTENTION[:-1]))
+        yield Answer(text, tuple(citations), tuple(passages), False)
 
     def answer(self, question: str, where: Filter = ()) -> Answer:
         """The finished answer at once; raises what `ask` raises."""
@@ -162,10 +162,19 @@ class Pipeline:
     def _chunks(self, hits: Sequence[Hit]) -> dict[str, Chunk]:
         return {chunk.id: chunk for chunk in self.parts.store.get([hit.id for hit in hits])}
 
-    def _abstains(self, passages: Sequence[Passage]) -> bool:
-        """Whether no passage was found, or the reranker thinks that none answers."""
+    def _abstains(self, question: str, passages: Sequence[Passage]) -> bool:
+        """Whether no passage was found, or the cross-encoder thinks that none answers.
+
+        The threshold is one on its scores: passages that something else has ordered are scored by the attributor.
+        """
+        if not passages:
+            return True
         scores = [p.rerank_score for p in passages if p.rerank_score is not None]
-        return not passages or bool(scores and max(scores) < self.strategy.answer.abstain_below)
+        if self.strategy.rerank.method != "cross-encoder":
+            if self.parts.attributor is None:
+                return False
+            scores = self.parts.attributor.scores(question, [p.chunk.indexed_text for p in passages]).tolist()
+        return max(scores) < self.strategy.answer.abstain_below
 
     def _summarised(self, question: str, passages: Sequence[Passage]) -> tuple[list[str], list[Passage]]:
         """The texts that the model reads, and their passages; those of which nothing is left go."""

@@ -99,10 +99,13 @@ class ContextStep:
 
 @dataclass(frozen=True)
 class AnswerStep:
-    """`abstain_below`: the reranker's score under which no passage is taken to hold the answer (not used by "none")."""
+    """`abstain_below`: the cross-encoder's score of the best passage under which nothing is answered.
+
+    The default was calibrated on SQuAD (docs/results/rag.md); `generation/abstention.py` finds one for other documents.
+    """
 
     max_tokens: int = _bounded(256, 1)
-    abstain_below: float = 0.0
+    abstain_below: float = 1.7
 
 
 @dataclass(frozen=True)
