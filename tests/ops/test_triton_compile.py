@@ -108,7 +108,9 @@ def test_norms(tmp_path: Path) -> None:
     tensors = ("x", "residual", "weight", "out", "total_out")
     integers = dict.fromkeys(("rows", "inner", "outer_stride", "inner_stride"), "i32")
     types = {**dict.fromkeys(tensors, "*bf16"), **integers, "eps": "fp32"}
-    assert stack_bytes(compiled(rms_norm_kernel, types, constants, warps, 3), tmp_path) == 0
+    binary = compiled(rms_norm_kernel, types, {**constants, "EARLY": True}, warps, 3)
+    assert stack_bytes(binary, tmp_path) == 0
+    assert "griddepcontrol.wait" in binary.asm["ptx"]
     tensors = ("x", "weight", "grad", "grad_total", "grad_x")
     types = {**dict.fromkeys(tensors, "*bf16"), "grad_weight": "*fp32", "rows": "i32", "eps": "fp32"}
     binary = compiled(rms_norm_backward_kernel, types, {**constants, "STAGES": 4}, warps, 3)
@@ -127,7 +129,7 @@ def test_norms_fused_with_rope_sum_a_row_over_threads_as_rms_norm_does(
     tensors = ("x", "residual", "weight", "out", "total_out")
     integers = dict.fromkeys(("rows", "inner", "outer_stride", "inner_stride"), "i32")
     types = {**dict.fromkeys(tensors, "*bf16"), **integers, "eps": "fp32"}
-    constants: dict[str, Any] = {"H": d, "BLOCK": block, "ROWS": rows, "ADD": False}
+    constants: dict[str, Any] = {"H": d, "BLOCK": block, "ROWS": rows, "ADD": False, "EARLY": True}
     alone = _summed_layouts(compiled(rms_norm_kernel, types, constants, warps, 3))
     tensors = ("q", "k", "v", "q_weight", "k_weight", "q_out", "k_cache", "v_cache")
     types = {
@@ -137,7 +139,7 @@ def test_norms_fused_with_rope_sum_a_row_over_threads_as_rms_norm_does(
     }  # fmt: skip
     constants = {
         "Q_HEADS": heads[0], "K_HEADS": heads[1], "Q_GROUPS": -(-heads[0] // rows), "DIM": d, "HALF": d // 2,
-        "GROUP": rows, "BLOCK": block, "ROWED": False, "FP8": False,
+        "GROUP": rows, "BLOCK": block, "ROWED": False, "FP8": False, "EARLY": True,
     }  # fmt: skip
     fused = _summed_layouts(compiled(norm_rope_cache_kernel, types, constants, warps, 3))
     assert len(alone) == 1

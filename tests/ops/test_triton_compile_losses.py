@@ -99,7 +99,7 @@ def test_rope_with_the_cache(fp8: bool, tmp_path: Path) -> None:
         "k_scale": "*fp32", "v_scale": "*fp32", "positions": "*i64", "rows": "*i64", "inv_freq": "*fp32",
         "scale": "fp32", **{n: "i32" for n in ROPE_INTEGERS if n != "k_out_stride"},
     }  # fmt: skip
-    constants = {**ROPE_CONSTANTS, "Q_REST": 0, "WIDTH": 128, "INTERLEAVED": False, "FP8": fp8}
+    constants = {**ROPE_CONSTANTS, "Q_REST": 0, "WIDTH": 128, "INTERLEAVED": False, "FP8": fp8, "EARLY": True}
     binary = compiled(rope_cache_kernel, types, constants, 4, 3)
     assert stack_bytes(binary, tmp_path) == 0
     assert wide_loads(binary) >= 6

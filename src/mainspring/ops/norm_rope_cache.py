@@ -43,7 +43,7 @@ def norm_rope_write_cache(
     """The normed and rotated q, after k (likewise) and v went to their slots in layer `layer` of the batch's cache.
 
     `attention` without k and v then attends to them. The bits are those of `rms_norm`, `rope` and the write on their
-    own. q: [T, Hq, D], k, v: [T, Hkv, D], all of which may be overwritten -> [T, Hq, D]. The cache has their dtype, or
+    own (with a cache of float8: nearly). q: [T, Hq, D], k, v: [T, Hkv, D], all of which may be overwritten -> [T, Hq, D]. The cache has their dtype, or
     float8_e4m3fn with the scales that it carries. No gradient is recorded. Raises BackendError.
     """
     if batch.cache is None or batch.slots is None:

@@ -8,10 +8,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mainspring.ops.triton.support import (
     canonical_rows,
     check_dtype,
+    has_dependent_launch,
     has_tma,
     multiprocessors,
     on_device,
@@ -27,9 +29,12 @@ _SUM_COLUMNS = 32
 @triton.jit(do_not_specialize=["rows", "inner"])
 def rms_norm_kernel(
     x, residual, weight, out, total_out, rows, inner, outer_stride, inner_stride, eps,
-    H: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
+    H: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Row r of x lies at (r // inner) · outer_stride + (r % inner) · inner_stride; the others are contiguous."""
+    if EARLY:  # the kernel behind may be brought up; it waits for all of this one, as this one for those ahead
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (columns < H)[None, :]
@@ -242,8 +247,10 @@ def _forward(
     inner_stride = x.stride(1) if x.dim() == 3 and inner > 1 else h
     outer_stride = x.stride(0) if x.shape[0] > 1 else inner * h
     per_program, block, warps = row_shape(h)
+    early = has_dependent_launch(x.device)
     with on_device(x):
         rms_norm_kernel[(triton.cdiv(rows, per_program),)](
             x, x if residual is None else residual, canonical_rows(weight), out, total, rows, inner, outer_stride,
-            inner_stride, eps, H=h, BLOCK=block, ROWS=per_program, ADD=residual is not None, num_warps=warps,
+            inner_stride, eps, H=h, BLOCK=block, ROWS=per_program, ADD=residual is not None, EARLY=early,
+            num_warps=warps, launch_pdl=early,
         )  # fmt: skip

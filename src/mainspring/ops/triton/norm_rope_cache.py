@@ -1,7 +1,8 @@
 """Norms of the heads of queries and keys, RoPE, and the write of keys and values to a paged cache, in one launch.
 
 The bits are those of `rms_norm` of q and of k, then `rope_write_cache`: rows are summed in tiles of the shape that
-`rms_norm` gives them, the rest is element by element in the same instructions.
+`rms_norm` gives them, the rest is element by element in the same instructions. (Stores of float8 may let the compiler
+arrange a row over threads otherwise: there the bits may differ.)
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mainspring.ops.triton.norm import row_shape
 from mainspring.ops.triton.rope import check_rotation, sine_cosine
 from mainspring.ops.triton.rope_cache import check_cache, quantised
-from mainspring.ops.triton.support import canonical_rows, on_device, require
+from mainspring.ops.triton.support import canonical_rows, has_dependent_launch, on_device, require
 
 
 @triton.jit
@@ -50,9 +52,12 @@ def norm_rope_cache_kernel(
     q, k, v, q_weight, k_weight, q_out, k_cache, v_cache, k_scale, v_scale, positions, rows, inv_freq, slots,
     rope_scale, eps, q_stride, k_stride, v_stride,
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, Q_GROUPS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK: tl.constexpr, ROWED: tl.constexpr, FP8: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, ROWED: tl.constexpr, FP8: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tokens, groups of GROUP heads: first those of q, then those of k and v)."""
+    if EARLY:  # the kernel behind may be brought up; it waits for all of this one, as this one for those ahead
+        gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     columns = tl.arange(0, BLOCK)
@@ -148,6 +153,7 @@ def norm_rope_write_cache(
     if tokens:
         fp8 = k_scale is not None
         q_groups = triton.cdiv(q_heads, group)
+        early = has_dependent_launch(q.device)
         with on_device(q):
             norm_rope_cache_kernel[(tokens, q_groups + triton.cdiv(heads, group))](
                 q, k, v, canonical_rows(q_weight), canonical_rows(k_weight), out, k_cache, v_cache,
@@ -155,6 +161,6 @@ def norm_rope_write_cache(
                 positions if rows is None else rows.contiguous(), inv_freq.contiguous(), slots.contiguous(),
                 float(scale), eps, q.stride(0), k.stride(0), v.stride(0),
                 Q_HEADS=q_heads, K_HEADS=heads, Q_GROUPS=q_groups, DIM=d, HALF=half, GROUP=group, BLOCK=block,
-                ROWED=rows is not None, FP8=fp8, num_warps=warps,
+                ROWED=rows is not None, FP8=fp8, EARLY=early, num_warps=warps, launch_pdl=early,
             )  # fmt: skip
     return out

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mainspring.ops.triton.rope import (
     check_rotation,
@@ -19,7 +20,7 @@ from mainspring.ops.triton.rope import (
     token_rotation,
     turned,
 )
-from mainspring.ops.triton.support import on_device, require
+from mainspring.ops.triton.support import has_dependent_launch, on_device, require
 
 E4M3_MAX = tl.constexpr(448.0)
 
@@ -52,9 +53,12 @@ def rope_cache_kernel(
     q_stride, k_stride, v_stride, q_out_stride,
     Q_HEADS: tl.constexpr, Q_PADDED: tl.constexpr, K_HEADS: tl.constexpr, K_PADDED: tl.constexpr, DIM: tl.constexpr,
     HALF: tl.constexpr, Q_REST: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, INTERLEAVED: tl.constexpr, FP8: tl.constexpr,
+    ROWS: tl.constexpr, INTERLEAVED: tl.constexpr, FP8: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tokens,)."""
+    if EARLY:  # the kernel behind may be brought up; it waits for all of this one, as this one for those ahead
+        gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token)
     pairs = tl.arange(0, BLOCK)
@@ -136,6 +140,7 @@ def rope_write_cache(
     if tokens:
         rest = triton.next_power_of_2(d - 2 * half) if d > 2 * half else 0
         fp8 = k_scale is not None
+        early = has_dependent_launch(q.device)
         with on_device(q):
             rope_cache_kernel[(tokens,)](
                 q, k, v, q_out, k_cache, v_cache, k_scale if fp8 else inv_freq, v_scale if fp8 else inv_freq,
@@ -144,7 +149,7 @@ def rope_write_cache(
                 Q_HEADS=q_heads, Q_PADDED=triton.next_power_of_2(q_heads), K_HEADS=heads,
                 K_PADDED=triton.next_power_of_2(heads), DIM=d, HALF=half, Q_REST=0 if in_place else rest, REST=rest,
                 BLOCK=triton.next_power_of_2(half), WIDTH=triton.next_power_of_2(d), ROWS=rows is not None,
-                INTERLEAVED=interleaved, FP8=fp8,
+                INTERLEAVED=interleaved, FP8=fp8, EARLY=early, launch_pdl=early,
             )  # fmt: skip
     return q_out
 

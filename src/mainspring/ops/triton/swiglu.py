@@ -6,15 +6,19 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mainspring.ops.triton.support import check_dtype, on_device, require
+from mainspring.ops.triton.support import check_dtype, has_dependent_launch, on_device, require
 
 BLOCK = 1024
 
 
 @triton.jit
-def swiglu_kernel(gate_up, out, stride, INNER: tl.constexpr, BLOCK: tl.constexpr):
+def swiglu_kernel(gate_up, out, stride, INNER: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """Grid: (rows, blocks of columns)."""
+    if EARLY:  # the kernel behind may be brought up; it waits for all of this one, as this one for those ahead
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < INNER
@@ -58,7 +62,10 @@ def swiglu(gate_up: Tensor) -> Tensor:
     out = torch.empty((rows, inner), dtype=gate_up.dtype, device=gate_up.device)
     if out.numel():
         with on_device(gate_up):
-            swiglu_kernel[_grid(rows, inner)](gate_up, out, gate_up.stride(0), INNER=inner, BLOCK=BLOCK)
+            early = has_dependent_launch(gate_up.device)
+            swiglu_kernel[_grid(rows, inner)](
+                gate_up, out, gate_up.stride(0), INNER=inner, BLOCK=BLOCK, EARLY=early, launch_pdl=early
+            )
     return out
 
 
