@@ -310,10 +310,11 @@ def test_wrong_embeddings_are_named(http: httpx.Client, fields: dict[str, Any], 
 
 
 def test_a_prefix_is_shared_within_one_salt_only(client: openai.OpenAI, server: Server) -> None:
-    def cached(salt: str) -> int:
+    def cached(salt: str, n: int = 1) -> int:
         answer = client.completions.create(
             prompt="a prefix that is long enough for several blocks of sixteen tokens",
             max_tokens=1,
+            n=n,
             extra_body={"cache_salt": salt},
             **GREEDY,
         )
@@ -322,6 +323,8 @@ def test_a_prefix_is_shared_within_one_salt_only(client: openai.OpenAI, server: 
         return answer.usage.prompt_tokens_details.cached_tokens or 0
 
     assert [cached("one"), cached("one") > 0, cached("two")] == [0, True, 0]
+    # Choices share their prompt, but it was computed for them.
+    assert [cached("three", n=3), cached("three", n=3) > 0] == [0, True]
 
 
 def test_tokens_go_there_and_back(http: httpx.Client, tiny_tokens: Any) -> None:

@@ -27,14 +27,16 @@ class UsageCounter:
         self._completion_tokens = 0
         self._cached: dict[int, int] = {}
 
-    def add(self, prompt: int, output: RequestOutput) -> None:
-        """Takes an output (its tokens are new) of the prompt of that number."""
-        self.add_cached(prompt, output)
-        self._completion_tokens += len(output.outputs[0].token_ids)
+    def add(self, prompt: int, choice: int, output: RequestOutput, *, answered: bool = True) -> None:
+        """Takes an output (its tokens are new) of that choice of the prompt of that number.
 
-    def add_cached(self, prompt: int, output: RequestOutput) -> None:
-        """Takes an output whose tokens are no part of the answer."""
-        self._cached[prompt] = max(self._cached.get(prompt, 0), output.num_cached_tokens)
+        `answered`: its tokens are part of the answer.
+        """
+        if choice == 0:
+            # The other choices share the first one's prompt: for them all of it was there.
+            self._cached[prompt] = output.num_cached_tokens
+        if answered:
+            self._completion_tokens += len(output.outputs[0].token_ids)
 
     def usage(self) -> Usage:
         """The count so far."""

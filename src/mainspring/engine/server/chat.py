@@ -132,7 +132,7 @@ class _Job:
         choices: dict[int, ChatChoice] = {}
         async with self._generate(stream=False) as generation:
             async for index, output in generation:
-                usage.add(0, output)
+                usage.add(0, index, output)
                 choices[index] = self._choice(index, output.outputs[0])
         return ChatCompletion(
             self.id,
@@ -170,7 +170,7 @@ class _Job:
         choices = [_Choice(self.prompt.plan.parser()) for _ in self.params]
         async with self._generate(stream=True) as generation:
             async for index, output in generation:
-                usage.add(0, output)
+                usage.add(0, index, output)
                 for chunk in self._chunks(index, choices[index], output.outputs[0]):
                     yield self._encode([chunk], usage.usage() if self.body.continuous_usage else None)
         if self.body.include_usage:

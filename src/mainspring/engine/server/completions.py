@@ -160,10 +160,7 @@ class _Job:
             yield self._encode([], usage.usage())
 
     def _count(self, usage: UsageCounter, index: int, output: RequestOutput) -> None:
-        if self._only_echoes:
-            usage.add_cached(index // self.n, output)
-        else:
-            usage.add(index // self.n, output)
+        usage.add(index // self.n, index % self.n, output, answered=not self._only_echoes)
 
     @property
     def _only_echoes(self) -> bool:

@@ -29,25 +29,29 @@ MAX_LOGPROBS = 20
 Tokens: TypeAlias = list[Annotated[int, Field(json_schema_extra={"minimum": 0})]]
 
 
-class neutral:
-    """Accepts only the values that ask for nothing."""
+class _Neutral:
+    """The check behind `neutral`, and what the OpenAPI document says of it."""
 
-    def __init__(self, *values: object) -> None:
-        self.values = values
+    def __init__(self, values: tuple[object, ...]) -> None:
+        self._values = values
 
-    def check(self, value: object) -> object:
-        """The value itself."""
-        if value not in self.values:
+    def _check(self, value: object) -> object:
+        if value not in self._values:
             raise ValueError("this parameter is not supported by this server; leave it out")
         return value
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(self.check, handler(source))
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
 
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        return {"enum": list(self.values)}
+        return {"enum": list(self._values)}
+
+
+def neutral(*values: object) -> _Neutral:
+    """Accepts only the values that ask for nothing."""
+    return _Neutral(values)
 
 
 def documented(**schema: Any) -> Any:

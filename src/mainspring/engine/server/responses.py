@@ -185,7 +185,7 @@ class _Job:
             placement=Placement(lora_id=self.model.lora_id),
         ) as generation:
             async for _, output in generation:
-                usage.add(0, output)
+                usage.add(0, 0, output)
                 text = output.outputs[0]
                 if not begun:
                     # Not before the engine has taken the request: a refusal has its own HTTP status.
