@@ -43,7 +43,9 @@ def norm_rope_write_cache(
     """The normed and rotated q, after k (likewise) and v went to their slots in layer `layer` of the batch's cache.
 
     `attention` without k and v then attends to them. The bits are those of `rms_norm`, `rope` and the write on their
-    own (with a cache of float8: nearly). q: [T, Hq, D], k, v: [T, Hkv, D], all of which may be overwritten -> [T, Hq, D]. The cache has their dtype, or
+    own (with a cache of float8: nearly).
+
+    q: [T, Hq, D], k, v: [T, Hkv, D], all of which may be overwritten -> [T, Hq, D]. The cache has their dtype, or
     float8_e4m3fn with the scales that it carries. No gradient is recorded. Raises BackendError.
     """
     if batch.cache is None or batch.slots is None:
@@ -109,7 +111,8 @@ def _triton(
 
     cache, slots = batch.cache, batch.slots
     assert cache is not None and slots is not None  # checked by the caller
-    if norms is None or 2 * angles.inv_freq.shape[-1] != q.shape[-1]:
+    # Other heads than of multiples of 16 elements lie as Triton cannot know: a row might be summed in another order.
+    if norms is None or 2 * angles.inv_freq.shape[-1] != q.shape[-1] or q.shape[-1] % 16:
         return reference(q, k, v, norms, angles, batch, layer, policy)
     return fused(
         q, k, v, norms.q, norms.k, norms.eps, slots, cache.k[layer], cache.v[layer], angles.positions,
