@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mainspring.engine.block_allocator import BlockAllocator
 from mainspring.engine.request import Request
-from mainspring.engine.sampler import SeatSampler
+from mainspring.engine.sampler import SeatSampler, truncates
 from mainspring.errors import ConfigError
 from mainspring.model.decoder import Decoder
 from mainspring.ops.batch import KVCache, TokenBatch
@@ -93,12 +93,15 @@ class DraftModelDrafter:
         seats = torch.tensor([draft.request.seat for draft in drafts], device=device)
         positions = torch.tensor([len(draft.request.token_ids) for draft in drafts], device=device)
         last = [[draft.request.token_ids[-1]] for draft in drafts]
+        truncate = any(truncates(draft.request) for draft in drafts)
         columns: list[Tensor] = []
         tokens = torch.tensor(last, device=device)[:, 0]
         for step in range(self._num_tokens):
             contexts = [draft.num_computed + step + 1 for draft in drafts]
             hidden = self._forward(tokens, [1] * len(drafts), contexts, drafts)
-            tokens = self._sampler.sample_plain(self._model.logits(hidden), seats, positions + step)
+            tokens = self._sampler.draw(
+                self._model.logits(hidden), seats, positions + step, truncate=truncate
+            )
             columns.append(tokens)
         guesses: list[list[int]] = torch.stack(columns, dim=1).tolist()
         for draft, guess in zip(drafts, guesses, strict=True):

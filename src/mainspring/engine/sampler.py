@@ -49,28 +49,40 @@ class SeatSampler:
             self._set_bias(seat, request)
 
     def is_plain(self, request: Request) -> bool:
-        """See `hooks.Sampler.is_plain`: nothing but the seat's parameters decides."""
+        """See `hooks.Sampler.is_plain`: greedy or by temperature, from the logits as they are.
+
+        Truncation is left to `sample`: its launches cost something also where no row truncates.
+        """
         adjusted = request.params.penalised or _is_biased(request) or request.grammar is not None
-        return not adjusted and not request.forbids_stopping
+        return not adjusted and not request.forbids_stopping and not truncates(request)
 
     def sample_plain(self, logits: Tensor, seats: Tensor, positions: Tensor) -> Tensor:
         """See `hooks.Sampler.sample_plain`."""
-        return ops.sample(logits, self._params, seats, positions)
+        return self.draw(logits, seats, positions, truncate=False)
+
+    def draw(self, logits: Tensor, seats: Tensor, positions: Tensor, *, truncate: bool) -> Tensor:
+        """Tokens by the seats' parameters, from the logits as they are. All [R] and [R, V] on the device -> [R] int64."""
+        return ops.sample(logits, self._params, seats, positions, truncate=truncate)
 
     def sample(self, logits: Tensor, rows: SampleRows) -> Tensor:
         """See `hooks.Sampler.sample`."""
         penalised = any(request.params.penalised for request in rows.requests)
         biased = any(_is_biased(request) for request in rows.requests)
-        adjusted = ops.adjust_logits(
-            logits,
-            self._params,
-            rows.seats,
-            history=self._history if penalised else None,
-            bias=self._bias if biased else None,
-            bitmask=rows.bitmask,
-        )
-        self._forbid_stopping(adjusted, rows)
-        tokens = ops.sample(adjusted, self._params, rows.seats, rows.positions)
+        ends = self._forbidden_ends(rows)
+        if penalised or biased or ends or rows.bitmask is not None:
+            logits = ops.adjust_logits(
+                logits,
+                self._params,
+                rows.seats,
+                history=self._history if penalised else None,
+                bias=self._bias if biased else None,
+                bitmask=rows.bitmask,
+            )
+        if ends:
+            [places] = self._send(ends)
+            logits.view(-1).index_fill_(0, places, -torch.inf)
+        truncate = any(truncates(request) for request in rows.requests)
+        tokens = self.draw(logits, rows.seats, rows.positions, truncate=truncate)
         if penalised and self._history is not None:
             # Rows of seats without penalties are counted too, and never read.
             places = rows.seats * self._shape[1] + tokens
@@ -102,20 +114,17 @@ class SeatSampler:
             tokens, words = self._send(list(biases), np.array(list(biases.values()), dtype=np.float64))
             row.index_add_(0, tokens, words.view(torch.float64).to(torch.float32))
 
-    def _forbid_stopping(self, logits: Tensor, rows: SampleRows) -> None:
-        """Take the tokens that end a request out of the rows of those that must not end yet; in place."""
+    def _forbidden_ends(self, rows: SampleRows) -> list[int]:
+        """Where in [R, V] the tokens lie that end a request, of those that must not end yet."""
         vocab_size = self._shape[1]
-        pairs = [
-            (row, token)
+        return [
+            row * vocab_size + token
             for row, (request, offset) in enumerate(zip(rows.requests, rows.offsets, strict=True))
             if request.num_generated + offset < request.params.min_tokens
             for token in request.ignored_stop_ids
             # A tokenizer may name an end token that this model has no logit for.
             if token < vocab_size
         ]
-        if pairs:
-            [places] = self._send([row * vocab_size + token for row, token in pairs])
-            logits.view(-1).index_fill_(0, places, -torch.inf)
 
     def _send(self, *values: Sequence[int] | npt.NDArray[Any]) -> list[Tensor]:
         """Lists of integers, or of float64 whose bits travel as int64."""
@@ -128,12 +137,18 @@ def _is_biased(request: Request) -> bool:
     return bool(request.params.logit_bias) or request.params.allowed_token_ids is not None
 
 
+def truncates(request: Request) -> bool:
+    """The request has a top_k, a top_p or a min_p that matters."""
+    params = request.params
+    return not params.greedy and (params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0)
+
+
 def _write_params(tensors: SamplingTensors, request: Request) -> None:
     params = request.params
     key = request.random_key
     tensors.rows.zero_()
     tensors.key[0] = key - (1 << 64) if key >= 1 << 63 else key
-    tensors.temperature[0] = params.temperature
+    tensors.temperature[0] = 0.0 if params.greedy else params.temperature  # top_k = 1 needs no search
     tensors.top_p[0] = params.top_p
     tensors.min_p[0] = params.min_p
     tensors.top_k[0] = min(max(params.top_k, 0), 2**31 - 1)
