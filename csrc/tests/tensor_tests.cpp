@@ -1,24 +1,23 @@
-// Allocator, views, tape, pool and collectives, without Python: what the sanitizers watch.
-#include <cstdio>
+// Allocator, views, tape, pool, collectives and what is built on them, without Python: what the sanitizers watch.
+//
+// The port of the collectives comes from MAINSPRING_TEST_PORT (and the next two).
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include <doctest/doctest.h>
+
+#include <cmath>
 #include <cstdlib>
 #include <thread>
 
 #include "autograd/engine.h"
 #include "ops/ops.h"
 #include "ops/table.h"
-#include "parallel/group.h"
+#include "parallel/buckets.h"
+#include "parallel/cross_entropy.h"
+#include "parallel/indices.h"
 #include "thread_pool.h"
 
 using namespace mainspring;
 using namespace mainspring::tensor;
-
-#define CHECK(condition) \
-  do { \
-    if (!(condition)) { \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-      std::exit(1); \
-    } \
-  } while (0)
 
 namespace {
 
@@ -40,7 +39,7 @@ Tensor ramp(const Dims& shape, DType t = DType::Float32) {
   return x;
 }
 
-void test_allocator() {
+TEST_CASE("the allocator gives aligned blocks, gives them again, and counts them") {
   empty_cache();
   for (const size_t bytes : {size_t{1}, size_t{64}, size_t{1000}, size_t{1025}, size_t{1} << 20}) {
     char* first = static_cast<char*>(allocate(bytes));
@@ -60,15 +59,21 @@ void test_allocator() {
   CHECK(memory_stats().cached_bytes == 0);
 }
 
-void test_views() {
+TEST_CASE("views share storage, versions and errors") {
   const Tensor x = ramp({3, 4});
   const Tensor turned = ops::transpose(x, 0, 1);
-  CHECK(turned->storage == x->storage && !turned.contiguous() && at(turned, 1) == 4);
+  CHECK(turned->storage == x->storage);
+  CHECK_FALSE(turned.contiguous());
+  CHECK(at(turned, 1) == 4);
   const Tensor back = ops::strided(x, {2, 3}, {-1, -2}, {3, 2});
-  CHECK(at(back, 0) == 11 && at(back, 1) == 9 && at(back, 5) == 1);
+  CHECK(at(back, 0) == 11);
+  CHECK(at(back, 1) == 9);
+  CHECK(at(back, 5) == 1);
   const uint32_t version = x.version();
   ops::add_(back, ops::number(100));
-  CHECK(x.version() == version + 1 && at(x, 11) == 111 && at(x, 0) == 0);
+  CHECK(x.version() == version + 1);
+  CHECK(at(x, 11) == 111);
+  CHECK(at(x, 0) == 0);
   CHECK(throws(ErrorKind::Shape, [&] { ops::reshape(x, {5}); }));
   CHECK(throws(ErrorKind::Index, [&] { ops::index_select(x, 0, full_int({1}, 3, DType::Int64)); }));
   CHECK(at(ops::Diagonal::forward(x, 1, 0, 1), 2) == 111);
@@ -77,18 +82,19 @@ void test_views() {
   for (uint32_t bits = 0; bits < 0x10000; ++bits) {  // every float16 survives the way through float32
     const Float16 h = {static_cast<uint16_t>(bits)};
     const float f = to_float(h);
-    CHECK(f != f || to_float16(f).bits == h.bits);
+    if (f == f && to_float16(f).bits != h.bits) FAIL_CHECK("float16 with the bits " << bits);
   }
 }
 
-void test_tape() {
+TEST_CASE("the tape gives gradients, refuses stale values, and leaves no tensor behind") {
   const int64_t live = live_tensors();
   {
     const Tensor x = ramp({4, 5}, DType::Float64);
     set_requires_grad(x, true);
     const Tensor y = ops::sum(ops::mul(ops::softmax(ops::matmul(x, ops::transpose(x, 0, 1)), 1), ops::number(2)), {}, false);
     backward(y, Tensor(), {});
-    CHECK(x->grad != nullptr && x->grad->numel == 20);
+    REQUIRE(x->grad != nullptr);
+    CHECK(x->grad->numel == 20);
     CHECK(throws(ErrorKind::Autograd, [&] { backward(y, Tensor(), {}); }));
     const Tensor z = ops::square(x);
     {
@@ -110,7 +116,7 @@ void test_tape() {
   CHECK(live_tensors() == live);
 }
 
-void test_pool() {
+TEST_CASE("the pool serves several callers at once") {
   set_num_threads(4);
   std::vector<std::thread> callers;
   for (int c = 0; c < 3; ++c)
@@ -118,7 +124,8 @@ void test_pool() {
       for (int round = 0; round < 20; ++round) {
         const Tensor a = full({300, 200}, 1, DType::Float32), b = full({200, 100}, 2, DType::Float32);
         const Tensor product = ops::matmul(a, b);
-        CHECK(at(product, 0) == 400 && at(product, product.numel() - 1) == 400);
+        CHECK(at(product, 0) == 400);
+        CHECK(at(product, product.numel() - 1) == 400);
         CHECK(at(ops::sum(full({200'000}, 1, DType::Float32), {}, false), 0) == 200'000);
       }
     });
@@ -160,15 +167,62 @@ void test_collectives(const char* transport, int size, int port) {
   for (std::thread& t : ranks) t.join();
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
-  const int port = argc > 1 ? std::atoi(argv[1]) : 29'777;
-  test_allocator();
-  test_views();
-  test_tape();
-  test_pool();
-  test_collectives("shared_memory", 3, port);
-  test_collectives("tcp", 3, port + 1);
-  std::puts("ok");
+int first_port() {
+  const char* given = std::getenv("MAINSPRING_TEST_PORT");
+  return given == nullptr ? 29'777 : std::atoi(given);
 }
+
+TEST_CASE("collectives through shared memory") { test_collectives("shared_memory", 3, first_port()); }
+TEST_CASE("collectives through sockets") { test_collectives("tcp", 3, first_port() + 1); }
+
+TEST_CASE("mappings, the split loss and gradient buckets among ranks") {
+  const int64_t live = live_tensors();
+  std::vector<std::thread> ranks;
+  for (int rank = 0; rank < 2; ++rank)
+    ranks.emplace_back([=] {
+      auto world = std::make_shared<parallel::World>(rank, 2, "127.0.0.1:" + std::to_string(first_port() + 2), 60.0);
+      const auto group = parallel::Group::create(world, {0, 1}, "shared_memory");
+      const Tensor x = ramp({2, 4}, DType::Float64);
+      set_requires_grad(x, true);
+      const Tensor part = parallel::Scatter::forward(x, group, true);
+      CHECK(at(part, 0) == 2 * rank);
+      const Tensor whole = parallel::Gather::forward(ops::square(part), group, true, false);
+      CHECK(at(whole, 7) == 49);
+      backward(ops::sum(whole, {}, false), Tensor(), {});
+      CHECK(at(Tensor::borrow(x->grad), 3) == 6);
+
+      const Tensor logits = full({3, 4}, 1, DType::Float64), targets = full_int({3}, 5, DType::Int64);
+      set_requires_grad(logits, true);
+      const Tensor losses = parallel::VocabParallelCrossEntropy::forward(logits, targets, group, 0.1);
+      CHECK(at(losses, 2) == doctest::Approx(std::log(8.0)));
+      backward(ops::sum(losses, {}, false), Tensor(), {});
+
+      const Tensor a = ramp({5}), b = ramp({3});
+      for (const Tensor& p : {a, b}) set_requires_grad(p, true);
+      parallel::GradientBuckets buckets({a, b}, group, 3);
+      CHECK(buckets.size() == 2);
+      for (int round = 0; round < 2; ++round) {
+        backward(ops::sum(ops::mul(a, ops::number(rank + 1)), {}, false), Tensor(), {});  // b has no gradient
+        buckets.wait();
+        buckets.store_gradients();
+        CHECK(at(Tensor::borrow(a->grad), 4) == 1.5);
+        CHECK(at(Tensor::borrow(b->grad), 0) == 0);
+      }
+      group->barrier();
+    });
+  for (std::thread& t : ranks) t.join();
+  CHECK(live_tensors() == live);
+}
+
+TEST_CASE("sample and blending indices") {
+  const Tensor sizes = full_int({3}, 4, DType::Int64), order = full_int({3}, 1, DType::Int64);
+  const Tensor samples = parallel::build_sample_idx(sizes, order, {5, 1, 12, true, true});
+  CHECK(samples.size(0) == 3);
+  CHECK(at(samples, 2) == 1);  // token 5 is the second of the second document
+  CHECK(at(samples, 3) == 1);
+  const parallel::Blending mixed = parallel::build_blending_indices({0.75, 0.25}, 8);
+  CHECK(at(ops::sum(mixed.dataset, {}, false), 0) == 2);
+  CHECK(throws(ErrorKind::Value, [] { parallel::build_blending_indices({0, 0}, 8); }));
+}
+
+}  // namespace
