@@ -5,8 +5,9 @@
 
 Each contestant trains the same shape on the same tokens: tokens a second and rank, peak memory of the fullest rank
 (on CUDA), what it reaches of `one`: every rank training a whole model for itself, without communication. FSDP2 and
-DDP wrap the plain decoder, whose operations are ours; their optimizer is torch's fused AdamW. Rounds alternate, so
-that a busy neighbour hurts all; the median counts. The loss of the first step of all but `one` must agree.
+DDP wrap the plain decoder, whose operations are ours; their optimizer is torch's fused AdamW. They come one after the
+other, for together they would not fit; the median of the rounds counts. The first step's loss is printed, for all but
+`one` (whose ranks have a batch each) must agree.
 """
 
 from __future__ import annotations

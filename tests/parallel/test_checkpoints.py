@@ -97,6 +97,11 @@ def test_a_model_read_and_written_under_a_layout_keeps_every_bit(
     ("architecture", "first", "second"),
     [
         ("Qwen3ForCausalLM", (4, ["parallel.tp=2", "parallel.zero=3"]), (2, ["parallel.pp=2"])),
+        (
+            "Qwen3ForCausalLM",
+            (2, ["parallel.zero=1", "optimizer.name=muon", "training.dtype=bfloat16"]),
+            (2, ["parallel.tp=2", "optimizer.name=muon", "training.dtype=bfloat16", "parallel.offload=true"]),
+        ),
         ("Qwen3MoeForCausalLM", (4, ["parallel.ep=2", "parallel.zero=2"]), (2, ["parallel.tp=2"])),
     ],
 )

@@ -46,6 +46,18 @@ def test_a_collective_that_one_rank_does_not_enter_ends_the_run_with_its_name(tm
     assert 'hang.py", line' in words  # the stack trace
 
 
+def test_a_watch_that_is_stopped_or_sees_progress_ends_nothing() -> None:
+    code = (
+        "import time; from mainspring.parallel.monitor import Monitor\n"
+        "busy, over = Monitor(0), Monitor(1)\n"
+        "busy.watch(0.5); over.watch(0.5); over.stop()\n"
+        "for _ in range(20): time.sleep(0.1); busy.progress()\n"
+        "busy.stop(); print('alive')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
+
+
 @pytest.mark.parametrize(
     ("layout", "parameter", "rank"),
     [

@@ -164,6 +164,7 @@ def write_together(directory: Path, stored: Stored, units: Units) -> None:
         with agreed(world, f"write {directory}"):
             helper = writer if writer is not None else SafetensorsHelper(description)
             for name, piece, value in stored.pieces:
+                units.mesh.monitor.progress()
                 if writes(units, piece):
                     for start, rows in rectangles_of(piece):
                         flat = value().detach()[rows].cpu().contiguous()

@@ -42,6 +42,10 @@ class Monitor:
         self.traffic[collective, group] += nbytes
         self._mark(f"{collective} over {group} (ranks {', '.join(map(str, ranks))}, {nbytes} bytes)", True)
 
+    def progress(self) -> None:
+        """Something that is no collective is done: a pass through a stage, a piece of a file."""
+        self._since = time.monotonic()
+
     def leave(self) -> None:
         """The collective that was waited for is done."""
         self._since, self._open = time.monotonic(), False

@@ -143,6 +143,7 @@ class _Run:
         self._last = {a.stage: a for a in schedule[self.rank] if a.kind in ("B", "I")}
 
     def do(self, action: Action) -> None:
+        self.mesh.monitor.progress()
         if self._last.get(action.stage) == action:
             self.units.expect_last(action.stage)
         if action.kind == "F":

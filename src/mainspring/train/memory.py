@@ -101,13 +101,17 @@ def _of_stage(config: ModelConfig, layout: Layout, batch: Batch, rank: int, devi
         gradients = 4.0 * whole
     gradients += size * largest  # autograd's own of a layer before they are collected
     masters = 4 if size != 4 else 0
-    own = layout.stage_layers(config.num_layers)
-    per_token = [
-        sum(activation_bytes(config, layout, layer, size) for layer in own[stage])
-        for stage in layout.stages_of(rank)
-    ]
+    own = [layout.stage_layers(config.num_layers)[stage] for stage in layout.stages_of(rank)]
+    whole_layers = [[activation_bytes(config, layout, layer, size) for layer in layers] for layers in own]
     tokens = batch.tokens / layout.cp
-    activations = tokens * _peak_activations(layout, batch, rank, per_token)
+    if layout.recompute == "full":  # every layer's two inputs, and one layer that is computed again
+        kept = 2 * size * config.hidden_size / (layout.tp if layout.sequence_sliced else 1)
+        held = _peak_activations(layout, batch, rank, [kept * len(layers) for layers in own])
+        activations = tokens * (held + max(map(max, whole_layers)))
+    else:
+        activations = tokens * _peak_activations(
+            layout, batch, rank, [sum(layers) for layers in whole_layers]
+        )
     return Memory(
         parameters, gradients, (masters + 8) * shard, activations,
         head_bytes(config, layout, tokens, size, device_bytes) if layout.stages - 1 in layout.stages_of(rank) else 0.0,

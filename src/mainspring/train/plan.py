@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mainspring.errors import ConfigError
 from mainspring.formats.model_config import ModelConfig
@@ -65,6 +65,9 @@ def plans(
     found = []
     for layout in _candidates(config, gpus, batch, sequence_length, per_host):
         memory = estimate(config, layout, batch, memory_bytes)
+        if memory.total > memory_bytes:
+            layout = replace(layout, recompute="full")
+            memory = estimate(config, layout, batch, memory_bytes)
         if smallest is None or memory.total < smallest[0]:
             smallest = (memory.total, layout)
         if memory.total <= memory_bytes:
@@ -154,7 +157,8 @@ def _plan(
     inside = layout.tp * layout.cp
     wide = _FAST if layout.world <= per_host else _SLOW
     near = sent.tp / _FAST + (sent.cp + sent.ep) / (_FAST if inside <= per_host else _SLOW)
-    compute = flops / (_PEAK * _ALGORITHM) / (1 - bubble)
+    again = 4 / 3 if layout.recompute == "full" else 1.0
+    compute = again * flops / (_PEAK * _ALGORITHM) / (1 - bubble)
     hidden = max(0.0, sent.data / wide - 0.5 * compute)  # half of it runs behind the layers
     return Plan(layout, memory, sent, bubble, compute + near + sent.pp / wide + hidden)
 

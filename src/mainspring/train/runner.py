@@ -63,6 +63,10 @@ class Runner(Protocol):
         """Writes a checkpoint; see `train.checkpoint`."""
         ...
 
+    def close(self) -> None:
+        """The run is over: nothing is watched any more."""
+        ...
+
 
 class SingleDevice:
     """The whole model on one device."""
@@ -109,6 +113,9 @@ class SingleDevice:
 
     def save(self, output: Path, tokenizer: TextTokenizer, state: TrainerState, keep: int) -> Path:
         return save_checkpoint(output, self.model, self._optimizer, tokenizer, state, keep)
+
+    def close(self) -> None:
+        """Nothing was opened."""
 
     def _loss(self, micro: MicroBatch) -> torch.Tensor:
         return self.model.loss(

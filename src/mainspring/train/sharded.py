@@ -158,6 +158,9 @@ class Sharded:
                     shutil.rmtree(old)
         return path
 
+    def close(self) -> None:
+        self.mesh.monitor.stop()
+
     def _stored_state(self) -> Stored:
         """The optimizer's state under the names that `Optimizer` gives it, so that either reads the other's."""
         stored = self.optimizer.stored()

@@ -127,6 +127,7 @@ class Trainer:
                     return TrainingResult(path, self._step, True, None, ())
             return self._finish(path)
         finally:
+            self._runner.close()
             if self._metrics is not None:
                 self._metrics.close()
 
