@@ -61,7 +61,7 @@ class SeatSampler:
         return self.draw(logits, seats, positions, truncate=False)
 
     def draw(self, logits: Tensor, seats: Tensor, positions: Tensor, *, truncate: bool) -> Tensor:
-        """Tokens by the seats' parameters, from the logits as they are. All [R] and [R, V] on the device -> [R] int64."""
+        """Tokens by the seats' parameters, from logits [R, V] as they are -> [R] int64, all on the device."""
         return ops.sample(logits, self._params, seats, positions, truncate=truncate)
 
     def sample(self, logits: Tensor, rows: SampleRows) -> Tensor:
