@@ -132,9 +132,9 @@ class DecodeGraphs:
     def _capture_all(self) -> None:
         """The largest first: the smaller ones then find all the memory that they need in the pool."""
         stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
         for size in reversed(self._numbers):
             step = self._size(size)
+            stream.wait_stream(torch.cuda.current_stream())  # which sets the step's inputs
             contexts = (self._max_model_len,) * size
             with torch.cuda.stream(stream):
                 self._run(step, contexts)  # compiles and loads what a capture could not
