@@ -28,6 +28,7 @@ GROUPS = {
     "experts": "experts:expert_rows",
     "loss": "loss:loss_rows",
     "rowwise": "rowwise:rowwise_rows",
+    "sample": "sample:sample_rows",
     "adamw": "optimizers:adamw_rows",
     "muon": "optimizers:muon_rows",
 }
