@@ -18,34 +18,38 @@ TOP_K, TOP_P = 20, 0.95
 
 def sample_rows() -> Iterator[Row]:
     for rows in (1, 64, 256):
-        sets = [_logits(rows) for _ in range(max(2, min(40, ROTATED_BYTES // (rows * VOCAB * 4) + 1)))]
-        seats = torch.arange(rows, device="cuda")
-        amount = rows * VOCAB * 4 / 1e9
-        plain, truncated = _params(rows), _params(rows)
-        truncated.top_k.fill_(TOP_K)
-        truncated.top_p.fill_(TOP_P)
-        plain.presence.fill_(0.5)
-        greedy = SamplingTensors.allocate(rows, "cuda")
-        history = torch.zeros(rows, VOCAB, dtype=torch.int32, device="cuda")
-        yield row(
-            "sample", f"temperature {rows}x{VOCAB}", amount, "GB",
-            [lambda z=z: sample(z, plain, seats, seats, False) for z in sets],
-            [lambda z=z: _race(torch.softmax(z / 0.6, -1)) for z in sets], "torch softmax and exponential race",
-        )  # fmt: skip
-        yield row(
-            "sample", f"greedy, against argmax {rows}x{VOCAB}", amount, "GB",
-            [lambda z=z: sample(z, greedy, seats, seats, False) for z in sets],
-            [lambda z=z: z.argmax(-1) for z in sets], "torch argmax",
-        )  # fmt: skip
-        yield row(
-            "sample", f"top_k {TOP_K}, top_p {TOP_P} {rows}x{VOCAB}", amount, "GB",
-            [lambda z=z: sample(z, truncated, seats, seats, True) for z in sets],
-            [lambda z=z: _race(_truncated(z / 0.6)) for z in sets[:4]], "torch by sort",
-        )  # fmt: skip
-        yield row(
-            "sample", f"penalties {rows}x{VOCAB}", 3 * amount, "GB",
-            [lambda z=z: adjust_logits(z, plain, seats, history, None, None) for z in sets],
-        )  # fmt: skip
+        yield from _of(rows)
+
+
+def _of(rows: int) -> Iterator[Row]:
+    sets = [_logits(rows) for _ in range(max(2, min(40, ROTATED_BYTES // (rows * VOCAB * 4) + 1)))]
+    seats = torch.arange(rows, device="cuda")
+    amount = rows * VOCAB * 4 / 1e9
+    plain, truncated = _params(rows), _params(rows)
+    truncated.top_k.fill_(TOP_K)
+    truncated.top_p.fill_(TOP_P)
+    plain.presence.fill_(0.5)
+    greedy = SamplingTensors.allocate(rows, "cuda")
+    history = torch.zeros(rows, VOCAB, dtype=torch.int32, device="cuda")
+    yield row(
+        "sample", f"temperature {rows}x{VOCAB}", amount, "GB",
+        [lambda z=z: sample(z, plain, seats, seats, False) for z in sets],
+        [lambda z=z: _race(torch.softmax(z / 0.6, -1)) for z in sets], "torch softmax and exponential race",
+    )  # fmt: skip
+    yield row(
+        "sample", f"greedy, against argmax {rows}x{VOCAB}", amount, "GB",
+        [lambda z=z: sample(z, greedy, seats, seats, False) for z in sets],
+        [lambda z=z: z.argmax(-1) for z in sets], "torch argmax",
+    )  # fmt: skip
+    yield row(
+        "sample", f"top_k {TOP_K}, top_p {TOP_P} {rows}x{VOCAB}", amount, "GB",
+        [lambda z=z: sample(z, truncated, seats, seats, True) for z in sets],
+        [lambda z=z: _race(_truncated(z / 0.6)) for z in sets[:4]], "torch by sort",
+    )  # fmt: skip
+    yield row(
+        "sample", f"penalties {rows}x{VOCAB}", 3 * amount, "GB",
+        [lambda z=z: adjust_logits(z, plain, seats, history, None, None) for z in sets],
+    )  # fmt: skip
 
 
 def _logits(rows: int) -> Tensor:
