@@ -11,6 +11,7 @@ import docx
 import pytest
 
 from mainspring.errors import DocumentError, EmptyCorpusError
+from mainspring.rag.documents import reading
 from mainspring.rag.documents.document import Document
 from mainspring.rag.documents.reading import MAX_BYTES, FoundFile, find_files, read_bytes, read_document
 from support.documents import pdf_bytes
@@ -180,6 +181,12 @@ def test_an_empty_folder_says_which_kinds_are_read(tmp_path: Path) -> None:
         find_files(tmp_path)
     with pytest.raises(EmptyCorpusError, match="no folder"):
         find_files(tmp_path / "absent")
+
+
+def test_a_text_of_too_many_characters_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "MAX_CHARACTERS", 10)
+    with pytest.raises(DocumentError, match="11 characters; at most 10 are read"):
+        read("a.txt", b"x" * 11)
 
 
 def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path) -> None:

@@ -65,6 +65,9 @@ def test_only_what_changed_is_read_again_and_what_is_gone_goes(tmp_path: Path) -
     os.utime(folder / "sub" / "c.md")  # touched, not changed
     embedder.embedded = 0
     report = open_index(folder / "index", embedder=embedder).update(folder)
+    version = index.store.version()
+    assert open_index(folder / "index").update(folder).unchanged == 2
+    assert index.store.version() == version  # nothing was written
     assert (report.added, report.changed, report.removed, report.unchanged) == (0, 1, 1, 1)
     assert embedder.embedded == 1
     assert texts(index) == {"b.md": "blue planet.", "sub/c.md": "green tree."}

@@ -20,7 +20,7 @@ from mainspring.rag.retrieval.lexical import LexicalIndex
 from mainspring.rag.serving.api import make_app
 from mainspring.rag.serving.live import LivePipeline
 from mainspring.rag.serving.mcp_server import mcp_server
-from mainspring.rag.strategy import Strategy
+from mainspring.rag.strategy import AnswerStep, Strategy
 from rag.fakes import OverlapReranker, ScriptedModel, WordEmbedder
 from rag.test_index import open_index, write
 
@@ -42,7 +42,7 @@ def served(tmp_path: Path) -> Served:
     reranker = OverlapReranker()
     model = ScriptedModel(*[ANSWER] * 40)
     parts = Parts(WordEmbedder(), index.store, lexical, reranker, reranker, None, model)
-    live = LivePipeline(tmp_path / "index", Pipeline(Strategy(), parts))
+    live = LivePipeline(tmp_path / "index", Pipeline(Strategy(answer=AnswerStep(abstain_below=0.0)), parts))
 
     def update(**files: str) -> object:
         return index.update(write(docs, **files))
@@ -134,6 +134,17 @@ def test_agents_search_and_ask_over_mcp(served: Served) -> None:
             assert refused.is_error
 
     asyncio.run(talk())
+
+
+def test_mcp_is_served_over_http_to_this_machine_only(served: Served) -> None:
+    call = {"jsonrpc": "2.0", "id": 1, "method": "tools/list", "params": {}}
+    headers = {"Accept": "application/json, text/event-stream", "MCP-Protocol-Version": "2025-06-18"}
+    with TestClient(make_app(served.live), base_url="http://127.0.0.1:8001") as local:
+        response = local.post("/mcp", json=call, headers=headers)
+        assert response.status_code == 200, response.text
+        assert {tool["name"] for tool in response.json()["result"]["tools"]} == {"search", "ask"}
+        rebound = local.post("/mcp", json=call, headers={**headers, "Host": "evil.example"})
+        assert rebound.status_code == 421
 
 
 def test_without_a_model_agents_can_only_search(served: Served) -> None:

@@ -221,7 +221,7 @@ def serve(
     from mainspring.rag.serving.api import make_app
 
     Console(stderr=True).print(f"http://{host}:{port}  (search, ask, MCP at /mcp)", highlight=False)
-    uvicorn.run(make_app(live), host=host, port=port, log_level="warning")
+    uvicorn.run(make_app(live, host), host=host, port=port, log_level="warning")
 
 
 @rag.command()

@@ -104,7 +104,8 @@ class DocumentIndex:
             write_json(self.directory / "manifest.json", self._description())
             report = self._update(found, progress)
             progress.finishing()
-            self.store.optimise()
+            if report.added or report.changed or report.removed:
+                self.store.optimise()
             LexicalIndex.refresh(self.directory / "bm25", self.store)
         return report
 

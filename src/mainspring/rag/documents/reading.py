@@ -33,6 +33,7 @@ READERS: Mapping[str, Reader] = {
     **dict.fromkeys(GRAMMARS, read_source_code),
 }
 MAX_BYTES = 100 << 20  # of one file: what is larger is data, not a document
+MAX_CHARACTERS = 10_000_000  # of its text, about 4,000 pages: its tokens are held in memory
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,10 @@ def read_bytes(file: FoundFile) -> bytes:
 
 
 def read_document(file: FoundFile, data: bytes) -> Document:
-    """The document in a file's bytes. Raises DocumentError."""
-    reader = READERS[file.path.suffix.lower()]
-    return document(file.name, data, reader(file.path, data))
+    """The document in a file's bytes. Raises DocumentError, also for more than MAX_CHARACTERS of text."""
+    extract = READERS[file.path.suffix.lower()](file.path, data)
+    if len(extract.text) > MAX_CHARACTERS:
+        raise DocumentError(
+            f"{file.path} has {len(extract.text)} characters; at most {MAX_CHARACTERS} are read: split it"
+        )
+    return document(file.name, data, extract)

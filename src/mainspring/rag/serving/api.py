@@ -40,10 +40,15 @@ class AskRequest(_Question):
     stream: bool = False
 
 
-def make_app(live: LivePipeline) -> FastAPI:
-    """The application. User errors answer 400 (404 for an empty index, 502 for a model that fails)."""
+def make_app(live: LivePipeline, host: str = "127.0.0.1") -> FastAPI:
+    """The application, to be served on `host`: on a loopback address MCP refuses requests made for another name.
+
+    User errors answer 400 (404 for an empty index, 502 for a model that fails).
+    """
     tools = mcp_server(live)
-    tool_app = tools.streamable_http_app(streamable_http_path="/mcp", stateless_http=True, json_response=True)
+    tool_app = tools.streamable_http_app(
+        streamable_http_path="/mcp", stateless_http=True, json_response=True, host=host
+    )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
