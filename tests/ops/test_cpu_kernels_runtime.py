@@ -46,7 +46,7 @@ def test_every_lower_instruction_set_passes_the_same_tests(level: str) -> None:
         "import sys, pytest, mainspring._kernels as k; print('runs', k.isa()); "
         f"sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', *{files!r}]))"
     )
-    result = run_python(code, MAINSPRING_CPU_ISA=level)
+    result = run_python(code, MAINSPRING_CPU_ISA=level, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
     assert f"runs {level}\n" in result.stdout
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
 
