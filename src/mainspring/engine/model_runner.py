@@ -111,7 +111,7 @@ class ModelRunner:
                 self._graphs = DecodeGraphs(
                     self._model, self._tables, self._sampler, self._cache, self._max_model_len
                 )
-                if self._graphs.pool is not None and StepGraphs.serves(self._model, self._cache):
+                if StepGraphs.serves(self._model, self._cache):
                     self._step_graphs = StepGraphs(
                         self._model,
                         self._tables,
@@ -119,7 +119,7 @@ class ModelRunner:
                         self._cache,
                         self._max_model_len,
                         self._max_num_tokens,
-                        self._graphs.pool,
+                        self._graphs,
                     )
 
     @property

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mainspring.engine.decode_graphs import DecodeRows, unowned
+from mainspring.engine.decode_graphs import DecodeGraphs, DecodeRows, unowned
 from mainspring.engine.hooks import Sampler
 from mainspring.engine.seats import SeatTables
 from mainspring.engine.step_input import StepArrays
@@ -51,15 +51,16 @@ class StepGraphs:
         cache: KVCache,
         max_model_len: int,
         max_num_tokens: int,
-        pool: tuple[int, int],
+        decodes: DecodeGraphs,
     ) -> None:
+        """decodes: the graphs whose memory these share."""
         self._model = model
         self._tables = tables
         self._sampler = sampler
         self._cache = cache
         self._max_model_len = max_model_len
         self._numbers = _sizes_up_to(max_num_tokens)
-        self._pool = pool
+        self._pool = decodes.pool
         self._stream = torch.cuda.Stream()
         self._sizes: dict[int, _Size] = {}
         self._tickets = torch.zeros(
