@@ -80,8 +80,13 @@ def test_norms_and_their_gradients(dtype: torch.dtype, m: int, h: int, seed: int
 
         ours, theirs = with_gradients(tensors, True), with_gradients(tensors, False)
         exact = with_gradients(tuple(t.double() for t in tensors), False)
+        # x's gradient is g w / rms less its part along x: of a narrow row nearly nothing is left.
+        total = x.double() + residual.double() * fused
+        terms = (g * weight).double().abs().amax(1) * (total.square().mean(1) + 1e-5).rsqrt()
         for a, b, c in zip(ours, theirs, exact, strict=True):
-            assert_as_exact_as_torch(a, b, c, roundings=4 + m**0.5 * (dtype is torch.float32))
+            assert_as_exact_as_torch(
+                a, b, c, roundings=4 + m**0.5 * (dtype is torch.float32), magnitude=terms.max().item()
+            )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
