@@ -6,7 +6,7 @@ import itertools
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mainspring.errors import ConfigError
@@ -34,6 +34,7 @@ _degrees = st.sampled_from([1, 2, 3, 4])
         ("dp=2,ep=2", "dense", r"ep 2, but the model has no experts"),
         ("dp=3,ep=3", "moe", r"ep 3 does not divide the model's 4 experts"),
         ("cp=3,context=ulysses", "dense", r"Ulysses with cp 3 does not divide the 4 heads that tp 1 leaves"),
+        ("tp=2,tp_invariant=true", "moe", r"tp_invariant is not promised of experts"),
         ("dp=3", "dense", r"dp 3 does not divide the step's 8 micro-batches"),
         ("pp=3,virtual=1,split=2+1+1,dp=1", "dense", None),
     ],
@@ -86,6 +87,7 @@ def test_a_mesh_for_another_layout_is_refused() -> None:
         parallelize(model, Layout(tp=2), Mesh.single())
 
 
+@settings(deadline=None)
 @given(
     pp=_degrees,
     dp=_degrees,
@@ -101,6 +103,7 @@ def test_a_layout_is_written_and_read(
     assert Layout.parse(str(layout)) == layout
 
 
+@settings(deadline=None)
 @given(pp=_degrees, dp_replicate=_degrees, dp_shard=_degrees, cp=_degrees, tp=_degrees, ep=_degrees)
 def test_groups_partition_the_ranks(
     pp: int, dp_replicate: int, dp_shard: int, cp: int, tp: int, ep: int
@@ -126,6 +129,7 @@ def test_groups_partition_the_ranks(
     assert sorted(axes.along("tp"))[0] == tuple(range(tp))  # the fastest axis: neighbours of a host
 
 
+@settings(deadline=None)
 @given(total=st.integers(0, 100), parts=st.integers(1, 9))
 def test_even_bounds_cover_the_whole_with_pieces_that_differ_by_one(total: int, parts: int) -> None:
     bounds = even_bounds(total, parts)

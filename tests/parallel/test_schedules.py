@@ -6,7 +6,7 @@ from collections import Counter
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.pipelining import schedules as oracle
 
@@ -75,6 +75,7 @@ def test_the_interleaved_schedule_is_pytorchs(ranks: int, virtual: int, count: i
     assert _names(make_schedule("interleaved", ranks, virtual, count)) == expected
 
 
+@settings(deadline=None)
 @given(
     ranks=st.integers(1, 5), virtual=st.integers(2, 3), rounds=st.integers(1, 4),
     name=st.sampled_from(["afab", "1f1b", "interleaved", "zero_bubble"]),

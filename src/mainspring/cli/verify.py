@@ -119,7 +119,7 @@ def _under_torchrun(
     from mainspring.formats.model_config import ModelConfig
     from mainspring.parallel.launch import joined
     from mainspring.parallel.mesh import Mesh
-    from mainspring.train.verify import judge, run_layout, run_reference, seed_checkpoint
+    from mainspring.train.verify import judge, model_directory, run_layout, run_reference, seed_checkpoint
 
     if len(layouts) > 1:
         raise ConfigError(
@@ -127,6 +127,7 @@ def _under_torchrun(
         )
     layout = layouts[0]
     with joined(settings.device), tempfile.TemporaryDirectory(prefix="mainspring-verify-") as own:
+        model = model_directory(model)
         config = ModelConfig.from_file(model)
         mesh = Mesh.build(layout.axes, key_copies=layout.key_copies(config))
         from mainspring.parallel.checkpoint import agreed, share_json
@@ -168,6 +169,8 @@ def _show(
         typer.echo(f"step {step}: loss {loss:.9g}{beside}, gradient norm {norm:.9g}{norms}")
     for problem in verdict.problems:
         typer.echo(f"MISMATCH: {problem}")
+    if verdict.problems and settings.dtype != "float64":
+        typer.echo("Roundings of deep models can pass the tolerance: --dtype float64 tells them from faults.")
     worst = max(verdict.errors.values())
     typer.echo(
         f"verdict: {'equal to one device' if not verdict.problems else 'WRONG'}; largest gradient error {worst:.2e}"

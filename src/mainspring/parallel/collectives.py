@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mainspring.ops.precision import accumulator
 from mainspring.parallel.mesh import Group, even_bounds
 
 # PyTorch 2.13 renames both and warns of the old names.
@@ -163,11 +164,12 @@ class start_sum_rows:
 
 
 def in_order(terms: Sequence[Tensor]) -> Tensor:
-    """The sum from the first to the last."""
-    total = terms[0]
+    """The sum from the first to the last, in the accumulator's dtype, rounded once."""
+    dtype = terms[0].dtype
+    total = terms[0].to(accumulator(dtype))
     for term in terms[1:]:
         total = total + term
-    return total
+    return total.to(dtype)
 
 
 def gather_terms(x: Tensor, group: Group) -> Sequence[Tensor]:

@@ -134,6 +134,10 @@ class Layout:
                 f"tp_invariant needs tp 1, 2, 4 or 8 (it is {tp}) and inner widths that 8 divides "
                 f"(attention {heads * config.head_dim}, MLP {', '.join(map(str, sorted(widths)))})"
             )
+        if self.tp_invariant and any(config.moe_layers):
+            self._refuse(
+                "tp_invariant is not promised of experts, whose slices each rank rounds; leave it out"
+            )
         self._check_context(config)
         self._check_experts(config)
         self._check_pipeline(config)

@@ -110,9 +110,14 @@ def save_batch(config: ModelConfig, settings: VerifySettings, path: Path) -> Non
     _write_file(path, specs, tensors.items())
 
 
+def model_directory(model: Path) -> Path:
+    """The Hugging Face directory of a path or a known name. Raises ModelNotFoundError."""
+    return model if (model / "config.json").is_file() else resolve(model, "float32").path
+
+
 def seed_checkpoint(model: Path, settings: VerifySettings, folder: Path) -> Path:
     """Where both sides take their weights from: the model's directory or, if it has none, random ones in `folder`."""
-    found = Path(model) if (Path(model) / "config.json").is_file() else resolve(model, "float32").path
+    found = model_directory(model)
     if any(found.glob("*.safetensors")):
         return found
     config = ModelConfig.from_file(found)
