@@ -36,13 +36,13 @@ def test_scores(truncate: bool, tmp_path: Path) -> None:
     assert binary.metadata.shared <= 64
 
 
-@pytest.mark.parametrize("name", ["peak", "level", "gather", "search"])
+@pytest.mark.parametrize("name", ["moment", "summary", "level", "gather", "search"])
 def test_floors(name: str, tmp_path: Path) -> None:
     from mainspring.ops.triton import sample_floors
 
     kernel = getattr(sample_floors, f"{name}_kernel")
     types = {
-        **dict.fromkeys(("logits", "floors", "peaks", "candidates"), "*fp32"),
+        **dict.fromkeys(("logits", "floors", "moments", "summaries", "candidates"), "*fp32"),
         **dict.fromkeys(("rows_of_seats", "seats", "masses"), "*i64"),
         **dict.fromkeys(("counters", "counts"), "*i32"),
         **dict.fromkeys(("stride", "tiles", "segments"), "i32"),
@@ -60,7 +60,7 @@ def test_floors(name: str, tmp_path: Path) -> None:
         3,
     )
     assert stack_bytes(binary, tmp_path) == 0
-    if name != "search":
+    if name not in ("summary", "search"):
         assert "ld.global.v4" in binary.asm["ptx"] or re.search(r"ld\.global\S*v4", binary.asm["ptx"])
 
 

@@ -1,9 +1,10 @@
 """The floors of `ops.sample` on the GPU: what min-p, top-k and top-p leave of each row, without sorting it.
 
-Three passes, spread over the GPU, find a row's peak, how many logits lie over eight levels below it (and their mass),
-and gather those over a level that has enough and not too many: the candidates. One program a row then searches among
-them for the floor. Only where it lies below the candidates (a flat distribution) does it search the whole row.
-Counts and masses are integers, whose sums have no order. Rows that do not truncate are not read.
+Passes that are spread over the GPU find a row's peak and spread, how many logits lie over eight levels in its upper
+tail (and the mass of all), and gather those over a level that has enough and not too many: the candidates. One program
+a row then searches among them for the floor. Only where it lies below them all (a flat distribution under top-p) does
+it search the whole row. Levels decide how long that takes and never what is found. Counts and masses are integers,
+whose sums have no order. Rows that do not truncate are not read.
 """
 
 from __future__ import annotations
@@ -46,10 +47,16 @@ def truncation(rows_of_seats, seats, row, V: tl.constexpr):
 
 
 @triton.jit
-def peak_of(peaks, row, segments, SEGMENTS: tl.constexpr):
-    """The row's largest logit, of its segments' largest ones."""
-    segment = tl.arange(0, SEGMENTS)
-    return tl.max(tl.load(peaks + row * segments + segment, segment < segments, float("-inf")), 0)
+def summary_of(summaries, row):
+    """(peak, highest level, distance of the levels, number of finite logits) of the row."""
+    own = summaries + row * 4
+    return tl.load(own), tl.load(own + 1), tl.load(own + 2), tl.load(own + 3)
+
+
+@triton.jit
+def level_of(number, highest, distance):
+    """Level `number`, the same bits for a scalar and for a vector of numbers: the fused product is named."""
+    return tl.fma(-number.to(tl.float32), distance, highest)
 
 
 @triton.jit
@@ -58,52 +65,84 @@ def min_p_floor(peak, temperature, min_p):
 
 
 @triton.jit
-def level_of(number, peak, temperature):
-    """Level 0 lies half a unit of the temperature below the peak, level 7 lies 18.
-
-    The fused product is named and the steps are exact, so that a scalar and a vector of levels have the same bits.
-    """
-    step = ((number + 1) * (number + 2)).to(tl.float32) * 0.25
-    return tl.fma(-temperature, step, peak)
-
-
-@triton.jit
 def mass_of(value, peak, temperature):
     return (tl.exp((value - peak) / temperature) * _MASS_UNIT).to(tl.int64)
 
 
 @triton.jit(do_not_specialize=["stride", "tiles"])
-def peak_kernel(
-    logits, rows_of_seats, seats, peaks, counters, stride, tiles, V: tl.constexpr, TILE: tl.constexpr
+def moment_kernel(
+    logits, rows_of_seats, seats, moments, counters, stride, tiles, V: tl.constexpr, TILE: tl.constexpr
 ):
-    """peaks: [rows, segments]; counters: [rows], set to 0. Grid: (rows, segments of `tiles` tiles)."""
+    """moments: [rows, segments, 4], peak, number, sum and sum of squares of the finite logits; counters: [rows], set
+    to 0. Grid: (rows, segments of `tiles` tiles)."""
     row = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
     truncates, _, _, _, _, _, _ = truncation(rows_of_seats, seats, row, V)
     if truncates:
         top = tl.full((TILE,), float("-inf"), tl.float32)
+        number = tl.zeros((TILE,), tl.float32)
+        total = tl.zeros((TILE,), tl.float32)
+        squares = tl.zeros((TILE,), tl.float32)
         for tile in range(segment * tiles, min((segment + 1) * tiles, tl.cdiv(V, TILE))):
             index = tile * TILE + tl.arange(0, TILE)
-            top = tl.maximum(top, tl.load(logits + row * stride + index, index < V, float("-inf")))
-        tl.store(peaks + row * tl.num_programs(1) + segment, tl.max(top, 0))
+            value = tl.load(logits + row * stride + index, index < V, float("-inf"))
+            top = tl.maximum(top, value)
+            finite = tl.where(value > float("-inf"), value, 0.0)
+            number += (value > float("-inf")).to(tl.float32)
+            total += finite
+            squares += finite * finite
+        own = moments + (row * tl.num_programs(1) + segment) * 4
+        tl.store(own, tl.max(top, 0))
+        tl.store(own + 1, tl.sum(number, 0))
+        tl.store(own + 2, tl.sum(total, 0))
+        tl.store(own + 3, tl.sum(squares, 0))
         if segment == 0:
             tl.store(counters + row, 0)
 
 
+@triton.jit(do_not_specialize=["segments"])
+def summary_kernel(
+    rows_of_seats, seats, moments, summaries, segments,
+    V: tl.constexpr, SEGMENTS: tl.constexpr, CANDIDATES: tl.constexpr,
+):  # fmt: skip
+    """summaries: [rows, 4], see `summary_of`. Grid: (rows,).
+
+    Levels lie 5.5, 5, ... 2 standard deviations above the mean: of 150,000 normal values 0 to 3,500 lie over them, of
+    a language model's more. Where finite logits are few, all are candidates.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    truncates, _, _, _, _, _, _ = truncation(rows_of_seats, seats, row, V)
+    if truncates:
+        segment = tl.arange(0, SEGMENTS)
+        place = moments + (row * segments + segment) * 4
+        inside = segment < segments
+        peak = tl.max(tl.load(place, inside, float("-inf")), 0)
+        number = tl.sum(tl.load(place + 1, inside, 0.0), 0)
+        mean = tl.sum(tl.load(place + 2, inside, 0.0), 0) / tl.maximum(number, 1.0)
+        square = tl.sum(tl.load(place + 3, inside, 0.0), 0) / tl.maximum(number, 1.0)
+        deviation = tl.sqrt(tl.maximum(square - mean * mean, 0.0))
+        few = number <= CANDIDATES
+        own = summaries + row * 4
+        tl.store(own, peak)
+        tl.store(own + 1, tl.where(few, -3.0e38, mean + 5.5 * deviation))
+        tl.store(own + 2, tl.where(few, 0.0, 0.5 * deviation))
+        tl.store(own + 3, number)
+
+
 @triton.jit(do_not_specialize=["stride", "tiles"])
 def level_kernel(
-    logits, rows_of_seats, seats, peaks, counts, masses, stride, tiles,
-    V: tl.constexpr, TILE: tl.constexpr, LEVELS: tl.constexpr, SEGMENTS: tl.constexpr,
+    logits, rows_of_seats, seats, summaries, counts, masses, stride, tiles,
+    V: tl.constexpr, TILE: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     """counts: [rows, segments, LEVELS] logits over each level; masses: [rows, segments] of those over min-p's floor."""
     row = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
     segments = tl.num_programs(1)
-    _, searches, temperature, _, limits, top_p, min_p = truncation(rows_of_seats, seats, row, V)
+    _, searches, temperature, top_k, limits, top_p, min_p = truncation(rows_of_seats, seats, row, V)
     if searches:
-        peak = peak_of(peaks, row, segments, SEGMENTS)
+        peak, highest, distance, number = summary_of(summaries, row)
         floor = min_p_floor(peak, temperature, min_p)
-        weighs = (top_p < 1) & (limits == 0)
+        weighs = (top_p < 1) & ((limits == 0) | (top_k >= number))
         # Of each lane, in byte j of a word, how many of its logits lie over level j and not over the one above it.
         lanes = tl.zeros((TILE,), tl.int64)
         total = tl.zeros((TILE,), tl.int64)
@@ -112,8 +151,7 @@ def level_kernel(
             value = tl.load(logits + row * stride + index, index < V, float("-inf"))
             below = tl.zeros((TILE,), tl.int32)
             for j in tl.static_range(LEVELS):
-                level = level_of(tl.full((), j, tl.int32), peak, temperature)
-                below += (value < level).to(tl.int32)
+                below += (value < level_of(tl.full((), j, tl.int32), highest, distance)).to(tl.int32)
             is_over = (below < LEVELS) & (index < V)
             one = tl.full((TILE,), 1, tl.int64) << (8 * tl.where(is_over, below, 0)).to(tl.int64)
             lanes += tl.where(is_over, one, 0)
@@ -129,7 +167,7 @@ def level_kernel(
 
 @triton.jit
 def chosen_level(
-    counts, row, peak, temperature, top_k, limits, segments, LEVELS: tl.constexpr, SEGMENTS: tl.constexpr,
+    counts, row, highest, distance, top_k, limits, segments, LEVELS: tl.constexpr, SEGMENTS: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """(a level with at most CANDIDATES logits over it, their number): where top-k limits, the highest with as many as
@@ -137,30 +175,39 @@ def chosen_level(
     segment = tl.arange(0, SEGMENTS)[:, None]
     place = counts + (row * segments + segment) * LEVELS + tl.arange(0, LEVELS)[None, :]
     count = tl.sum(tl.load(place, segment < segments, 0), 0)
-    levels = level_of(tl.arange(0, LEVELS), peak, temperature)
+    levels = level_of(tl.arange(0, LEVELS), highest, distance)
     fits = (count <= CANDIDATES) & (count >= tl.where(limits, top_k, 1))
-    highest = tl.max(tl.where(fits, levels, float("-inf")), 0)
-    lowest = tl.min(tl.where(fits, levels, float("inf")), 0)
+    upper = tl.max(tl.where(fits, levels, float("-inf")), 0)
+    lower = tl.min(tl.where(fits, levels, float("inf")), 0)
     fewest = tl.min(tl.where(fits, count, CANDIDATES), 0)
     most = tl.max(tl.where(fits, count, 0), 0)
-    level = tl.where(most > 0, tl.where(limits, highest, lowest), float("inf"))
+    level = tl.where(most > 0, tl.where(limits, upper, lower), float("inf"))
     return level, tl.where(most > 0, tl.where(limits, fewest, most), 0)
 
 
 @triton.jit(do_not_specialize=["stride", "tiles"])
 def gather_kernel(
-    logits, rows_of_seats, seats, peaks, counts, candidates, counters, stride, tiles,
+    logits, rows_of_seats, seats, summaries, counts, candidates, counters, stride, tiles,
     V: tl.constexpr, TILE: tl.constexpr, LEVELS: tl.constexpr, SEGMENTS: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """candidates: [rows, CANDIDATES], the logits over the chosen level, in any order: only their sums are taken."""
     row = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
     segments = tl.num_programs(1)
-    _, searches, temperature, top_k, limits, _, _ = truncation(rows_of_seats, seats, row, V)
+    _, searches, _, top_k, limits, _, _ = truncation(rows_of_seats, seats, row, V)
     if searches:
-        peak = peak_of(peaks, row, segments, SEGMENTS)
+        _, highest, distance, number = summary_of(summaries, row)
         level, _count = chosen_level(
-            counts, row, peak, temperature, top_k, limits, segments, LEVELS, SEGMENTS, CANDIDATES
+            counts,
+            row,
+            highest,
+            distance,
+            top_k,
+            limits & (top_k < number),
+            segments,
+            LEVELS,
+            SEGMENTS,
+            CANDIDATES,
         )
         for tile in range(segment * tiles, min((segment + 1) * tiles, tl.cdiv(V, TILE))):
             index = tile * TILE + tl.arange(0, TILE)
@@ -259,7 +306,7 @@ def floor_among(
 
 @triton.jit(do_not_specialize=["stride", "segments"])
 def search_kernel(
-    logits, rows_of_seats, seats, peaks, counts, masses, candidates, floors, stride, segments,
+    logits, rows_of_seats, seats, summaries, counts, masses, candidates, floors, stride, segments,
     V: tl.constexpr, TILE: tl.constexpr, PIVOTS: tl.constexpr, LEVELS: tl.constexpr, SEGMENTS: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ):  # fmt: skip
@@ -268,19 +315,19 @@ def search_kernel(
     truncates, searches, temperature, top_k, limits, top_p, min_p = truncation(rows_of_seats, seats, row, V)
     floor = tl.full((), float("-inf"), tl.float32)
     if truncates:
-        peak = peak_of(peaks, row, segments, SEGMENTS)
+        peak, highest, distance, number = summary_of(summaries, row)
         floor = min_p_floor(peak, temperature, min_p)
+        limits = limits & (top_k < number)
         if searches & (peak > float("-inf")):
             level, count = chosen_level(
-                counts, row, peak, temperature, top_k, limits, segments, LEVELS, SEGMENTS, CANDIDATES
+                counts, row, highest, distance, top_k, limits, segments, LEVELS, SEGMENTS, CANDIDATES
             )
             segment = tl.arange(0, SEGMENTS)
             whole = tl.sum(tl.load(masses + row * segments + segment, segment < segments, 0), 0)
             wanted = tl.maximum((top_p.to(tl.float64) * whole.to(tl.float64)).to(tl.int64), 1)
             own = candidates + row * CANDIDATES
             held = mass_from(own, count, floor, peak, temperature, TILE)
-            are_enough = (count > 0) & (limits | (held >= wanted))
-            if are_enough:
+            if (count > 0) & (limits | (held >= wanted)):
                 floor = floor_among(
                     own,
                     count,
@@ -315,23 +362,34 @@ def floors(logits: Tensor, params: SamplingTensors, seats: Tensor) -> Tensor:
     )
     segments = triton.cdiv(tiles, each)
     found = torch.empty(rows, dtype=torch.float32, device=device)
-    peaks = torch.empty((rows, segments), dtype=torch.float32, device=device)
+    moments = torch.empty((rows, segments, 4), dtype=torch.float32, device=device)
+    summaries = torch.empty((rows, 4), dtype=torch.float32, device=device)
     masses = torch.empty((rows, segments), dtype=torch.int64, device=device)
     counts = torch.empty((rows, segments, LEVELS), dtype=torch.int32, device=device)
     candidates = torch.empty((rows, CANDIDATES), dtype=torch.float32, device=device)
     counters = torch.empty(rows, dtype=torch.int32, device=device)
     cut = {"V": v, "TILE": TILE, "num_warps": WARPS}
-    levels = {"LEVELS": LEVELS, "SEGMENTS": triton.next_power_of_2(segments)}
-    known = (params.rows, seats, peaks)
+    choice = {"LEVELS": LEVELS, "SEGMENTS": triton.next_power_of_2(segments), "CANDIDATES": CANDIDATES}
+    who = (params.rows, seats)
     with on_device(logits):
         grid = (rows, segments)
-        peak_kernel[grid](logits, *known, counters, stride, each, **cut)
-        level_kernel[grid](logits, *known, counts, masses, stride, each, **cut, **levels)
+        moment_kernel[grid](logits, *who, moments, counters, stride, each, **cut)
+        summary_kernel[(rows,)](
+            *who,
+            moments,
+            summaries,
+            segments,
+            V=v,
+            SEGMENTS=choice["SEGMENTS"],
+            CANDIDATES=CANDIDATES,
+            num_warps=1,
+        )
+        level_kernel[grid](logits, *who, summaries, counts, masses, stride, each, LEVELS=LEVELS, **cut)
         gather_kernel[grid](
-            logits, *known, counts, candidates, counters, stride, each, CANDIDATES=CANDIDATES, **cut, **levels
+            logits, *who, summaries, counts, candidates, counters, stride, each, **cut, **choice
         )
         search_kernel[(rows,)](
-            logits, *known, counts, masses, candidates, found, stride, segments, PIVOTS=PIVOTS,
-            CANDIDATES=CANDIDATES, **cut, **levels,
+            logits, *who, summaries, counts, masses, candidates, found, stride, segments, PIVOTS=PIVOTS, **cut,
+            **choice,
         )  # fmt: skip
     return found
