@@ -30,6 +30,8 @@ class ApiClient:
         self._session = aiohttp.ClientSession(
             headers=headers,
             timeout=aiohttp.ClientTimeout(total=timeout_seconds),
+            # An event is one line, and may hold a long prompt's log-probabilities.
+            read_bufsize=2**22,
             # The load decides how many connections there are, not the client.
             connector=aiohttp.TCPConnector(limit=0),
         )
