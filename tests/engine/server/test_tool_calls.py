@@ -243,6 +243,8 @@ def test_the_format_is_read_off_the_template() -> None:
     assert (llama.tools, llama.needs_special_tokens) == ("llama3_json", True)
     plain = detect("{{ messages }}", "auto", "auto")
     assert (plain.tools, plain.reasons, plain.presents_tools) == (None, False, False)
+    for tagged in ("<tool_call>\n<function=name>", "<tool_call>name\n<arg_key>"):
+        assert detect(tagged, "auto", "auto").tools is None
     assert detect(None, "pythonic", "think").tools == "pythonic"
     assert not detect("<tool_call><think>", "none", "none").reasons
     for names in (("qwen", "auto"), ("auto", "deep")):

@@ -19,6 +19,10 @@ ToolFormat: TypeAlias = Literal["hermes", "llama3_json", "pythonic"]
 TOOL_FORMATS: tuple[ToolFormat, ...] = get_args(ToolFormat)
 
 
+# Formats that put something else than JSON into the same tags (Qwen3-Coder's, GLM's).
+_OTHER_TAGGED = ("<function=", "<arg_key>")
+
+
 @dataclass(frozen=True, slots=True)
 class AnswerFormat:
     """How a model writes. Both are read off its chat template unless the user says otherwise.
@@ -70,7 +74,7 @@ def detect(template: str | None, tool_parser: str, reasoning_parser: str) -> Ans
 
 def _of_template(source: str) -> ToolFormat | None:
     """What the template tells the model to write."""
-    if hermes.OPEN in source:
+    if hermes.OPEN in source and not any(mark in source for mark in _OTHER_TAGGED):
         return "hermes"
     if bare_json.PYTHON_TAG in source or '"parameters":' in source:
         return "llama3_json"
