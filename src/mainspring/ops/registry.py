@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Generic, ParamSpec, TypeVar
 
 import torch
@@ -49,13 +48,19 @@ class Operation(Generic[P, R]):
     def __init__(self, name: str, *implementations: Implementation[P, R]) -> None:
         self.name = name
         self.implementations = implementations
-        self._choose = lru_cache(maxsize=256)(self._search)
+        self._chosen: dict[tuple[object, ...], Callable[P, R]] = {}
 
     def select(
         self, tensor: torch.Tensor, policy: Policy, needs_grad: bool = False, size: int | None = None
     ) -> Callable[P, R]:
         """The implementation that serves calls on tensors like `tensor`. Raises BackendError if none does."""
-        return self._choose(Call(tensor.device.type, tensor.dtype, policy, needs_grad, size))
+        # Hashing a Call takes three times as long, at every operation of every layer.
+        kind = (tensor.device.type, tensor.dtype, policy.numerics, policy.backend, needs_grad, size)
+        run = self._chosen.get(kind)
+        if run is None:
+            run = self._search(Call(tensor.device.type, tensor.dtype, policy, needs_grad, size))
+            self._chosen[kind] = run
+        return run
 
     def explain(self, call: Call) -> list[tuple[str, str | None]]:
         """(backend, reason of refusal or None) for every implementation, in order of preference."""
