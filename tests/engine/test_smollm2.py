@@ -48,11 +48,11 @@ def directory() -> Path:
     return resolve("smollm2", "float32").path
 
 
-@pytest.fixture(scope="module")
-def prompts(directory: Path) -> list[list[int]]:
+@pytest.fixture(scope="module", params=[9, pytest.param(len(PROMPTS), marks=pytest.mark.slow)])
+def prompts(directory: Path, request: pytest.FixtureRequest) -> list[list[int]]:
     """The prompts' tokens, cut to few different lengths: transformers then needs few calls without padding."""
     tokenizer = Tokenizer.from_directory(directory)
-    encoded = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    encoded = [tokenizer.encode(prompt) for prompt in PROMPTS[: request.param]]
     return [tokens[: max(4, len(tokens) // 4 * 4)] for tokens in encoded]
 
 
