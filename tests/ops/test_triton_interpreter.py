@@ -30,6 +30,7 @@ def test_every_file_is_in_a_group() -> None:
 
 @pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed")
 @pytest.mark.skipif(INTERPRETED, reason="these tests run in this process already")
+@pytest.mark.timeout(900)  # half a minute's work each, but of a machine that may have other work
 @pytest.mark.parametrize("names", GROUPS, ids=" ".join)
 def test_kernels_in_the_interpreter(names: tuple[str, ...]) -> None:
     root = Path(__file__).parents[2]
