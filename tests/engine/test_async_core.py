@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from mainspring.engine.sampling_params import SamplingParams
 from mainspring.errors import ConfigError
 
 # As on a GPU: one step of lag, decode steps of fixed sizes.
-AHEAD = {"async_scheduling": True, "cuda_graphs": True}
+AHEAD: dict[str, Any] = {"async_scheduling": True, "cuda_graphs": True}
 
 
 @settings(max_examples=40, deadline=None)

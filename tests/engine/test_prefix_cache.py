@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from msgspec.structs import replace
 
@@ -18,7 +20,7 @@ from mainspring.engine.core import EngineCore
 from mainspring.engine.sampling_params import SamplingParams
 
 # As on a GPU: one step of lag, decode steps of fixed sizes.
-AHEAD = {"async_scheduling": True, "cuda_graphs": True}
+AHEAD: dict[str, Any] = {"async_scheduling": True, "cuda_graphs": True}
 
 
 def test_the_second_request_with_a_prompt_computes_only_its_last_block() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -22,7 +24,7 @@ from mainspring.errors import CheckpointError, ConfigError
 from mainspring.model.initialise import create_model
 
 # As on a GPU: one step of lag, decode steps of fixed sizes.
-AHEAD = {"async_scheduling": True, "cuda_graphs": True}
+AHEAD: dict[str, Any] = {"async_scheduling": True, "cuda_graphs": True}
 
 
 def test_new_weights_are_used_at_once_and_old_prefixes_are_forgotten() -> None:
