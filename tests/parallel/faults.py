@@ -67,6 +67,25 @@ def causal_mask_off_by_one_in_the_ring() -> AbstractContextManager[Any]:
     return patch.object(Rectangle, "mask", late)
 
 
+def ring_without_its_causal_mask() -> AbstractContextManager[Any]:
+    whole = ring._call
+
+    def open_call(parts: list[Rectangle], causal: bool, device: torch.device) -> Any:
+        return replace(whole(parts, causal, device), causal=False)
+
+    return patch.object(ring, "_call", open_call)
+
+
+def ring_that_drops_gradients_of_other_pieces_keys() -> AbstractContextManager[Any]:
+    whole = ring._attend_backward
+
+    def partial(*arguments: Any) -> None:
+        d_kv: Tensor = arguments[8]
+        whole(*arguments[:8], d_kv if arguments[5].causal else torch.zeros_like(d_kv))
+
+    return patch.object(ring, "_attend_backward", partial)
+
+
 def ring_without_gradients_of_earlier_keys() -> AbstractContextManager[Any]:
     whole = ring.rectangle_gradient
 

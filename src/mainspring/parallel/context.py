@@ -9,8 +9,9 @@ other, of which there is at most one, so attention between pieces is a list of r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,8 @@ class ContextBatch(TokenBatch):
     index: Tensor | None = None
     pieces: tuple[tuple[int, int], ...] = ()
     """Begin and end of each of the 2 · cp pieces of the stream."""
+    made: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What the layers have derived from the batch and share."""
 
     @property
     def stream(self) -> TokenBatch:
