@@ -34,7 +34,14 @@ def test_log_probs(entropy: bool, tmp_path: Path) -> None:
         "each": "i32",
         "inverse_temperature": "fp32",
     }
-    constants = {"V": 151936, "SEGMENT": SEGMENT, "MOMENT": entropy, "ROWS": 32, "TARGETS": True, "EARLY": True}
+    constants = {
+        "V": 151936,
+        "SEGMENT": SEGMENT,
+        "MOMENT": entropy,
+        "ROWS": 32,
+        "TARGETS": True,
+        "EARLY": True,
+    }
     for kernel, warps in ((segment_kernel, WARPS), (combine_kernel, 1)):
         names = set(kernel.arg_names)
         binary = compiled(

@@ -104,7 +104,7 @@ def _experts_rows(x: Tensor, offsets: Tensor, index: Tensor | None) -> tuple[Ten
 
 
 class _Grouped(torch.autograd.Function):
-    """Forward and both gradients, by kernels in one launch each; gathered rows' gradients take one more, to be added."""
+    """Forward and both gradients, by kernels in one launch each; gathered rows take one more, to add their gradients."""
 
     @staticmethod
     def forward(

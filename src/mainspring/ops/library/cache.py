@@ -84,7 +84,8 @@ def paged_attention(
 ) -> Tensor:
     """ops.attention.attention through a paged cache as an operator."""
     cache = batch.cache
-    assert cache is not None and batch.slots is not None and batch.block_tables is not None  # paged sets them all
+    # TokenBatch.paged sets them together.
+    assert cache is not None and batch.slots is not None and batch.block_tables is not None
     result: Tensor = paged_attention_op(
         q, k, v, batch.positions, batch.cu_seqlens, batch.context_lens, batch.lengths, batch.contexts, batch.slots,
         batch.block_tables, cache.k[layer], cache.v[layer], None if cache.k_scale is None else cache.k_scale[layer],

@@ -32,7 +32,8 @@ def rms_norm_kernel(
     H: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Row r of x lies at (r // inner) · outer_stride + (r % inner) · inner_stride; the others are contiguous."""
-    if EARLY:  # the kernel behind may be brought up; it waits for all of this one, as this one for those ahead
+    # The kernel behind may be brought up; it waits for all of this one, as this one for those ahead.
+    if EARLY:
         gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)

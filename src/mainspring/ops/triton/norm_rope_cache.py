@@ -55,7 +55,8 @@ def norm_rope_cache_kernel(
     GROUP: tl.constexpr, BLOCK: tl.constexpr, ROWED: tl.constexpr, FP8: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tokens, groups of GROUP heads: first those of q, then those of k and v)."""
-    if EARLY:  # the kernel behind may be brought up; it waits for all of this one, as this one for those ahead
+    # The kernel behind may be brought up; it waits for all of this one, as this one for those ahead.
+    if EARLY:
         gdc_launch_dependents()
         gdc_wait()
     token = tl.program_id(0).to(tl.int64)

@@ -56,7 +56,8 @@ def rope_cache_kernel(
     ROWS: tl.constexpr, INTERLEAVED: tl.constexpr, FP8: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tokens,)."""
-    if EARLY:  # the kernel behind may be brought up; it waits for all of this one, as this one for those ahead
+    # The kernel behind may be brought up; it waits for all of this one, as this one for those ahead.
+    if EARLY:
         gdc_launch_dependents()
         gdc_wait()
     token = tl.program_id(0).to(tl.int64)

@@ -16,7 +16,8 @@ BLOCK = 1024
 @triton.jit
 def swiglu_kernel(gate_up, out, stride, INNER: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """Grid: (rows, blocks of columns)."""
-    if EARLY:  # the kernel behind may be brought up; it waits for all of this one, as this one for those ahead
+    # The kernel behind may be brought up; it waits for all of this one, as this one for those ahead.
+    if EARLY:
         gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
