@@ -221,6 +221,34 @@ def test_adjusted_logits_are_masked_then_biased_then_penalised() -> None:
     assert result.tolist() == [expected_2, expected_1, plain]
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    vocab=st.sampled_from([1, 31, 33, 1000]),
+    parts=st.sets(st.sampled_from(["history", "bias", "bitmask"])),
+)
+def test_the_cpu_adjusts_logits_as_the_formula_does(seed: int, vocab: int, parts: set[str]) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    params = SamplingTensors.allocate(4)
+    params.repetition.copy_(torch.tensor([1.0, 2.0, 0.5, 1.0]))
+    params.frequency.copy_(torch.tensor([0.0, 0.5, 0.25, 0.0]))
+    params.presence.copy_(torch.tensor([0.0, 0.0, 1.0, -1.5]))
+    params.biased.copy_(torch.tensor([0, 1, 0, 1]))
+    seats = torch.randperm(4, generator=generator)
+    words = torch.randint(-(2**31), 2**31, (4, -(-vocab // 32)), generator=generator).to(torch.int32)
+    tensors = {
+        "history": torch.randint(-9, 5, (4, vocab), generator=generator, dtype=torch.int32).clamp(min=0),
+        "bias": torch.randn(4, vocab, generator=generator),
+        "bitmask": words,
+    }
+    given_tensors = {name: tensor if name in parts else None for name, tensor in tensors.items()}
+    logits = random_logits(seed, 4, vocab)
+    ours = adjust_logits(logits, params, seats, policy=CPU, **given_tensors)
+    theirs = adjust_logits(logits, params, seats, policy=REFERENCE, **given_tensors)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    assert ours.data_ptr() != logits.data_ptr()
+
+
 def test_adjust_logits_refuses_what_does_not_fit() -> None:
     params = SamplingTensors.allocate(2)
     logits, seats = torch.zeros(1, 40), torch.zeros(1, dtype=torch.int64)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from mainspring.errors import BackendError
+from mainspring.ops.cpu.adjust_logits import adjust_logits as cpu_adjust_logits
 from mainspring.ops.policy import LOCKSTEP, Policy
-from mainspring.ops.registry import Implementation, Operation, accepts_all
+from mainspring.ops.registry import Call, Implementation, Operation, accepts_all
 from mainspring.ops.sampling_tensors import SamplingTensors
 from mainspring.ops.triton.support import refuses as triton_refuses
 
@@ -87,6 +88,11 @@ def reference(
     return z.clone() if z is logits else z
 
 
+def cpu_refuses(call: Call) -> str | None:
+    """The kernels of the sampler need NumPy only."""
+    return None if call.device_type == "cpu" else f"runs on the CPU, not on {call.device_type}"
+
+
 def _triton(
     logits: Tensor,
     params: SamplingTensors,
@@ -102,6 +108,7 @@ def _triton(
 
 ADJUST_LOGITS = Operation(
     "adjust_logits",
+    Implementation("cpu", cpu_adjust_logits, cpu_refuses),
     Implementation("triton", _triton, triton_refuses),
     Implementation("reference", reference, accepts_all),
 )

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from mainspring.errors import BackendError
+from mainspring.ops.adjust_logits import cpu_refuses
 from mainspring.ops.cpu.sample import sample as cpu_sample
 from mainspring.ops.policy import LOCKSTEP, Policy
-from mainspring.ops.registry import Call, Implementation, Operation, accepts_all
+from mainspring.ops.registry import Implementation, Operation, accepts_all
 from mainspring.ops.sampling_tensors import (
     GOLDEN,
     LARGEST_UNIFORM,
@@ -137,10 +138,6 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-def _cpu_refuses(call: Call) -> str | None:
-    return None if call.device_type == "cpu" else f"runs on the CPU, not on {call.device_type}"
-
-
 def _triton(
     logits: Tensor, params: SamplingTensors, seats: Tensor, positions: Tensor, truncate: bool
 ) -> Tensor:
@@ -151,7 +148,7 @@ def _triton(
 
 SAMPLE = Operation(
     "sample",
-    Implementation("cpu", cpu_sample, _cpu_refuses),
+    Implementation("cpu", cpu_sample, cpu_refuses),
     Implementation("triton", _triton, triton_refuses),
     Implementation("reference", reference, accepts_all),
 )
