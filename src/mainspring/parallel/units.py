@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -42,6 +42,20 @@ class Piece:
         return shard[self.begin : self.end]
 
 
+@dataclass(frozen=True)
+class Span:
+    """Pieces of one parameter that lie end to end in the rank's shard and weigh the same: shard[begin:end]."""
+
+    unit: FlatUnit
+    parameter: str
+    begin: int
+    end: int
+    weight: float
+
+    def of(self, shard: Tensor) -> Tensor:
+        return shard[self.begin : self.end]
+
+
 class Units:
     """All units of a rank's decoder, and their sums. The decoder's parameters become views of the units'.
 
@@ -63,6 +77,7 @@ class Units:
                     torch.zeros_like(b, device=self._device) for b in (block.load, block.choice_bias)
                 )
         self.pieces = [piece for unit in self.units for piece in self._pieces(unit)]
+        self.spans, self.span_of_piece = _joined(self.pieces)
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         for name, parameter in model.named_parameters():
             parameter.register_post_accumulate_grad_hook(partial(self._collect, name))
@@ -96,8 +111,8 @@ class Units:
             unit.release()
         self._sum_terms()
 
-    def gradient(self, piece: Piece) -> Tensor:
-        """The piece's gradient, a view."""
+    def gradient(self, piece: Piece | Span) -> Tensor:
+        """Its gradient, a view."""
         shard = piece.unit.gradient_shard
         assert shard is not None  # after finish_step
         return piece.of(shard)
@@ -105,10 +120,12 @@ class Units:
     @torch.no_grad()
     def gradient_norm(self) -> float:
         """Of the whole model's gradient, each parameter once."""
-        total = torch.zeros((), dtype=torch.float64, device=self.model.device)
-        for piece in self.pieces:
-            norm = torch.linalg.vector_norm(self.gradient(piece)).to(torch.float64)
-            total += piece.weight * norm * norm
+        norms = torch._foreach_norm([self.gradient(span) for span in self.spans])
+        squares = torch.stack(list(norms)).to(torch.float64).square_()
+        weights = torch.tensor(
+            [span.weight for span in self.spans], dtype=torch.float64, device=squares.device
+        )
+        total = squares @ weights
         return math.sqrt(float(all_reduce(total, self.mesh.group("world"))))
 
     def scale_gradients(self, factor: float) -> None:
@@ -234,6 +251,23 @@ class Units:
         whole = all_reduce(torch.cat(tensors), group)
         for tensor, total in zip(tensors, whole.split([t.shape[0] for t in tensors]), strict=True):
             tensor.copy_(total)
+
+
+def _joined(pieces: list[Piece]) -> tuple[list[Span], list[int]]:
+    """(the spans, each piece's number among them)."""
+    spans: list[Span] = []
+    numbers = []
+    for piece in pieces:
+        last = spans[-1] if spans else None
+        own = Span(piece.unit, piece.block.parameter, piece.begin, piece.end, piece.weight)
+        if last is not None and (last.unit, last.parameter, last.end, last.weight) == (
+            own.unit, own.parameter, own.begin, own.weight,
+        ):  # fmt: skip
+            spans[-1] = replace(last, end=own.end)
+        else:
+            spans.append(own)
+        numbers.append(len(spans) - 1)
+    return spans, numbers
 
 
 def _unit_name(parameter: str) -> str:

@@ -38,18 +38,18 @@ class ShardedOptimizer:
         muon_names = inner if settings.name == "muon" else set()
         self.adamw_names = [name for name in full if name not in muon_names]
         self._masters = {unit.name: self._master(unit.shard) for unit in units.units}
-        self._pieces = [piece for piece in units.pieces if piece.block.parameter not in muon_names]
-        self._means = [torch.zeros_like(piece.of(self._masters[piece.unit.name])) for piece in self._pieces]
+        self._spans = [span for span in units.spans if span.parameter not in muon_names]
+        self._means = [torch.zeros_like(span.of(self._masters[span.unit.name])) for span in self._spans]
         self._squares = [torch.zeros_like(mean) for mean in self._means]
         states = [
             AdamWParameter(
-                piece.of(self._masters[piece.unit.name]),
+                span.of(self._masters[span.unit.name]),
                 mean,
                 square,
-                settings.weight_decay if piece.block.parameter in inner else 0.0,
-                piece.of(piece.unit.shard) if self.has_masters and not offload else None,
+                settings.weight_decay if span.parameter in inner else 0.0,
+                span.of(span.unit.shard) if self.has_masters and not offload else None,
             )
-            for piece, mean, square in zip(self._pieces, self._means, self._squares, strict=True)
+            for span, mean, square in zip(self._spans, self._means, self._squares, strict=True)
         ]
         self._adamw = make_adamw(states) if states else None
         muon = MuonSettings(
@@ -72,7 +72,7 @@ class ShardedOptimizer:
             if self._muon is not None:
                 self._muon.step(s.muon_lr * lr_factor)
             if self._adamw is not None:
-                gradients = [units.gradient(piece) for piece in self._pieces]
+                gradients = [units.gradient(span) for span in self._spans]
                 self._adamw.step(
                     [gradient.to("cpu") for gradient in gradients] if self._offload else gradients,
                     step=self.steps,
@@ -106,9 +106,13 @@ class ShardedOptimizer:
         if self.has_masters:
             for piece in self._units.pieces:
                 yield f"master.{piece.block.name}", piece, piece.of(self._masters[piece.unit.name])
-        for piece, mean, square in zip(self._pieces, self._means, self._squares, strict=True):
-            yield f"adamw.exp_avg.{piece.block.name}", piece, mean
-            yield f"adamw.exp_avg_sq.{piece.block.name}", piece, square
+        place = {id(span): number for number, span in enumerate(self._spans)}
+        for piece, number in zip(self._units.pieces, self._units.span_of_piece, strict=True):
+            span = self._units.spans[number]
+            if id(span) in place:
+                part = slice(piece.begin - span.begin, piece.end - span.begin)
+                yield f"adamw.exp_avg.{piece.block.name}", piece, self._means[place[id(span)]][part]
+                yield f"adamw.exp_avg_sq.{piece.block.name}", piece, self._squares[place[id(span)]][part]
         if self._muon is not None:
             for piece, momentum in zip(self._muon.pieces, self._muon.momenta, strict=True):
                 yield f"muon.momentum.{piece.block.name}", piece, momentum
