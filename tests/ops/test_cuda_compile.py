@@ -28,15 +28,14 @@ class Kernel:
     registers: int | None = None
 
 
-def _flash_forward(head_dim: int, causal: bool) -> Kernel:
-    variant = flash_forward.variant_of(head_dim, causal, windowed=False)
-    defines = flash_forward.defines_of(torch.bfloat16, head_dim, causal, False, False, variant)
+def _flash_forward(head_dim: int, causal: bool, canonical: bool = False, paged: bool = False) -> Kernel:
+    variant = flash_forward.variant_of(head_dim, causal, windowed=False, canonical=canonical, paged=paged)
+    defines = flash_forward.defines_of(torch.bfloat16, head_dim, causal, False, False, variant, paged)
     # first scores, a step with and (causal) one without masks, last output
     steps = 1 + (2 if causal else 1)
     products = steps * (head_dim // 16 + variant.keys // 16)
-    return Kernel(
-        f"forward-{head_dim}", flash_forward.SOURCE, defines, products, {2: 168, 3: 128}[variant.groups]
-    )
+    name = f"forward-{head_dim}{'-canonical' if canonical else ''}{'-paged' if paged else ''}"
+    return Kernel(name, flash_forward.SOURCE, defines, products, {2: 168, 3: 128}[variant.groups])
 
 
 def _linear(tile: linear.Tile, segmented: bool = False) -> Kernel:
@@ -58,6 +57,7 @@ def _paged_decode(head_dim: int) -> Kernel:
 KERNELS = (
     _flash_forward(128, causal=True),
     _flash_forward(64, causal=False),
+    _flash_forward(128, causal=True, canonical=True, paged=True),
     _linear(linear.TILES[0]),
     _linear(linear.TILES[-1]),
     _paged_decode(64),

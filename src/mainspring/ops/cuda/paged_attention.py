@@ -17,7 +17,7 @@ from mainspring.ops.cuda import compiler
 from mainspring.ops.triton.support import multiprocessors, on_device, require
 
 SOURCE = "paged_attention.cu"
-KEY_CHUNK = 1024
+KEY_CHUNK = 1024  # as in csrc/cuda/canonical.cuh
 SHARED_BYTES = 227 << 10  # of a block, on Hopper
 FP8 = torch.float8_e4m3fn
 ELEMENTS = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
