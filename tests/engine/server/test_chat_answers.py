@@ -11,6 +11,9 @@ from typing import Any
 import openai
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionMessage
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders
+from tokenizers.models import BPE
 
 from mainspring.engine.outputs import FinishReason
 from mainspring.engine.sampling_params import StructuredOutputsParams
@@ -165,16 +168,30 @@ def test_required_calls_are_held_to_a_list_of_them(with_text: Ask) -> None:
     assert (pieces["calls"], pieces["reasons"], pieces["content"]) == (wanted, ["tool_calls"], "")
 
 
-def test_llama_s_calls_need_its_special_tokens(with_text: Ask) -> None:
+def test_llama_s_calls_stand_without_tags(with_text: Ask) -> None:
     text = '{"name": "now", "parameters": {}}; {"name": "get_weather", "parameters": {"city": "Ur"}}'
+    answer = with_text(text, chat(tools=TOOLS), tool_parser="llama3_json")
+    assert [name for name, _ in calls_of(answer.choices[0].message)] == ["now", "get_weather"]
+    assert answer.choices[0].message.content is None
 
-    async def scenario(app: Scripted) -> None:
-        answer = await chat(tools=TOOLS)(app)
-        assert [name for name, _ in calls_of(answer.choices[0].message)] == ["now", "get_weather"]
-        assert answer.choices[0].message.content is None
-        assert not app.engine.requests[0].params.skip_special_tokens
 
-    with_text(text, scenario, tool_parser="llama3_json")
+@pytest.mark.parametrize("special", [True, False])
+def test_marks_that_are_special_tokens_are_seen(special: bool) -> None:
+    marks = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<end>"]
+    backend = Backend(BPE(vocab={chr(byte): byte for byte in range(128)}, merges=[]))
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens(marks if special else ["<end>"])
+    template = "{{ tools }}{{ messages[0].content }}<think></tool_call>"
+    tokenizer = Tokenizer(backend, {"eos_token": "<end>", "chat_template": template})
+    text = 'hm</think><tool_call>{"name": "now"}</tool_call>'
+
+    async def scenario() -> None:
+        async with scripted_app(tokenizer, WritingEngine(tokenizer, text), tool_parser="hermes") as app:
+            message = (await chat(tools=TOOLS)(app)).choices[0].message
+            assert calls_of(message) == [["now", "{}"]]
+            assert app.engine.requests[0].params.skip_special_tokens != special
+
+    asyncio.run(scenario())
 
 
 def test_reasoning_stands_apart(with_text: Ask) -> None:
@@ -314,10 +331,6 @@ def test_every_message_that_we_give_is_one_that_we_take(with_text: Ask) -> None:
 
 
 def test_what_lies_between_is_asked_for_with_the_model_s_marks() -> None:
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders
-    from tokenizers.models import BPE
-
     letters = "abcdefgh"
     backend = Backend(BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
     backend.add_special_tokens(["<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<end>"])

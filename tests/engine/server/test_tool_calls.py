@@ -240,7 +240,7 @@ def test_the_format_is_read_off_the_template() -> None:
     qwen = detect("{%- if tools %}<tool_call>{% endif %}<think>", "auto", "auto")
     assert (qwen.tools, qwen.reasons, qwen.presents_tools) == ("hermes", True, True)
     llama = detect('{{ tools }} {"name": function name, "parameters": dictionary}', "auto", "auto")
-    assert (llama.tools, llama.needs_special_tokens) == ("llama3_json", True)
+    assert llama.tools == "llama3_json"
     plain = detect("{{ messages }}", "auto", "auto")
     assert (plain.tools, plain.reasons, plain.presents_tools) == (None, False, False)
     for tagged in ("<tool_call>\n<function=name>", "<tool_call>name\n<arg_key>"):

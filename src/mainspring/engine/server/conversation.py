@@ -154,7 +154,8 @@ async def make_prompt(service: Service, chat: Conversation) -> ChatPrompt:
         reasons=form.reasons and (structured is None or not _is_json(structured)),
         opened=prompt_opens_reasoning(text),
     )
-    return ChatPrompt(token_ids, plan, structured, mode == "auto" and form.needs_special_tokens)
+    special = {tokenizer.id_to_token(token_id) for token_id in tokenizer.special_token_ids}
+    return ChatPrompt(token_ids, plan, structured, keep_special_tokens=not special.isdisjoint(plan.marks))
 
 
 def _calls(

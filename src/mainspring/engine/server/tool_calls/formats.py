@@ -37,11 +37,6 @@ class AnswerFormat:
     reasons: bool
     presents_tools: bool
 
-    @property
-    def needs_special_tokens(self) -> bool:
-        """The marks of its calls are special tokens, which texts are without otherwise."""
-        return self.tools == "llama3_json"
-
 
 def check_names(tool_parser: str, reasoning_parser: str) -> None:
     """Raises ConfigError unless `detect` knows these names."""
@@ -97,6 +92,16 @@ class AnswerPlan:
     tools: ToolFormat | None = None
     reasons: bool = False
     opened: bool = False
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What the parser looks for. Where these are special tokens, the text must keep them."""
+        marks: tuple[str, ...] = (reasoning.OPEN, reasoning.CLOSE) if self.reasons else ()
+        if self.mode == "auto" and self.tools == "hermes":
+            marks += (hermes.OPEN, hermes.CLOSE)
+        if self.mode == "auto" and self.tools == "llama3_json":
+            marks += (bare_json.PYTHON_TAG,)
+        return marks
 
     def parser(self) -> Parser:
         """A fresh parser."""
