@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,3 +130,52 @@ def test_a_paused_engine_hands_out_what_is_under_way_and_nothing_else() -> None:
     while core.has_work():
         tokens += sum(len(output.token_ids) for output in core.step())
     assert tokens == 5
+
+
+_PROCESS = """
+import sys
+import torch.distributed as dist
+from mainspring.engine.core import EngineCore
+from mainspring.engine.weights import broadcast_weights, weights_checksum
+from mainspring.errors import CheckpointError
+from mainspring.model.initialise import create_model
+from support.families import FAMILIES, model_config
+
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+llama, qwen = (model_config(next(f for f in FAMILIES if f.name == name)) for name in ("llama", "qwen3"))
+trainer = create_model(llama, seed=7)
+if rank == 0:
+    broadcast_weights(trainer, 0)
+    print(weights_checksum(trainer))
+else:
+    served = create_model(llama, seed=8)
+    assert weights_checksum(served) != weights_checksum(trainer)
+    print(EngineCore(served).receive_weights(0))
+other = create_model(llama if rank == 0 else qwen, seed=9)
+before = weights_checksum(other)
+try:
+    broadcast_weights(other, 0)
+    print("sent")
+except CheckpointError as error:
+    print("refused" if "differ" in str(error) and weights_checksum(other) == before else error)
+"""
+
+
+def test_a_broadcast_gives_both_processes_the_same_checksum_and_refuses_another_model(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _PROCESS]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["src", "tests"]), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "store")],
+            cwd=Path(__file__).parents[2],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=120)[0].split() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert outputs[0][1:] == outputs[1][1:] == ["refused"]
+    assert outputs[0][0] == outputs[1][0]

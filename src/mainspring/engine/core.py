@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mainspring.engine import sizing
@@ -26,7 +27,7 @@ from mainspring.engine.sampler import SeatSampler
 from mainspring.engine.scheduler import ScheduledRequest, Scheduler
 from mainspring.engine.speculative import may_draft
 from mainspring.engine.token_rules import TokenRules
-from mainspring.engine.weights import copy_weights, weights_checksum
+from mainspring.engine.weights import broadcast_weights, copy_weights, weights_checksum
 from mainspring.errors import ConfigError, InvalidRequestError
 from mainspring.formats.tokenizer import Tokenizer
 from mainspring.model.decoder import Decoder
@@ -240,6 +241,15 @@ class EngineCore:
         if len(self._launched) > self._lag or (self._launched and not scheduled):
             return self._collect(self._launched.popleft())
         return []
+
+    def receive_weights(self, source: int, group: dist.ProcessGroup | None = None) -> str:
+        """As `update_weights`, from process `source` of a torch.distributed group, which calls `broadcast_weights`.
+
+        Returns the checksum, to be compared with the sender's. Raises CheckpointError; then nothing has changed.
+        """
+        broadcast_weights(self._model, source, group)
+        self._scheduler.forget_prefixes()
+        return weights_checksum(self._model)
 
     def stats(self) -> EngineStats:
         prefix = self._scheduler.prefix_stats

@@ -148,6 +148,8 @@ class ModelRunner:
         self._graphs = None
         self._step_graphs = None
         self._cache = None
+        if self._model.device.type == "cuda":
+            torch.cuda.empty_cache()  # also for other processes
 
     def launch(
         self, scheduled: Sequence[ScheduledRequest], block_copies: Sequence[tuple[int, int]] = ()

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mainspring.errors import CheckpointError
@@ -39,6 +40,29 @@ def copy_weights(model: Decoder, state_dict: Mapping[str, Tensor]) -> None:
             )
     for name, tensor in given.items():
         views[name].copy_(tensor, non_blocking=True)
+
+
+@torch.no_grad()
+def broadcast_weights(model: Decoder, source: int, group: dist.ProcessGroup | None = None) -> None:
+    """All processes of the group take the weights of process `source` (its global rank), in place.
+
+    Every process calls it with a model of the same structure.
+
+    Raises:
+        CheckpointError: the structures differ; then no weight has been sent.
+    """
+    parameters = sorted(model.named_parameters())
+    structure = repr([(name, tuple(p.shape), str(p.dtype)) for name, p in parameters])
+    digest = hashlib.blake2b(structure.encode(), digest_size=7).digest()
+    # The largest of d and of -d over all processes: they cancel out if all have the same d.
+    extremes = torch.tensor([1, -1], device=model.device) * int.from_bytes(digest)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    if int(extremes.sum()) != 0:
+        raise CheckpointError(
+            "the processes' models differ in the names, shapes or dtypes of their parameters"
+        )
+    for _, parameter in parameters:
+        dist.broadcast(parameter.data, src=source, group=group)
 
 
 @torch.no_grad()
