@@ -82,7 +82,9 @@ def reads_lengths_on_the_device(
     any lengths within the batch's bounds. group: query heads a key head."""
     q = torch.empty((1, group, head_dim), dtype=dtype, device=cache.k[0].device)
     few, context = max(1, TILE_ROWS // group), cache.num_blocks * cache.block_size
-    return _cuda_decodes(q, cache.k[0], few, context, policy) and _cuda_prefills(q, cache.k[0], context, policy)
+    return _cuda_decodes(q, cache.k[0], few, context, policy) and _cuda_prefills(
+        q, cache.k[0], context, policy
+    )
 
 
 def _cuda_decodes(q: Tensor, keys: Tensor, max_length: int, max_context: int, policy: Policy) -> bool:
