@@ -104,7 +104,7 @@ def _experts_rows(x: Tensor, offsets: Tensor, index: Tensor | None) -> tuple[Ten
 
 
 class _Grouped(torch.autograd.Function):
-    """Forward and both gradients, by kernels in one launch each; gathered rows take one more, to add their gradients."""
+    """Forward and both gradients, by kernels in one launch each; adding gathered rows' gradients takes one more."""
 
     @staticmethod
     def forward(
