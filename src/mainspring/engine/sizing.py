@@ -14,7 +14,12 @@ from mainspring.formats.model_config import ModelConfig
 
 _CPU_SHARE = 0.25
 _CPU_LIMIT_BYTES = 4 << 30
-_GPU_SHARE = 0.85
+_GPU_SHARE = 0.92
+_GPU_RESERVE_BYTES = 512 << 20  # graphs, kernels, and what the allocator loses at its seams
+_KEY_CHUNK, _PARTIAL_ROWS = (
+    1024,
+    16,
+)  # of the decode kernels: keys of a unit of work, and its query rows at most
 _CPU_BATCHED_TOKENS = 512
 _GPU_BATCHED_TOKENS = 8192
 _CPU_SEQUENCES = 64
@@ -89,15 +94,40 @@ def num_cache_blocks(
                 f"{engine.block_size} tokens) takes {2 * block_bytes} bytes"
             )
         return blocks
-    budget = _default_cache_bytes(device)
+    budget = _default_cache_bytes(engine, config, device, longest)
+    if budget < 2 * block_bytes and device.type == "cuda":
+        needed = workspace_bytes(engine, config, device, longest) >> 20
+        raise ConfigError(
+            f"no memory is left for the KV cache: beside the model, the largest step needs about {needed} MiB; lower "
+            "max_num_batched_tokens, max_num_seqs or max_model_len, or size the cache by kv_cache_bytes"
+        )
     ever_needed = max_num_seqs(engine, device) * -(-longest // engine.block_size)
     return max(1, min(budget // block_bytes - 1, ever_needed))
 
 
-def _default_cache_bytes(device: torch.device) -> int:
+def workspace_bytes(engine: EngineConfig, config: ModelConfig, device: torch.device, longest: int) -> int:
+    """About what the largest step needs beside weights and cache, in a model of 16 bits.
+
+    Of each token the widest tensors of a layer that live at one time; of each seat its logits in float32, three times
+    (as they come, adjusted, and the sampler's own), and what attention keeps of each chunk of keys of the longest
+    sequence, since graphs hold the memory for any lengths.
+    """
+    seats = max_num_seqs(engine, device)
+    experts = config.num_experts_per_token * config.moe_intermediate_size
+    inner = max(config.intermediate_size, experts)
+    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    token = 2 * (3 * inner + heads + 6 * config.hidden_size)
+    chunk = 4 * config.num_kv_heads * _PARTIAL_ROWS * (config.head_dim + 2)
+    of_seat = 3 * 4 * config.vocab_size + -(-longest // _KEY_CHUNK) * chunk
+    return token * max_num_batched_tokens(engine, device) * 5 // 4 + seats * of_seat
+
+
+def _default_cache_bytes(
+    engine: EngineConfig, config: ModelConfig, device: torch.device, longest: int
+) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return int(free * _GPU_SHARE)
+        return int(free * _GPU_SHARE) - workspace_bytes(engine, config, device, longest) - _GPU_RESERVE_BYTES
     return min(_CPU_LIMIT_BYTES, int(_free_host_bytes() * _CPU_SHARE))
 
 
