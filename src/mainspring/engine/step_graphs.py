@@ -71,12 +71,15 @@ class StepGraphs:
 
     @staticmethod
     def serves(model: Decoder, cache: KVCache) -> bool:
-        """Whether this model's attention reads lengths where a graph can change them."""
+        """Whether this model's attention reads lengths where a graph can change them.
+
+        Not with experts: what attention leaves for tokens of no sequence is undefined, and would be routed.
+        """
         config = model.config
+        if model.device.type != "cuda" or any(config.moe_layers):
+            return False
         group = config.num_heads // config.num_kv_heads
-        return model.device.type == "cuda" and reads_lengths_on_the_device(
-            cache, config.head_dim, group, model.dtype, model.policy
-        )
+        return reads_lengths_on_the_device(cache, config.head_dim, group, model.dtype, model.policy)
 
     def size_of(self, step: StepArrays) -> int | None:
         """The size that such a step runs in, or None if padding it costs more than launching it."""
