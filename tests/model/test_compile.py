@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mainspring.model.decoder import Decoder
 from mainspring.model.initialise import create_model
-from mainspring.ops import TokenBatch
+from mainspring.ops import KVCache, TokenBatch
 from support.families import FAMILIES, model_config
 
 LENGTHS = [9, 4, 30]
@@ -87,3 +87,23 @@ def test_another_number_of_tokens_is_traced_again_only_once(family: str) -> None
     for count in (43, 17, 29, 5):
         torch.testing.assert_close(run(x[:count]), block(x[:count]))
     assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("family", [DENSE, MIXTURE])
+def test_a_traced_step_through_a_cache_has_the_bits_of_the_eager_one(family: str) -> None:
+    config = model_config(next(f for f in FAMILIES if f.name == family))
+    model = create_model(config, seed=3)
+    tokens = torch.tensor([5, 17, 3, 88])
+    torch.compiler.reset()
+    found = []
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        cache = KVCache.allocate(
+            config.num_layers, 6, 4, config.num_kv_heads, config.head_dim, torch.float32, "cpu"
+        )
+        for keys_or_values in (*cache.k, *cache.v):
+            keys_or_values.fill_(0.1)
+        with torch.no_grad():
+            hidden = run(tokens, TokenBatch.paged([3, 1], [7, 4], [[3, 1], [5]], cache))
+        found.append([hidden, *cache.k, *cache.v])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
