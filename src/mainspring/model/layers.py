@@ -105,7 +105,14 @@ class Attention(nn.Module):
                 q, k, v, self.head_norms(), angles, batch, layer=self.layer, policy=self.policy
             )
             out = ops.attention(
-                q, None, None, batch, layer=self.layer, scale=self.scale, window=self.window, policy=self.policy
+                q,
+                None,
+                None,
+                batch,
+                layer=self.layer,
+                scale=self.scale,
+                window=self.window,
+                policy=self.policy,
             )
         else:
             if self.q_norm is not None and self.k_norm is not None:
