@@ -15,7 +15,7 @@ from mainspring.errors import CheckpointError, MainspringError
 from mainspring.formats.model_config import ModelConfig
 from mainspring.formats.safetensors_writer import _SliceWriter
 from mainspring.model.checkpoint import load_model
-from mainspring.ops import Numerics, Policy, TokenBatch
+from mainspring.ops import KVCache, Numerics, Policy, TokenBatch
 from mainspring.parallel import experts
 from mainspring.parallel.balance import take_loads
 from mainspring.parallel.checkpoint import load_weights, stored_weights, write_together
@@ -79,6 +79,36 @@ def hidden_and_logits(directory: str, layout: str, numerics: Numerics) -> tuple[
     with torch.no_grad():
         hidden = model(tokens, TokenBatch.packed([20, 1, 16]))
         return hidden.numpy(), model.logits(hidden).numpy()
+
+
+def cached_and_whole(directory: str, layout: str) -> tuple[Any, Any]:
+    """Hidden states of one sequence, by chunks through a paged cache and all at once, as numpy arrays."""
+    parsed = Layout.parse(layout)
+    config = ModelConfig.from_file(directory)
+    model = parallelize(load_model(directory), parsed, mesh_for(parsed, config)).eval()
+    tokens = torch.randint(0, config.vocab_size, (21,), generator=torch.Generator().manual_seed(4))
+    local_heads = max(1, config.num_kv_heads // parsed.tp)
+    cache = KVCache.allocate(config.num_layers, 4, 16, local_heads, config.head_dim, torch.float32, "cpu")
+    with torch.no_grad():
+        whole = model(tokens, TokenBatch.packed([21]))
+        chunks = [(0, 9), (9, 20), (20, 21)]  # two pieces of the prompt, one decoded token
+        pieces = [model(tokens[a:b], TokenBatch.paged([b - a], [b], [[2, 1]], cache)) for a, b in chunks]
+    return torch.cat(pieces).numpy(), whole.numpy()
+
+
+def whole(directory: str, layout: str) -> tuple[Any, Any]:
+    """Hidden states of the same sequence as the trainer computes them, and a gradient of the sum of their squares."""
+    parsed = Layout.parse(layout)
+    config = ModelConfig.from_file(directory)
+    model = parallelize(load_model(directory), parsed, mesh_for(parsed, config))
+    tokens = torch.randint(0, config.vocab_size, (21,), generator=torch.Generator().manual_seed(4))
+    hidden = model(tokens, TokenBatch.packed([21]))
+    hidden.square().sum().backward()  # the same on every rank: gradients flow to the rank's rows alone
+    missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert missing in ([], ["output_embedding"])
+    gradient = model.layers["0"].attention.output.weight.grad
+    assert gradient is not None
+    return hidden.detach().numpy(), gradient.numpy()
 
 
 def units_of(directory: str, layout: Layout, balance: Balance | None = None) -> Units:

@@ -13,13 +13,12 @@ from mainspring.formats.model_config import ModelConfig
 from mainspring.model.layers import RmsNorm
 from mainspring.model.rope import RotaryEmbedding
 from mainspring.ops import Policy, RopeAngles, TokenBatch
-from mainspring.parallel.collectives import gather_rows
 from mainspring.parallel.context import ContextBatch, cut_stream
 from mainspring.parallel.experts import Balance, ParallelExperts
 from mainspring.parallel.layout import Layout
 from mainspring.parallel.mesh import Mesh, even_bounds
 from mainspring.parallel.placement import Placement
-from mainspring.parallel.tensor import TensorParallel
+from mainspring.parallel.tensor import TensorParallel, whole_stream
 from mainspring.parallel.vocabulary import embed, token_loss, whole_logits
 
 Stream = tuple[Tensor | None, Tensor]
@@ -158,10 +157,7 @@ class ParallelDecoder(nn.Module):
 
     def forward(self, tokens: Tensor, batch: TokenBatch) -> Tensor:
         """tokens: [T] int64 -> hidden states after the final norm, [T, hidden], as `Decoder.forward`."""
-        hidden = self.run_stage(0, tokens, batch)
-        if self.tp.sliced:
-            hidden = gather_rows(hidden, batch.num_tokens, self.tp.group)
-        return hidden
+        return whole_stream(self.run_stage(0, tokens, batch), self.tp)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [N, hidden] -> [N, vocab] float32 on every rank. Without a gradient."""

@@ -30,7 +30,7 @@ from mainspring.parallel.collectives import (
     start_gather_rows,
     start_sum_rows,
 )
-from mainspring.parallel.mesh import Group
+from mainspring.parallel.mesh import Group, even_bounds
 
 
 @dataclass
@@ -122,6 +122,26 @@ class RowParallelLinear(nn.Module):
         """x: [T, in / tp], of all tokens -> [T, out] (the rank's rows, if the sequence is sliced)."""
         out: Tensor = _RowProduct.apply(x, self.weight, self.bias, self)
         return out
+
+
+def whole_stream(x: Tensor, tp: TensorParallel) -> Tensor:
+    """All tokens' rows on every rank, of which each then computes the same: a rank's gradient is that of its rows."""
+    if not tp.sliced:
+        return x
+    out: Tensor = _WholeStream.apply(x, tp)
+    return out
+
+
+class _WholeStream(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        bounds = even_bounds(tp.tokens, tp.group.size)
+        ctx.rows = slice(bounds[tp.group.rank], bounds[tp.group.rank + 1])
+        return gather_rows(x, tp.tokens, tp.group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad[ctx.rows], None
 
 
 class _ColumnProduct(torch.autograd.Function):
