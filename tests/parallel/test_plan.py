@@ -184,6 +184,22 @@ def test_memory_without_sense_is_refused(text: str) -> None:
         parse_bytes(text)
 
 
+def test_the_command_draws_a_schedule(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", GIANT)
+    picture = tmp_path / "timeline.svg"
+    arguments = ["--timeline", "pp=2,schedule=zero_bubble", "--micro-batches", "3", "--svg", str(picture)]
+    done = CliRunner().invoke(app, ["plan", str(tmp_path), *arguments])
+    assert done.exit_code == 0, done.output
+    assert done.output.splitlines() == [
+        "rank 0  F0 F1 .. I0 W0 F2 I1 W1 I2 W2",
+        "rank 1  .. F0 I0 F1 I1 W0 F2 I2 W1 W2",
+        "bubble 10.0% of 10",
+    ]
+    assert picture.read_text().startswith("<svg")
+    refused = CliRunner().invoke(app, ["plan", str(tmp_path), "--timeline", "dp=2", "--micro-batches", "3"])
+    assert isinstance(refused.exception, ConfigError)
+
+
 def test_the_command_lists_layouts(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", GIANT)
     done = CliRunner().invoke(app, ["plan", str(tmp_path), "--gpus", "2", "--memory", "80GB"])

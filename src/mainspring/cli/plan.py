@@ -38,11 +38,19 @@ def plan(
         int, typer.Option(help="GPUs of a host; tensor parallelism stays inside.", min=1)
     ] = 8,
     count: Annotated[int, typer.Option("--show", help="How many layouts to list.", min=1)] = 20,
+    timeline: Annotated[
+        str | None,
+        typer.Option(help="Draw the pipeline of this layout, as pp=4,schedule=zero_bubble, and stop."),
+    ] = None,
+    svg: Annotated[Path | None, typer.Option(help="Write the timeline's picture there as well.")] = None,
 ) -> None:
     """List the layouts of MODEL on so many GPUs that fit their memory, the fastest estimate first.
 
     Memory a rank is of ZeRO's and Megatron's formulas, communication what the busiest rank sends in a step.
     """
+    if timeline is not None:
+        _draw(timeline, micro_batches, svg)
+        return
     from mainspring.formats.model_config import ModelConfig
     from mainspring.formats.named_models import resolve
     from mainspring.train.memory import Batch
@@ -85,6 +93,25 @@ def plan(
         cells = [f"{value / 1e9:9.2f}" for value in held] + [f"{p.bubble:9.1%}"]
         cells += [f"{value / 1e9:9.2f}" for value in (c.tp, c.pp, c.cp, c.data, c.ep)]
         typer.echo(str(p.layout).ljust(width) + "".join(cells))
+
+
+def _draw(text: str, micro_batches: int, svg: Path | None) -> None:
+    """A layout's schedule, a backward pass twice as long as a forward one."""
+    from mainspring.formats.files import write_file
+    from mainspring.parallel.layout import Layout
+    from mainspring.parallel.schedule import make_schedule, simulate
+    from mainspring.parallel.timeline import draw_svg, draw_text
+
+    layout = Layout.parse(text)
+    if micro_batches % layout.dp:
+        raise ConfigError(
+            f"--timeline {text}: dp {layout.dp} does not divide the {micro_batches} micro-batches"
+        )
+    schedule = make_schedule(layout.schedule, layout.pp, layout.virtual, micro_batches // layout.dp)
+    drawn = simulate(schedule, layout.stages)
+    typer.echo(draw_text(drawn))
+    if svg is not None:
+        write_file(svg, draw_svg(drawn).encode())
 
 
 def parse_bytes(text: str) -> int:

@@ -14,7 +14,7 @@ from mainspring.model.layers import RmsNorm
 from mainspring.model.rope import RotaryEmbedding
 from mainspring.ops import Policy, RopeAngles, TokenBatch
 from mainspring.parallel.context import ContextBatch, cut_stream
-from mainspring.parallel.experts import Balance, ParallelExperts
+from mainspring.parallel.experts import Balance
 from mainspring.parallel.layout import Layout
 from mainspring.parallel.mesh import Mesh, even_bounds
 from mainspring.parallel.placement import Placement
@@ -162,7 +162,3 @@ class ParallelDecoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [N, hidden] -> [N, vocab] float32 on every rank. Without a gradient."""
         return whole_logits(hidden, self.output_weight, self.config.vocab_size, self.tp)
-
-    def expert_blocks(self) -> list[ParallelExperts]:
-        """The rank's mixture-of-experts blocks, first to last."""
-        return [module for module in self.modules() if isinstance(module, ParallelExperts)]

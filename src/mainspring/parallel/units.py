@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mainspring.parallel.balance import blocks_by_layer
 from mainspring.parallel.collectives import all_reduce
 from mainspring.parallel.decoder import ParallelDecoder, Stream
 from mainspring.parallel.flat import FlatUnit
@@ -71,7 +72,7 @@ class Units:
         self._last: set[int] = set()
         self._reduced: set[str] = set()
         self._build()
-        for block in model.expert_blocks():
+        for block in blocks_by_layer(model).values():
             if block.load.is_meta:
                 block.load, block.choice_bias = (
                     torch.zeros_like(b, device=self._device) for b in (block.load, block.choice_bias)

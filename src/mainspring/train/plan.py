@@ -33,10 +33,6 @@ class Communication:
     data: float
     ep: float
 
-    @property
-    def total(self) -> float:
-        return self.tp + self.pp + self.cp + self.data + self.ep
-
 
 @dataclass(frozen=True)
 class Plan:
