@@ -1,1 +1,1 @@
-"""Finding the strategy that fits a user's own documents."""
+"""Results of stages by content address, so that strategies that share stages share their work."""
