@@ -135,20 +135,25 @@ def test_a_paused_engine_hands_out_what_is_under_way_and_nothing_else() -> None:
 _PROCESS = """
 import sys
 import torch.distributed as dist
-from mainspring.engine.core import EngineCore
 from mainspring.engine.weights import broadcast_weights, weights_checksum
 from mainspring.errors import CheckpointError
+from mainspring.formats.model_config import ModelConfig
 from mainspring.model.initialise import create_model
-from support.families import FAMILIES, model_config
 
 rank, store = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
-llama, qwen = (model_config(next(f for f in FAMILIES if f.name == name)) for name in ("llama", "qwen3"))
+sizes = dict(vocab_size=97, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8)
+llama, qwen = (
+    ModelConfig(architecture=name, max_position_embeddings=64, qk_norm=name.startswith("Qwen3"), **sizes)
+    for name in ("LlamaForCausalLM", "Qwen3ForCausalLM")
+)
 trainer = create_model(llama, seed=7)
 if rank == 0:
     broadcast_weights(trainer, 0)
     print(weights_checksum(trainer))
 else:
+    from mainspring.engine.core import EngineCore
+
     served = create_model(llama, seed=8)
     assert weights_checksum(served) != weights_checksum(trainer)
     print(EngineCore(served).receive_weights(0))
