@@ -175,6 +175,15 @@ def test_llama_s_calls_stand_without_tags(with_text: Ask) -> None:
     assert answer.choices[0].message.content is None
 
 
+def test_other_formats_of_calls_refuse_a_form_beside_tools(with_text: Ask) -> None:
+    async def scenario(app: Scripted) -> None:
+        with pytest.raises(openai.BadRequestError) as refused:
+            await chat(tools=TOOLS, response_format={"type": "json_object"})(app)
+        assert refused.value.param == "tool_choice"
+
+    with_text("a", scenario, tool_parser="llama3_json")
+
+
 @pytest.mark.parametrize("special", [True, False])
 def test_marks_that_are_special_tokens_are_seen(special: bool) -> None:
     marks = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<end>"]

@@ -20,7 +20,11 @@ from mainspring.engine.server.chat_types import (
 )
 from mainspring.engine.server.service import Service
 from mainspring.engine.server.tool_calls.formats import AnswerFormat, AnswerPlan, prompt_opens_reasoning
-from mainspring.engine.server.tool_calls.schema import arguments_schema, calls_schema
+from mainspring.engine.server.tool_calls.schema import (
+    arguments_schema,
+    calls_or_answer_grammar,
+    calls_schema,
+)
 from mainspring.errors import InvalidRequestError
 
 
@@ -175,10 +179,11 @@ def _calls(
             "with a template that does (--chat-template)",
             "tools",
         )
-    if chat.structured is not None and (chat.tool_choice != "auto" or _is_json(chat.structured)):
+    functions = [(function.name, function.parameters) for function in chat.tools]
+    if chat.structured is not None and chat.tool_choice != "auto":
         raise InvalidRequestError(
-            "an answer cannot be held to a form and call tools; leave out tools or the form, "
-            'or set tool_choice to "none"',
+            "an answer cannot both be held to a form and be a call; leave out the form, or set tool_choice to "
+            '"auto" or "none"',
             "tool_choice",
         )
     if chat.tool_choice == "auto":
@@ -188,10 +193,11 @@ def _calls(
                 "start the server with --tool-parser",
                 "tools",
             )
-        return "auto", names, chat.structured
+        if chat.structured is None or not _is_json(chat.structured):
+            return "auto", names, chat.structured
+        return "auto", names, _calls_or_json(chat, functions, form)
     try:
         if chat.tool_choice == "required":
-            functions = [(function.name, function.parameters) for function in chat.tools]
             return "required", names, _json(calls_schema(functions, parallel=chat.parallel_calls))
         wanted = chat.tool_choice.function.name
         for function in chat.tools:
@@ -202,6 +208,31 @@ def _calls(
     raise InvalidRequestError(
         f"tool_choice names {wanted!r}, but the tools are {', '.join(map(repr, names))}", "tool_choice"
     )
+
+
+def _calls_or_json(
+    chat: Conversation, functions: Sequence[tuple[str, dict[str, Any] | None]], form: AnswerFormat
+) -> StructuredOutputsParams:
+    """A grammar of calls in the model's own format or an answer in the wanted form."""
+    if form.tools != "hermes":
+        raise InvalidRequestError(
+            "with this model's format of calls, an answer cannot be held to a form and be free to call tools; leave "
+            'out tools or the form, or set tool_choice to "none"',
+            "tool_choice",
+        )
+    schema: Any = {"type": "object"}
+    if chat.structured is not None and chat.structured.json is not None:
+        given = chat.structured.json
+        schema = json.loads(given) if isinstance(given, str) else given
+    if not isinstance(schema, dict):
+        raise InvalidRequestError(
+            "beside tools, the form of the answer must be a schema that is an object", "tools"
+        )
+    try:
+        grammar = calls_or_answer_grammar(functions, schema, parallel=chat.parallel_calls)
+    except RecursionError as error:
+        raise InvalidRequestError("the parameters of a tool are nested too deeply", "tools") from error
+    return StructuredOutputsParams(grammar=grammar)
 
 
 def _is_json(structured: StructuredOutputsParams) -> bool:

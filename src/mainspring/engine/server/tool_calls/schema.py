@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,6 +43,28 @@ def calls_schema(
     if definitions:
         whole["$defs"] = definitions
     return whole
+
+
+def calls_or_answer_grammar(
+    functions: Sequence[tuple[str, Mapping[str, Any] | None]], answer: Mapping[str, Any], *, parallel: bool
+) -> str:
+    """In Lark's notation: calls in the tags of Hermes, or else an answer that follows a schema."""
+    call = calls_schema(functions, parallel=parallel)
+    # The schema of one call, with the definitions of them all.
+    one = {**call["items"], "$defs": call.get("$defs", {})}
+    lines = [
+        "start: answer | calls",
+        f"answer: %json {_spaced(answer)}",
+        'calls: call ("\\n" call)*' if parallel else "calls: call",
+        'call: "<tool_call>\\n" object "\\n</tool_call>"',
+        f"object: %json {_spaced(one)}",
+    ]
+    return "\n".join(lines)
+
+
+def _spaced(schema: Mapping[str, Any]) -> str:
+    """The schema's JSON, with white space between the parts of what follows it, but not for ever."""
+    return json.dumps({**schema, "x-guidance": {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}"}})
 
 
 def arguments_schema(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
