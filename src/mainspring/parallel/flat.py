@@ -94,7 +94,9 @@ class FlatUnit:
             self._gathering, self._is_whole = None, True
 
     def release(self) -> None:
-        """Frees what other ranks own (ZeRO-3)."""
+        """Frees what other ranks own (ZeRO-3), also what is still on its way: it will be old when it is needed."""
+        if self._gathering is not None:
+            self.gather()
         if self.zero == 3 and self._is_whole:
             self.full.untyped_storage().resize_(0)
             self._is_whole = False
