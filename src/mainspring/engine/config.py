@@ -23,7 +23,8 @@ class EngineConfig:
             512 on a CPU (a step stays short enough for the streams beside a long prompt), 8,192 on a GPU.
         block_size: tokens a KV block.
         kv_cache_bytes: memory for the KV cache; None: a quarter of the free memory on a CPU (at most 4 GiB),
-            on a GPU what the largest step leaves of it; and never more than `max_num_seqs` sequences of full length need.
+            on a GPU what the largest step leaves of it; and never more than `max_num_seqs` sequences of full
+            length need.
         num_blocks: size the cache by usable blocks instead of bytes; give one of the two.
         max_model_len: longest sequence in tokens; None: the model's own context.
         max_logprobs: most alternatives a request may ask for.
