@@ -126,7 +126,12 @@ def test_wrong_values_are_named(
         ({"messages": HELLO, "tools": [tool("f")], "tool_choice": NAMED}, "tool_choice"),
         ({"messages": HELLO, "tools": [tool("f")], "tool_choice": "perhaps"}, "tool_choice"),
         (
-            {"messages": HELLO, "tools": [tool("f")], "response_format": {"type": "json_object"}},
+            {
+                "messages": HELLO,
+                "tools": [tool("f")],
+                "response_format": {"type": "json_object"},
+                "tool_choice": "required",
+            },
             "tool_choice",
         ),
         ({"messages": HELLO, "tools": [tool("f", DEEP)], "tool_choice": "required"}, "tools"),
