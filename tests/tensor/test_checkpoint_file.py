@@ -82,6 +82,12 @@ def test_any_bytes_in_the_header_are_read_or_refused(tmp_path: Path, changes: li
 
 
 @quick
+@given(header=st.binary(max_size=40))
+def test_headers_that_are_no_json_are_read_or_refused(tmp_path: Path, header: bytes) -> None:
+    read(tmp_path, file_of(header))
+
+
+@quick
 @given(length=st.integers(0, 2**64 - 1), kept=st.integers(0, 300))
 def test_lengths_that_lie_and_files_cut_short_are_refused(tmp_path: Path, length: int, kept: int) -> None:
     header = json.dumps(HEADER).encode()
