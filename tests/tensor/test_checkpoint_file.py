@@ -22,7 +22,7 @@ HEADER = {
     "b": {"dtype": "I64", "shape": [4], "data_offsets": [32, 64]},
     "__metadata__": {"format": "pt"},
 }
-quick = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+quick = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
 
 def file_of(header: bytes, data: bytes = DATA, length: int | None = None) -> bytes:
