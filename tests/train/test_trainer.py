@@ -214,7 +214,8 @@ def test_resuming_with_other_texts_or_another_optimizer_is_refused() -> None:
 
 
 def test_a_diverging_run_stops_and_says_what_to_do() -> None:
-    with pytest.raises(MainspringError, match=r"step \d+: the loss is .*first to be not finite is the (output|weight) .*Lower optimizer\.lr"):
+    said = r"step \d+: the loss is .*first to be not finite is the (output|weight) .*Lower optimizer\.lr"
+    with pytest.raises(MainspringError, match=said):
         _run("output=out", "optimizer.name=adamw", "optimizer.lr=10.0", "training.clip_norm=0", "model.init_std=1.0",
              "optimizer.eps=1e-16", "training.max_steps=400", "training.dtype=bfloat16", "data.holdout_fraction=0.0",
              "optimizer.weight_decay=10.0")  # fmt: skip
