@@ -1,7 +1,8 @@
-"""`mainspring rag`: index a folder, search it, ask it, serve it."""
+"""`mainspring rag`: index a folder, search it, ask it, serve it, find the best strategy for it."""
 
 from __future__ import annotations
 
+import re
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -232,6 +234,90 @@ def strategy(
     from mainspring.rag.strategy import to_toml
 
     typer.echo(to_toml(_loaded(name)), nl=False)
+
+
+@rag.command()
+def tune(
+    questions: Annotated[
+        Path,
+        typer.Option(
+            help='JSON lines: {"question": ..., "evidence": ["a text of the passage"], "file": ...}'
+        ),
+    ],
+    latency_p95: Annotated[str, typer.Option(help="What the p95 may be, without generation: 800ms or 1.5s.")],
+    directory: _Index = Path(_INDEX_NAME),
+    strategy: Annotated[
+        str, typer.Option(help="The present strategy: where to start, what to beat.")
+    ] = "default",
+    space: Annotated[
+        Path | None, typer.Option(help="A TOML file with a list of values for each setting.")
+    ] = None,
+    budget: Annotated[
+        int, typer.Option(min=1, help="Evaluations (strategy x question) of each search.")
+    ] = 2000,
+    beam: Annotated[int, typer.Option(min=1, help="Strategies that are kept from step to step.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the split, and of the strategies drawn at random.")] = 0,
+    store: _Store = None,
+    model: Annotated[
+        str | None, typer.Option(help="A language model: adds query forms and summaries by it.")
+    ] = None,
+    recipe: Annotated[Path, typer.Option(help="Where the strategy goes, as TOML.")] = Path("strategy.toml"),
+    report: Annotated[Path, typer.Option(help="Where the evidence goes, as one HTML page.")] = Path(
+        "tune.html"
+    ),
+) -> None:
+    """Find the strategy with the best quality for a latency, on your questions; held-out ones decide.
+
+    Searches whole strategies (beam, then successive halving) and module by module with as many evaluations. Nothing
+    is called better unless the interval of a paired bootstrap lies above zero. Run again, it goes on from what is kept.
+    """
+    from mainspring.formats.files import write_file
+    from mainspring.rag.assembly import open_evaluator, open_model
+    from mainspring.rag.search.questions import answerable, load_questions
+    from mainspring.rag.search.report import report as page
+    from mainspring.rag.search.space import changes, default_space, load_space
+    from mainspring.rag.search.tune import TuneSettings
+    from mainspring.rag.search.tune import tune as search_strategies
+    from mainspring.rag.strategy import to_toml
+
+    settings = TuneSettings(_seconds(latency_p95), budget, beam, seed=seed)
+    asked, present = load_questions(questions), _loaded(strategy)
+    wanted = load_space(space) if space is not None else default_space(model is not None)
+    with _loading():
+        answering = open_model(model) if model is not None else None
+        evaluate = open_evaluator(directory, present, store=store, model=answering)
+    usable, left_out = answerable(asked, evaluate.chunks())
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def heard(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total)
+            progress.update(tasks[what], completed=done)
+
+        result = search_strategies(evaluate, usable, wanted, present, settings, heard)
+    write_file(report.absolute(), page(result, len(left_out)).encode())
+    write_file(recipe.absolute(), to_toml(result.recommended).encode())
+    for name, held in result.held.items():
+        typer.echo(f"{name:8}  quality {held.quality}  p95 {held.figures.p95 * 1000:.0f} ms")
+    for comparison in result.comparisons:
+        typer.echo(str(comparison))
+    typer.echo(f"use {result.recommendation.name}: {result.recommendation.reason}")
+    typer.echo(f"  {changes(result.recommended, present)}")
+    left = f"; {len(left_out)} questions left out, their evidence is in no passage" if left_out else ""
+    typer.echo(f"{recipe} (for --strategy), {report}{left}")
+
+
+def _seconds(text: str) -> float:
+    """Seconds of `800ms` or `1.5s`. Raises ConfigError."""
+    from mainspring.errors import ConfigError
+
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(ms|s)\s*", text)
+    if found is None or float(found[1]) == 0:
+        raise ConfigError(f"{text!r} is no duration above 0: write 800ms or 1.5s")
+    return float(found[1]) / (1000 if found[2] == "ms" else 1)
 
 
 def _loaded(name: str) -> Strategy:

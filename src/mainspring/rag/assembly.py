@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,9 +19,12 @@ from mainspring.rag.ranking.late_interaction import LateInteraction
 from mainspring.rag.ranking.precomputed import PrecomputedLateInteraction
 from mainspring.rag.ranking.reranker import Reranker
 from mainspring.rag.retrieval.lexical import LexicalIndex
+from mainspring.rag.search.cached_parts import Recorder
+from mainspring.rag.search.evaluator import PipelineEvaluator
+from mainspring.rag.search.stage_cache import StageCache
 from mainspring.rag.stores.lance import LanceStore
 from mainspring.rag.stores.store import VectorStore
-from mainspring.rag.strategy import Strategy
+from mainspring.rag.strategy import RerankStep, Strategy
 
 RECOMP_LEAST = 0.2  # cosine under which a sentence helps nothing (all-MiniLM-L6-v2; chosen by hand)
 _NEED_MODEL = ("selective-context", "longllmlingua", "abstractive")
@@ -82,6 +86,36 @@ def open_pipeline(
         model=model,
     )
     return Pipeline(strategy, parts)
+
+
+def open_evaluator(
+    directory: Path,
+    strategy: Strategy,
+    *,
+    store: str | None = None,
+    embedder: Embedder | None = None,
+    model: LanguageModel | None = None,
+) -> PipelineEvaluator:
+    """What runs strategies on questions over an index; results are kept in its directory. Raises as `open_pipeline`."""
+    plain = dataclasses.replace(strategy, rerank=RerankStep("none"))
+    parts = open_pipeline(
+        directory, plain, store=store, embedder=embedder, model=model, citations=False
+    ).parts
+
+    def reranker(wanted: Strategy) -> Reranker | None:
+        made = make_reranker(wanted, directory)
+        if isinstance(made, PrecomputedLateInteraction):
+            made.prepare(
+                [chunk.indexed_text for chunk in parts.store.scan()]
+            )  # as indexing for it would have
+        return made
+
+    return PipelineEvaluator(
+        dataclasses.replace(parts, summariser=None),
+        Recorder(StageCache(directory / "tune")),
+        reranker,
+        lambda wanted: make_summariser(wanted, parts.embedder, model),
+    )
 
 
 def make_reranker(strategy: Strategy, directory: Path) -> Reranker | None:

@@ -18,7 +18,7 @@ from mainspring.rag.ranking.repacking import repack
 from mainspring.rag.ranking.reranker import Reranker
 from mainspring.rag.retrieval.fusion import min_max, reciprocal_rank_fusion, weighted_fusion
 from mainspring.rag.retrieval.hits import Ranking
-from mainspring.rag.retrieval.lexical import LexicalIndex
+from mainspring.rag.retrieval.lexical import Lexical
 from mainspring.rag.retrieval.query_forms import Probe, probes
 from mainspring.rag.stores.store import Filter, Hit, VectorStore
 from mainspring.rag.strategy import Strategy
@@ -62,7 +62,7 @@ class Parts:
 
     embedder: Embedder
     store: VectorStore
-    lexical: LexicalIndex
+    lexical: Lexical
     reranker: Reranker | None = None
     attributor: Reranker | None = None
     summariser: Summariser | None = None
@@ -108,8 +108,7 @@ class Pipeline:
             yield Delta(ABSTENTION)
             yield Answer(ABSTENTION, (), tuple(found), True)
             return
-        passages = repack(found, self.strategy.context.order)
-        texts, passages = self._summarised(question, passages)
+        texts, passages = self.context(question, found)
         chunks = [passage.chunk for passage in passages]
         prompt = answer_prompt(question, texts, [f"{c.file}, {c.place}" for c in chunks])
         attributor = Attributor(chunks, self.parts.attributor) if self.parts.attributor is not None else None
@@ -176,12 +175,16 @@ class Pipeline:
             scores = self.parts.attributor.scores(question, [p.chunk.indexed_text for p in passages]).tolist()
         return max(scores) < self.strategy.answer.abstain_below
 
-    def _summarised(self, question: str, passages: Sequence[Passage]) -> tuple[list[str], list[Passage]]:
-        """The texts that the model reads, and their passages; those of which nothing is left go."""
+    def context(self, question: str, found: Sequence[Passage]) -> tuple[list[str], list[Passage]]:
+        """The texts that the model reads of found passages, in its order, and the passage of each.
+
+        Passages of which a summary leaves nothing are gone. Raises ConfigError without the summariser that it needs.
+        """
         step = self.strategy.context
+        passages = repack(found, step.order)
         texts = [passage.chunk.context for passage in passages]
         if step.summary == "none":
-            return texts, list(passages)
+            return texts, passages
         if self.parts.summariser is None:
             raise ConfigError(f"the strategy summarises by {step.summary!r} and no summariser was given")
         short = self.parts.summariser.summarise(question, texts, step.ratio)

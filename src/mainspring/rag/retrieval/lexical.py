@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -14,9 +15,26 @@ from mainspring.rag.retrieval.bm25 import Bm25Index
 from mainspring.rag.stores.store import FIELDS, Filter, Hit, VectorStore, kind_of
 
 
+class Lexical(Protocol):
+    """What a pipeline asks by words: the chunks that it knows, of which version of the store, and a search."""
+
+    @property
+    def ids(self) -> list[str]: ...
+
+    @property
+    def version(self) -> str: ...
+
+    def search(self, query: str, k: int, where: Filter = ()) -> list[Hit]:
+        """At most k chunks that share a term with the query."""
+        ...
+
+
 @dataclass(frozen=True)
 class LexicalIndex:
-    """Position p of `bm25` is the chunk `ids[p]` with the filterable `fields[p]` (file, kind, title)."""
+    """Position p of `bm25` is the chunk `ids[p]` with the filterable `fields[p]` (file, kind, title).
+
+    Implements `Lexical`.
+    """
 
     bm25: Bm25Index
     ids: list[str]

@@ -1,0 +1,111 @@
+"""One strategy on one question, run by the pipeline that serves it, over parts whose results are kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from mainspring.rag.chunking.chunk import Chunk
+from mainspring.rag.generation.extraction import Summariser
+from mainspring.rag.pipeline import Parts, Pipeline
+from mainspring.rag.ranking.reranker import Reranker
+from mainspring.rag.search.cached_parts import (
+    CachedEmbedder,
+    CachedLexical,
+    CachedModel,
+    CachedReranker,
+    CachedStore,
+    CachedSummariser,
+    Recorder,
+    corpus_address,
+)
+from mainspring.rag.search.ledger import Outcome
+from mainspring.rag.search.questions import TuneQuestion
+from mainspring.rag.strategy import Strategy
+
+_WARM = "a first call is slower than the others"
+
+
+class PipelineEvaluator:
+    """Implements `Evaluate`: how well, how fast and at which cost a strategy brings a question's evidence.
+
+    Quality is the reciprocal rank of the first passage whose text holds the evidence as the generator would read it
+    (cut or shortened by the strategy), 0 if there is none. Cost counts characters that models read: queries, passages
+    for a reranker, what is summarised, and the context itself. The answer's generation is neither run nor timed.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        recorder: Recorder,
+        make_reranker: Callable[[Strategy], Reranker | None],
+        make_summariser: Callable[[Strategy], Summariser | None],
+    ) -> None:
+        """`parts` without reranker and summariser; these are made when a strategy first names them."""
+        corpus = corpus_address(parts.store.scan())
+        embedder = CachedEmbedder(parts.embedder, recorder)
+        self._parts = dataclasses.replace(
+            parts,
+            embedder=embedder,
+            store=CachedStore(parts.store, corpus, embedder.name, recorder),
+            lexical=CachedLexical(parts.lexical, corpus, recorder),
+            model=CachedModel(parts.model, recorder) if parts.model is not None else None,
+            attributor=None,
+        )
+        self._recorder = recorder
+        self._make_reranker = make_reranker
+        self._make_summariser = make_summariser
+        self._rerankers: dict[str, Reranker | None] = {"none": None}
+        self._summarisers: dict[str, Summariser | None] = {"none": None}
+        vector = parts.embedder.embed_queries([_WARM])[0]
+        parts.store.search(vector, 1)
+        parts.lexical.search(_WARM, 1)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Every passage of the index."""
+        return self._parts.store.scan()
+
+    def __call__(self, strategy: Strategy, question: TuneQuestion) -> Outcome:
+        pipeline = Pipeline(
+            strategy,
+            dataclasses.replace(
+                self._parts, reranker=self._reranker(strategy), summariser=self._summariser(strategy)
+            ),
+        )
+
+        def run() -> tuple[list[str], float]:
+            found = pipeline.search(question.text)
+            texts, passages = pipeline.context(question.text, found)
+            holding = {
+                passage.chunk.id
+                for text, passage in zip(texts, passages, strict=True)
+                if question.found_in(text, passage.chunk.file)
+            }
+            ranks = (1 / rank for rank, passage in enumerate(found, 1) if passage.chunk.id in holding)
+            return texts, next(ranks, 0.0)
+
+        (texts, quality), seconds, read = self._recorder.measure(run)
+        return Outcome(quality, seconds, float(read + sum(map(len, texts))))
+
+    def _reranker(self, strategy: Strategy) -> Reranker | None:
+        method = strategy.rerank.method
+        if method not in self._rerankers:
+            made = self._make_reranker(strategy)
+            if made is not None:
+                made.scores(_WARM, [_WARM])
+                made = CachedReranker(made, method, self._recorder, reads=method != "precomputed")
+            self._rerankers[method] = made
+        return self._rerankers[method]
+
+    def _summariser(self, strategy: Strategy) -> Summariser | None:
+        method = strategy.context.summary
+        if method not in self._summarisers:
+            made = self._make_summariser(strategy)
+            if made is not None:
+                by = f"{method} by {self._parts.embedder.name}, {self._model_name()}"
+                made = CachedSummariser(made, by, self._recorder)
+            self._summarisers[method] = made
+        return self._summarisers[method]
+
+    def _model_name(self) -> str:
+        return self._parts.model.name if self._parts.model is not None else "no model"

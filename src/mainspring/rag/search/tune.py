@@ -1,0 +1,148 @@
+"""The whole search: beam and halving, greedy at equal evaluations, a Pareto front, a verdict on held-out questions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from mainspring.errors import ConfigError
+from mainspring.rag.search.beam import beam_search
+from mainspring.rag.search.greedy import greedy_search
+from mainspring.rag.search.halving import successive_halving
+from mainspring.rag.search.ledger import Evaluate, Figures, Ledger, Outcome, Progress
+from mainspring.rag.search.pareto import pareto_front
+from mainspring.rag.search.questions import TuneQuestion, split
+from mainspring.rag.search.remainder import spend_rest
+from mainspring.rag.search.space import Space, canonical
+from mainspring.rag.search.verdict import Comparison, HeldOut, Recommendation, compare, recommend
+from mainspring.rag.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class TuneSettings:
+    """`limit`: seconds that the p95 may take. `budget`: evaluations of each search (a strategy on a question)."""
+
+    limit: float
+    budget: int = 2000
+    width: int = 4
+    held_out: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.limit > 0 or self.width < 1 or not 0 < self.held_out < 1:
+            raise ConfigError(
+                f"tuning needs a latency above 0, a beam of at least 1 and a held-out share between 0 and 1, got "
+                f"{self.limit} s, {self.width} and {self.held_out}"
+            )
+
+
+@dataclass(frozen=True)
+class SearchRun:
+    """What one search found, on the questions it searched on."""
+
+    strategy: Strategy
+    figures: Figures
+    spent: int
+    progress: tuple[Progress, ...]
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """All the evidence. `tried` and `front` hold figures on as many searched questions as beam's winner has seen."""
+
+    settings: TuneSettings
+    space: Space
+    present: Strategy
+    searched_questions: int
+    beam: SearchRun
+    greedy: SearchRun
+    tried: dict[Strategy, Figures]
+    front: dict[Strategy, Figures]
+    held: dict[str, HeldOut]
+    comparisons: tuple[Comparison, ...]
+    recommendation: Recommendation
+
+    @property
+    def recommended(self) -> Strategy:
+        """The strategy to use."""
+        return self.held[self.recommendation.name].strategy
+
+
+Heard = Callable[[str, int, int], None]  # hears what is being done, how much of it, of how much
+
+
+def tune(
+    evaluate: Evaluate,
+    questions: Sequence[TuneQuestion],
+    space: Space,
+    present: Strategy,
+    settings: TuneSettings,
+    heard: Heard = lambda what, done, total: None,
+) -> TuneResult:
+    """Searches on one part of the questions, compares on the other. Same seed and outcomes, same result.
+
+    Raises DocumentError for too few questions, ConfigError if no strategy that was tried keeps the latency.
+    """
+    searching, held_out = split(questions, settings.held_out, settings.seed)
+    ledger = Ledger(
+        _heard(evaluate, heard, "Beam", settings.budget), searching, settings.budget, settings.limit
+    )
+    _beam_then_halving(ledger, space, present, settings)
+    beam = _run(ledger)
+    if beam.figures.p95 > settings.limit:
+        raise ConfigError(
+            f"no strategy that was tried on all questions keeps a p95 of {settings.limit * 1000:.0f} ms; the fastest "
+            f"takes {beam.figures.p95 * 1000:.0f} ms: allow more, or a larger --budget"
+        )
+    # Greedy gets what beam has spent: less than the budget if the space was evaluated whole.
+    second = Ledger(_heard(evaluate, heard, "Greedy", ledger.spent), searching, ledger.spent, settings.limit)
+    spend_rest(second, space, present, greedy_search(second, space, present), Random(settings.seed + 1))
+    greedy = _run(second)
+    candidates = {"present": canonical(present), "beam": beam.strategy, "greedy": greedy.strategy}
+    judged = _heard(evaluate, heard, "Held out", len(candidates) * len(held_out))
+    held = {
+        name: HeldOut(strategy, tuple(judged(strategy, question) for question in held_out))
+        for name, strategy in candidates.items()
+    }
+    comparisons = compare(held)
+    count = beam.figures.questions
+    tried = {s: ledger.figures(s, count) for s in ledger.strategies if ledger.seen(s) >= count}
+    return TuneResult(
+        settings,
+        space,
+        canonical(present),
+        len(searching),
+        beam,
+        greedy,
+        tried,
+        pareto_front(tried),
+        held,
+        comparisons,
+        recommend(held, comparisons, settings.limit),
+    )
+
+
+def _beam_then_halving(ledger: Ledger, space: Space, present: Strategy, settings: TuneSettings) -> None:
+    """Half the budget finds good strategies on few questions, the other half tells them apart on many."""
+    tried = beam_search(ledger, space, present, settings.width, settings.budget // 2)
+    finalists = successive_halving(ledger, tried[: 4 * settings.width])
+    spend_rest(ledger, space, present, [*finalists, *tried], Random(settings.seed))
+
+
+def _run(ledger: Ledger) -> SearchRun:
+    leader = ledger.leader()
+    return SearchRun(leader, ledger.figures(leader), ledger.spent, tuple(ledger.progress))
+
+
+def _heard(evaluate: Evaluate, heard: Heard, what: str, total: int) -> Evaluate:
+    done = 0
+
+    def counted(strategy: Strategy, question: TuneQuestion) -> Outcome:
+        nonlocal done
+        outcome = evaluate(strategy, question)
+        done += 1
+        heard(what, done, total)
+        return outcome
+
+    return counted
