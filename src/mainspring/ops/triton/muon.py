@@ -29,7 +29,7 @@ def _pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     Triton is told of as many bytes as give four elements: one arrangement over threads serves all tensors, and with
     vectors of eight 16-bit elements a warp's float32 accesses would leave every other 16 bytes to the next access.
     """
-    pointer = address.to(tl.pointer_type(DTYPE))
+    pointer = address.to(tl.int64).to(tl.pointer_type(DTYPE))  # an address below 2^31 comes as an int32
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 4 * DTYPE.primitive_bitwidth // 8)
     return pointer
