@@ -310,6 +310,39 @@ def tune(
     typer.echo(f"{recipe} (for --strategy), {report}{left}")
 
 
+@rag.command()
+def classify(
+    directory: _Index = Path(_INDEX_NAME),
+    questions: Annotated[
+        Path | None,
+        typer.Option(help="Questions as for `tune`, to test on as well: people's own, not made ones."),
+    ] = None,
+    store: _Store = None,
+    seed: Annotated[int, typer.Option(help="Of the queries that are made.")] = 0,
+) -> None:
+    """Train what decides whether a question needs the documents, from the index's own sentences; print its test.
+
+    It is kept in the index and used where a strategy says `classify = true` under [retrieve].
+    """
+    from mainspring.rag.assembly import open_pipeline
+    from mainspring.rag.classification.classifier import train
+    from mainspring.rag.classification.examples import make_examples
+    from mainspring.rag.classification.testing import evaluate_classifier
+    from mainspring.rag.search.questions import load_questions
+
+    asked = [question.text for question in load_questions(questions)] if questions is not None else []
+    with _loading():
+        parts = open_pipeline(directory, _loaded("fast"), store=store, citations=False).parts
+        training, test = make_examples(parts.store.scan(), seed=seed)
+        classifier = train(training.needing, training.free, parts.embedder)
+        classifier.save(directory)
+        made = evaluate_classifier(classifier, parts.embedder, test.needing, test.free)
+        own = evaluate_classifier(classifier, parts.embedder, asked, test.free) if asked else None
+    typer.echo(f"held-out made queries: {made}")
+    if own is not None:
+        typer.echo(f"your questions:        {own}")
+
+
 def _seconds(text: str) -> float:
     """Seconds of `800ms` or `1.5s`. Raises ConfigError."""
     from mainspring.errors import ConfigError

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mainspring.errors import ConfigError, EmptyCorpusError
+from mainspring.rag.classification.classifier import QueryClassifier
 from mainspring.rag.embedding.embedder import Embedder
 from mainspring.rag.embedding.models import load_embedder
 from mainspring.rag.generation.extraction import Bm25Extraction, EmbeddingExtraction, Summariser
@@ -84,6 +85,7 @@ def open_pipeline(
         attributor=attributor,
         summariser=make_summariser(strategy, loaded, model),
         model=model,
+        classifier=QueryClassifier.load(directory, loaded) if strategy.retrieve.classify else None,
     )
     return Pipeline(strategy, parts)
 

@@ -9,11 +9,12 @@ import numpy as np
 
 from mainspring.errors import ConfigError, EmptyCorpusError
 from mainspring.rag.chunking.chunk import Chunk
+from mainspring.rag.classification.classifier import QueryClassifier
 from mainspring.rag.embedding.embedder import Embedder
 from mainspring.rag.generation.citations import Attributor, Citation, cited
 from mainspring.rag.generation.extraction import Summariser
 from mainspring.rag.generation.language_model import LanguageModel
-from mainspring.rag.generation.prompts import ABSTENTION, answer_prompt
+from mainspring.rag.generation.prompts import ABSTENTION, answer_prompt, direct_prompt
 from mainspring.rag.ranking.repacking import repack
 from mainspring.rag.ranking.reranker import Reranker
 from mainspring.rag.retrieval.fusion import min_max, reciprocal_rank_fusion, weighted_fusion
@@ -38,7 +39,10 @@ class Passage:
 
 @dataclass(frozen=True)
 class Answer:
-    """A finished answer. Citation numbers count `passages` from 1. `abstained`: no passage was taken to answer."""
+    """A finished answer. Citation numbers count `passages` from 1. `abstained`: no passage was taken to answer.
+
+    Without passages and not abstained: the question was one that needs no document.
+    """
 
     text: str
     citations: tuple[Citation, ...]
@@ -67,6 +71,7 @@ class Parts:
     attributor: Reranker | None = None
     summariser: Summariser | None = None
     model: LanguageModel | None = None
+    classifier: QueryClassifier | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,13 @@ class Pipeline:
         model = self.parts.model
         if model is None:
             raise ConfigError("answering needs a language model; searching does not")
+        if question.strip() and not self._needs_documents(question):
+            pieces: list[str] = []
+            for piece in model.stream(direct_prompt(question), self.strategy.answer.max_tokens):
+                pieces.append(piece)
+                yield Delta(piece)
+            yield Answer("".join(pieces), (), (), False)
+            return
         found = self.search(question, where=where)
         if self._abstains(question, found):
             yield Delta(ABSTENTION)
@@ -128,6 +140,15 @@ class Pipeline:
         *_, last = self.ask(question, where)
         assert isinstance(last, Answer)  # `ask` ends with it
         return last
+
+    def _needs_documents(self, question: str) -> bool:
+        if not self.strategy.retrieve.classify:
+            return True
+        if self.parts.classifier is None:
+            raise ConfigError(
+                "the strategy classifies queries and the index has no classifier: run `mainspring rag classify`"
+            )
+        return self.parts.classifier.needs_documents(question, self.parts.embedder)
 
     def _retrieve(self, probe: Probe, k: int, where: Filter) -> list[Hit]:
         step = self.strategy.retrieve

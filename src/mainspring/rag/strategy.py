@@ -69,13 +69,17 @@ class IndexStep:
 
 @dataclass(frozen=True)
 class RetrieveStep:
-    """What is asked for, by which method; `alpha` weighs sparse scores in the fusion S = alpha · sparse + dense."""
+    """What is asked for, by which method; `alpha` weighs sparse scores in the fusion S = alpha · sparse + dense.
+
+    `classify`: questions that need no document are answered without (`mainspring rag classify` trains what decides).
+    """
 
     query: QueryForm = "original"
     method: Method = "hybrid"
     fusion: Fusion = "weighted"
     alpha: float = _bounded(1.0, 0)
     candidates: int = _bounded(50, 1, 1000)
+    classify: bool = False
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,11 @@ def answer_prompt(question: str, passages: Sequence[str], sources: Sequence[str]
     return [Message("system", _ANSWER_SYSTEM), Message("user", content)]
 
 
+def direct_prompt(question: str) -> list[Message]:
+    """For an answer without documents."""
+    return [Message("system", "Answer in a few sentences."), Message("user", neutral(question))]
+
+
 def rewrite_prompt(question: str) -> list[Message]:
     """For one search query."""
     return [
