@@ -171,14 +171,15 @@ def parse_strategy(text: str, where: str = "strategy") -> Strategy:
 def to_toml(strategy: Strategy) -> str:
     """The strategy as TOML with every key; `parse_strategy` gives the same value back."""
     steps = dataclasses.asdict(strategy)
-    lines = [f"{key} = {_literal(value)}" for key, value in steps.items() if not isinstance(value, dict)]
+    lines = [f"{key} = {toml_literal(value)}" for key, value in steps.items() if not isinstance(value, dict)]
     for name, step in steps.items():
         if isinstance(step, dict):
-            lines += ["", f"[{name}]", *(f"{key} = {_literal(value)}" for key, value in step.items())]
+            lines += ["", f"[{name}]", *(f"{key} = {toml_literal(value)}" for key, value in step.items())]
     return "\n".join(lines) + "\n"
 
 
-def _literal(value: bool | int | float | str) -> str:
+def toml_literal(value: bool | int | float | str) -> str:
+    """A value as TOML writes it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from mainspring.rag.chunking.chunk import Chunk
 from mainspring.rag.generation.extraction import Summariser
-from mainspring.rag.pipeline import Parts, Pipeline
+from mainspring.rag.pipeline import Parts, Passage, Pipeline
 from mainspring.rag.ranking.reranker import Reranker
 from mainspring.rag.search.cached_parts import (
     CachedEmbedder,
@@ -73,18 +73,18 @@ class PipelineEvaluator:
             ),
         )
 
-        def run() -> tuple[list[str], float]:
+        def run() -> tuple[list[Passage], list[str], list[Passage]]:
             found = pipeline.search(question.text)
-            texts, passages = pipeline.context(question.text, found)
-            holding = {
-                passage.chunk.id
-                for text, passage in zip(texts, passages, strict=True)
-                if question.found_in(text, passage.chunk.file)
-            }
-            ranks = (1 / rank for rank, passage in enumerate(found, 1) if passage.chunk.id in holding)
-            return texts, next(ranks, 0.0)
+            return found, *pipeline.context(question.text, found)
 
-        (texts, quality), seconds, read = self._recorder.measure(run)
+        (found, texts, passages), seconds, read = self._recorder.measure(run)
+        holding = {
+            passage.chunk.id
+            for text, passage in zip(texts, passages, strict=True)
+            if question.found_in(text, passage.chunk.file)
+        }
+        ranks = (1 / rank for rank, passage in enumerate(found, 1) if passage.chunk.id in holding)
+        quality = next(ranks, 0.0)
         return Outcome(quality, seconds, float(read + sum(map(len, texts))))
 
     def _reranker(self, strategy: Strategy) -> Reranker | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 
 from mainspring.errors import RecipeError
-from mainspring.rag.strategy import Strategy, parse_strategy, to_toml
+from mainspring.rag.strategy import Strategy, parse_strategy, to_toml, toml_literal
 
 Value = bool | int | float | str
 _STEPS = ("retrieve", "rerank", "context")  # what can change without indexing anew and shows in what is found
@@ -137,23 +137,14 @@ def _checked(step: str, name: str, values: Sequence[Value], path: Path) -> Choic
 
 
 def _array(values: Sequence[Value]) -> str:
-    return "[" + ", ".join(_literal(value) for value in values) + "]"
-
-
-def _literal(value: Value) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
-    return repr(value)
+    return "[" + ", ".join(toml_literal(value) for value in values) + "]"
 
 
 def changes(strategy: Strategy, base: Strategy) -> str:
     """In which settings a strategy differs from another, in one line."""
     ours, theirs = (tomllib.loads(to_toml(canonical(s))) for s in (strategy, base))
     found = [
-        f"{step}.{name} = {_literal(value)}"
+        f"{step}.{name} = {toml_literal(value)}"
         for step, settings in ours.items()
         if isinstance(settings, dict)
         for name, value in settings.items()
