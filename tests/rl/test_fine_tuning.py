@@ -13,6 +13,7 @@ import torch
 
 from mainspring.errors import ConfigError, MainspringError
 from mainspring.model.decoder import Decoder
+from mainspring.model.initialise import create_model
 from mainspring.rl.dpo import DpoSettings, PreferenceLoss, dpo, judge, reference_log_probs
 from mainspring.rl.math.preferences import conservative_dpo_loss, dpo_loss, ipo_loss, robust_dpo_loss
 from mainspring.rl.samples import Pair, Sample, cut, drawn, written_log_probs
@@ -131,6 +132,15 @@ def test_each_loss_falls_and_lifts_the_margin(loss: PreferenceLoss, with_referen
     after = judge(model, pairs, reference, loss=loss)
     assert after.loss < before.loss
     assert after.margin > before.margin + 0.3
+
+
+def test_a_bfloat16_model_learns_preferences() -> None:
+    model = create_model(sorting.config(), dtype="bfloat16", numerics="fast")
+    pairs = sorting.pairs(32, 11)
+    reference = reference_log_probs(model, pairs)
+    settings = DpoSettings(16, 200, max_steps=30, schedule=STEADY)
+    _exhaust(dpo(model, Optimizer(model, OptimizerSection(lr=1e-3)), pairs, reference, settings))
+    assert judge(model, pairs, reference).margin > 2.0
 
 
 def test_sft_lowers_the_held_out_loss() -> None:
