@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from mainspring.errors import DocumentError
@@ -24,10 +25,14 @@ class TuneQuestion:
 
     def found_in(self, text: str, file: str) -> bool:
         """Whether a text from a file answers it."""
-        if self.file is not None and self.file != file:
-            return False
-        plain = _plain(text)
-        return any(_plain(wanted) in plain for wanted in self.evidence)
+        return self._found_in_plain(_plain(text), file)
+
+    def _found_in_plain(self, plain: str, file: str) -> bool:
+        return (self.file is None or self.file == file) and any(wanted in plain for wanted in self._wanted)
+
+    @cached_property
+    def _wanted(self) -> tuple[str, ...]:
+        return tuple(_plain(text) for text in self.evidence)
 
 
 def load_questions(path: Path) -> tuple[TuneQuestion, ...]:
@@ -49,7 +54,8 @@ def answerable(
     """(those whose evidence stands in a chunk's context, the others): of the others no strategy finds anything."""
     open_ones = list(questions)
     for chunk in chunks:
-        open_ones = [q for q in open_ones if not q.found_in(chunk.context, chunk.file)]
+        plain = _plain(chunk.context)
+        open_ones = [q for q in open_ones if not q._found_in_plain(plain, chunk.file)]
     missing = set(open_ones)
     return tuple(q for q in questions if q not in missing), tuple(open_ones)
 
