@@ -150,14 +150,14 @@ def test_strategies_share_what_they_have_in_common_and_nothing_else(
             assert (outcome.seconds > 0.03) == reads
 
 
-def test_another_corpus_or_embedder_does_not_get_the_kept_results(
-    index: DocumentIndex, tmp_path: Path
-) -> None:
+def test_another_corpus_does_not_get_the_kept_results(index: DocumentIndex, tmp_path: Path) -> None:
     question = QUESTIONS[5]
     assert World(index, tmp_path / "cache").evaluate(PLAIN, question).quality > 0
     other = open_index(tmp_path / "index", embedder=WordEmbedder())
     other.update(write(tmp_path / "docs", other="Nothing of the kind lives here."))
     assert World(other, tmp_path / "cache").evaluate(PLAIN, question).quality == 0
+    there = dataclasses.replace(question, evidence=("Nothing of the kind",), file="other.md")
+    assert World(other, tmp_path / "cache").evaluate(PLAIN, there).quality == 1
 
 
 def test_a_summary_that_loses_the_evidence_loses_the_quality(index: DocumentIndex, tmp_path: Path) -> None:
