@@ -171,7 +171,7 @@ def ask(
     store: _Store = None,
     where: _Where = None,
 ) -> None:
-    """Answer a question from the documents. The answer streams; supported statements carry [n], listed below it."""
+    """Answer a question from the documents. The answer streams; supported statements carry a number, listed below it."""
     from mainspring.rag.assembly import open_model, open_pipeline
     from mainspring.rag.pipeline import Answer, Delta
     from mainspring.rag.stores.store import Condition
@@ -322,7 +322,7 @@ def classify(
 ) -> None:
     """Train what decides whether a question needs the documents, from the index's own sentences; print its test.
 
-    It is kept in the index and used where a strategy says `classify = true` under [retrieve].
+    It is kept in the index and used where a strategy's table `retrieve` says `classify = true`.
     """
     from mainspring.rag.assembly import open_pipeline
     from mainspring.rag.classification.classifier import train
