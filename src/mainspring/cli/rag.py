@@ -171,7 +171,7 @@ def ask(
     store: _Store = None,
     where: _Where = None,
 ) -> None:
-    """Answer a question from the documents. The answer streams; supported statements carry a number, listed below it."""
+    """Answer a question from the documents. The answer streams; supported statements carry numbers, listed below."""
     from mainspring.rag.assembly import open_model, open_pipeline
     from mainspring.rag.pipeline import Answer, Delta
     from mainspring.rag.stores.store import Condition
