@@ -15,10 +15,15 @@ from mainspring.engine.outputs import CompletionOutput, RequestOutput
 from mainspring.engine.sampling_params import SamplingParams
 
 
+def seed_of_choice(seed: int | None, index: int) -> int | None:
+    """`seed + index`, as in vLLM (keys of neighbouring seeds are unrelated), so that completion `index` is what a
+    request with that seed gives alone; past the end of 64 bits it goes on from their other end."""
+    return None if seed is None else (seed + index + 2**63) % 2**64 - 2**63
+
+
 def params_of_choice(params: SamplingParams, index: int) -> SamplingParams:
-    """What completion `index` is sampled by: with the seed `seed + index`, as in vLLM (keys of neighbouring seeds are
-    unrelated), so that it is what a request with that seed gives alone. The prompt's log-probabilities come once."""
-    seed = None if params.seed is None else _wrap(params.seed + index)
+    """What completion `index` is sampled by; the prompt's log-probabilities come once."""
+    seed = seed_of_choice(params.seed, index)
     prompt_logprobs = params.prompt_logprobs if index == 0 else None
     return msgspec.structs.replace(params, n=1, seed=seed, prompt_logprobs=prompt_logprobs)
 
@@ -72,8 +77,3 @@ class ChoiceMerger:
         return replace(
             self._first, request_id=self._request_id, outputs=completions, finished=not self.unfinished
         )
-
-
-def _wrap(seed: int) -> int:
-    """A seed past the end of 64 bits, from their other end."""
-    return (seed + 2**63) % 2**64 - 2**63

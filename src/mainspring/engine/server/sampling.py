@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import msgspec
 
+from mainspring.engine.choices import seed_of_choice
 from mainspring.engine.sampling_params import SamplingParams, StructuredOutputsParams
 from mainspring.engine.server.async_llm import Placement
 from mainspring.engine.server.chat_types import ChatCompletionRequest
@@ -87,11 +86,5 @@ def placement_of(body: GenerationRequest, lora_id: int) -> Placement:
 
 
 def for_choices(params: SamplingParams, prompts: int, n: int) -> list[SamplingParams]:
-    """Parameters of choice `j` of prompt `i`, at `i * n + j`. Choice `j` has the seed `seed + j`, as in vLLM."""
-    seeds: Sequence[int | None] = [None if params.seed is None else _wrap(params.seed + j) for j in range(n)]
-    return [msgspec.structs.replace(params, seed=seed) for seed in seeds] * prompts
-
-
-def _wrap(seed: int) -> int:
-    """A seed past the end of 64 bits, from their other end."""
-    return (seed + 2**63) % 2**64 - 2**63
+    """Parameters of choice `j` of prompt `i`, at `i * n + j`."""
+    return [msgspec.structs.replace(params, seed=seed_of_choice(params.seed, j)) for j in range(n)] * prompts
