@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -28,6 +29,8 @@ class EngineConfig:
         num_blocks: size the cache by usable blocks instead of bytes; give one of the two.
         max_model_len: longest sequence in tokens; None: the model's own context.
         max_logprobs: most alternatives a request may ask for.
+        logprobs_temperature: reported log-probabilities are those of the raw logits over this; 1, as in vLLM, or the
+            one temperature at which RL samples.
         enable_prefix_caching: keep the keys and values of finished requests until their blocks are needed, and share
             those of equal beginnings.
         kv_cache_dtype: "auto" is the model's; "fp8" (float8 e4m3, GPU only) holds twice the tokens. Its
@@ -50,6 +53,7 @@ class EngineConfig:
     num_blocks: int | None = None
     max_model_len: int | None = None
     max_logprobs: int = 20
+    logprobs_temperature: float = 1.0
     enable_prefix_caching: bool = True
     kv_cache_dtype: KVCacheDtype = "auto"
     scheduling_policy: SchedulingPolicy = "fcfs"
@@ -73,6 +77,10 @@ class EngineConfig:
                 raise ConfigError(f"{name} is {value!r}, but must be a whole number of at least 1")
         if self.max_logprobs < 0:
             raise ConfigError(f"max_logprobs is {self.max_logprobs}, but must be at least 0")
+        if not 0 < self.logprobs_temperature < math.inf:
+            raise ConfigError(
+                f"logprobs_temperature is {self.logprobs_temperature}, but must be a number above 0"
+            )
         for name, allowed in (
             ("kv_cache_dtype", get_args(KVCacheDtype)),
             ("scheduling_policy", get_args(SchedulingPolicy)),

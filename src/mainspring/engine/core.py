@@ -100,6 +100,7 @@ class EngineCore:
             cache_dtype=cache_dtype,
             max_num_tokens=sizing.max_num_batched_tokens(config, device),
             graphs=device.type == "cuda" if config.cuda_graphs is None else config.cuda_graphs,
+            logprobs_temperature=config.logprobs_temperature,
         )
         if config.lora_adapters:
             self._runner.adapters = LoraAdapters(model, config.lora_adapters)

@@ -49,16 +49,20 @@ class LogprobTensors:
         ]
 
 
-def compute_logprobs(logits: Tensor, tokens: Tensor, num_top: int, policy: Policy) -> LogprobTensors:
-    """Log-probabilities of the given tokens and of the num_top likeliest, from the raw logits.
+def compute_logprobs(
+    logits: Tensor, tokens: Tensor, num_top: int, policy: Policy, temperature: float = 1.0
+) -> LogprobTensors:
+    """Log-probabilities of the given tokens and of the num_top likeliest, from the raw logits / temperature.
 
     logits: [N, V] float32; tokens: [N] int64. Does not wait for the device.
     """
-    chosen = token_log_probs(logits, tokens, policy=policy)
+    chosen = token_log_probs(logits, tokens, temperature, policy=policy)
     ranks = (logits > logits.gather(1, tokens[:, None])).sum(dim=-1) + 1
     width = min(num_top, logits.shape[1])
     top = logits.topk(width, dim=-1).indices if width else tokens.new_empty((tokens.shape[0], 0))
     # Column by column through the same operation: the alternatives' bits are the trainer's too.
-    columns = [token_log_probs(logits, top[:, i].contiguous(), policy=policy) for i in range(width)]
+    columns = [
+        token_log_probs(logits, top[:, i].contiguous(), temperature, policy=policy) for i in range(width)
+    ]
     top_logprobs = torch.stack(columns, dim=1) if columns else chosen.new_empty((tokens.shape[0], 0))
     return LogprobTensors(tokens, chosen, ranks, top, top_logprobs)

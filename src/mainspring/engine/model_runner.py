@@ -77,6 +77,7 @@ class ModelRunner:
         cache_dtype: torch.dtype,
         max_num_tokens: int,
         graphs: bool,
+        logprobs_temperature: float = 1.0,
     ) -> None:
         """max_num_tokens: of a step. graphs: run steps of fixed sizes; on a GPU, from CUDA graphs."""
         self._model = model
@@ -88,6 +89,7 @@ class ModelRunner:
         self._max_model_len = max_model_len
         self._max_num_tokens = max_num_tokens
         self._wants_graphs = graphs
+        self._logprobs_temperature = logprobs_temperature
         self._cache: KVCache | None = None
         self._graphs: DecodeGraphs | None = None
         self._step_graphs: StepGraphs | None = None
@@ -294,7 +296,7 @@ class ModelRunner:
                     logits, tokens = logits.index_select(0, index), tokens.index_select(0, index)
                 result.logprob_counts = [requests[row].params.logprobs or 0 for row in wanted]
                 most = max(result.logprob_counts)
-                result.logprobs = compute_logprobs(logits, tokens, most, self._model.policy).to_host()
+                result.logprobs = self._logprobs(logits, tokens, most).to_host()
 
     def _prompt_logprobs(
         self, scheduled: Sequence[ScheduledRequest], hidden: Tensor
@@ -314,9 +316,12 @@ class ModelRunner:
             for first in range(known, end, step):
                 targets = self._send(request.token_ids[first : min(first + step, end)])
                 rows = hidden[start + first - 1 : start + first - 1 + len(targets)]
-                logprobs = compute_logprobs(self._model.logits(rows), targets, num_top, self._model.policy)
+                logprobs = self._logprobs(self._model.logits(rows), targets, num_top)
                 results.append((request, logprobs.to_host()))
         return results
+
+    def _logprobs(self, logits: Tensor, tokens: Tensor, num_top: int) -> LogprobTensors:
+        return compute_logprobs(logits, tokens, num_top, self._model.policy, self._logprobs_temperature)
 
     def _copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         if copies:

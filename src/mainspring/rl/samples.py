@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mainspring import ops
 from mainspring.errors import ConfigError
 from mainspring.model.decoder import Decoder
+from mainspring.ops import TokenBatch
 
 
 @dataclass(frozen=True)
@@ -99,12 +101,35 @@ def drawn(count: int, prompts_per_step: int, seed: int, first_step: int = 0) -> 
         epoch, step = epoch + 1, 0
 
 
-def written_log_probs(model: Decoder, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+def written_log_probs(
+    model: Decoder, samples: Sequence[Sample], temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """(log p of the written tokens, end to end [W] float32; how many each sample has [N] int64), differentiable.
 
-    In lockstep these are to the bit what the engine reports for such tokens at temperature 1.
+    In lockstep these are to the bit what an engine of that `logprobs_temperature` reports for such tokens.
     """
-    found = model.log_probs([sample.tokens for sample in samples])
-    masks = [torch.tensor(sample.written[1:], device=model.device) for sample in samples]
-    log_p = torch.cat([p[mask] for p, mask in zip(found, masks, strict=True)])
-    return log_p, torch.tensor([sample.num_written for sample in samples], device=model.device)
+    hidden, targets, counts = _before_written(model, samples)
+    log_p = ops.linear_log_probs(hidden, model.output_weight, targets, temperature, policy=model.policy)
+    return log_p, counts
+
+
+def written_log_probs_and_entropy(
+    model: Decoder, samples: Sequence[Sample], temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(`written_log_probs`' log p to the same bits, entropies [W] float32 in nats, counts [N]), differentiable."""
+    hidden, targets, counts = _before_written(model, samples)
+    log_p, entropy = ops.linear_log_probs_and_entropy(
+        hidden, model.output_weight, targets, temperature, policy=model.policy
+    )
+    return log_p, entropy, counts
+
+
+def _before_written(model: Decoder, samples: Sequence[Sample]) -> tuple[Tensor, Tensor, Tensor]:
+    """(hidden states [W, H] from which the written tokens were predicted, those tokens [W], how many a sample [N])."""
+    tokens = torch.tensor([t for s in samples for t in s.tokens], dtype=torch.int64, device=model.device)
+    written = torch.tensor([w for s in samples for w in s.written], device=model.device)
+    hidden = model(tokens, TokenBatch.packed([len(s.tokens) for s in samples], model.device))
+    counts = torch.tensor([s.num_written for s in samples], device=model.device)
+    # No sample begins with a written token: the place before one is the same sample's.
+    places = written.nonzero()[:, 0]
+    return hidden.index_select(0, places - 1), tokens[places], counts

@@ -1,0 +1,90 @@
+"""The gradient of a policy's loss over a mini-batch, micro-batch by micro-batch, on packed trajectories.
+
+    for mini in mini_batches(packed, count, generator):            # each a range of trajectories
+        sums = policy_gradient(model, optimizer, mini, loss, tokens_per_microbatch=8192, temperature=1.0)
+        optimizer.step(...)
+
+A loss divides by what the whole step counts, so gradients add up to the same however the batch is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mainspring.model.decoder import Decoder
+from mainspring.rl.samples import Sample, cut, written_log_probs_and_entropy
+from mainspring.rl.trajectories import Packed
+from mainspring.train.optimizer import Optimizer
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A run of a mini-batch's trajectories, as a loss sees it; w written tokens of n trajectories."""
+
+    samples: tuple[Sample, ...]
+    trajectories: slice
+    """Which of the mini-batch's N they are: for what there is one of per trajectory."""
+    tokens: slice
+    """Which of the mini-batch's W written tokens: for advantages and the like."""
+    lengths: Tensor  # [n] int64, written tokens of each
+    log_probs: Tensor  # [w] float32 of the model, with gradients
+    entropy: Tensor  # [w] float32 in nats, with gradients
+    old_log_probs: Tensor  # [w] float32, the engine's
+
+    @property
+    def written(self) -> Tensor:
+        """[w] bool, all true: what the functions of `math` take."""
+        return torch.ones_like(self.log_probs, dtype=torch.bool)
+
+
+TokenLoss = Callable[[MicroBatch], tuple[Tensor, dict[str, Tensor]]]
+"""-> (this micro-batch's share of the step's loss, a scalar; scalars to be summed over the mini-batch)."""
+
+Observer = Callable[[MicroBatch], None]
+"""Sees each micro-batch before its loss is made; `lockstep.LockstepCheck` is one."""
+
+
+def policy_gradient(
+    model: Decoder,
+    optimizer: Optimizer,
+    packed: Packed,
+    loss: TokenLoss,
+    *,
+    tokens_per_microbatch: int,
+    temperature: float = 1.0,
+    observe: Observer | None = None,
+) -> dict[str, float]:
+    """Adds the mini-batch's gradient to the optimizer's; the weights stay. Returns the sums, that of the "loss" too.
+
+    tokens_per_microbatch: of prompts and answers; it decides memory and speed, not the result. Raises ConfigError if a
+    trajectory alone is longer, and whatever `observe` raises.
+    """
+    sums: dict[str, Tensor] = {}
+    first_token = 0
+    ends = packed.lengths.cumsum(0).tolist()
+    for run in cut([len(sample.tokens) for sample in packed.samples], tokens_per_microbatch):
+        samples = packed.samples[run.start : run.stop]
+        tokens = slice(first_token, ends[run.stop - 1])
+        first_token = tokens.stop
+        log_probs, entropy, lengths = written_log_probs_and_entropy(model, samples, temperature)
+        micro = MicroBatch(
+            samples,
+            slice(run.start, run.stop),
+            tokens,
+            lengths,
+            log_probs,
+            entropy,
+            packed.old_log_probs[tokens],
+        )
+        if observe is not None:
+            observe(micro)
+        share, counted = loss(micro)
+        share.backward()
+        optimizer.accumulate()
+        for name, value in {"loss": share, **counted}.items():
+            sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=value.device)) + value.detach()
+    return {name: float(value) for name, value in sums.items()}
