@@ -5,6 +5,7 @@ State is named after Hugging Face's tensors (`Decoder.parts`), so it does not de
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -16,14 +17,15 @@ from mainspring.ops.adamw import AdamWParameter, make_adamw
 from mainspring.ops.muon import Muon, MuonSettings, classic
 from mainspring.train.recipe import OptimizerSection
 
-_EMBEDDINGS = ("embedding", "output_embedding")
+_EMBEDDINGS = ("embedding", "output_embedding", "score.weight")  # and the head of a value model
 
 
 class Optimizer:
     """Moves a model's weights by the gradients that `accumulate` has collected since the last `step`.
 
     A float32 model's weights are updated in place. A bfloat16 model keeps float32 masters here, of which its
-    weights are rounded copies; gradients are then summed in float32, however many micro-batches there are.
+    weights are rounded copies; gradients are then summed in float32, however many micro-batches there are (those of
+    a single one stay as they are: the sum is exact).
     With `muon`, the matrices inside the layers belong to Muon, part by part (q, k and v, gate and up, each
     expert on its own); embeddings, the router, norms and biases to AdamW (Loshchilov and Hutter, arXiv 1711.05101).
     """
@@ -78,9 +80,9 @@ class Optimizer:
                 continue
             held = self._gradients.get(name)
             if held is None:
-                self._gradients[name] = gradient.to(torch.float32)
+                self._gradients[name] = gradient
             else:
-                held.add_(gradient)
+                self._gradients[name] = held.to(torch.float32).add_(gradient)
 
     @torch.no_grad()
     def step(self, lr_factor: float, clip_norm: float) -> float:
@@ -90,27 +92,31 @@ class Optimizer:
         """
         gradients = self._gradients
         self._gradients = {}
-        norm = torch.nn.utils.get_total_norm(list(gradients.values()))
-        norm_value = float(norm)
-        if not torch.isfinite(norm):
-            return norm_value
-        if clip_norm and norm_value > clip_norm:
-            torch._foreach_mul_(list(gradients.values()), clip_norm / norm_value)
+        norm = _total_norm(list(gradients.values()))
+        if not math.isfinite(norm):
+            return norm
+        # Multiplied where gradients are read: no pass over them of its own.
+        scale = clip_norm / norm if clip_norm and norm > clip_norm else 1.0
         if self._muon_parts:
-            pieces = [part.view(gradients[part.parameter]) for part in self._muon_parts]
+            wide = {
+                name: gradients[name].to(torch.float32) * scale
+                for name in dict.fromkeys(part.parameter for part in self._muon_parts)
+            }
+            pieces = [part.view(wide[part.parameter]) for part in self._muon_parts]
             self._muon.step(pieces, self._settings.muon_lr * lr_factor)
         if self._adamw is not None:
             self._adamw_step += 1
             s = self._settings
             self._adamw.step(
-                [gradients.get(name) for name in self._adamw_names],
+                _of_one_dtype([gradients.get(name) for name in self._adamw_names]),
                 step=int(self._adamw_step),
                 lr=s.lr * lr_factor,
                 beta1=s.beta1,
                 beta2=s.beta2,
                 eps=s.eps,
+                grad_scale=scale,
             )
-        return norm_value
+        return norm
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that resuming needs, as views: `master.`, `adamw.exp_avg.`, ... + Hugging Face's name."""
@@ -151,6 +157,21 @@ class Optimizer:
             yield f"adamw.step.{name}", self._adamw_step
         for part, buffer in zip(self._muon_parts, self._muon.buffers, strict=True):
             yield f"muon.momentum.{part.name}", buffer
+
+
+def _total_norm(gradients: list[Tensor]) -> float:
+    """Of all together; squares are summed in float32 or wider."""
+    if not gradients:
+        return 0.0
+    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+    return float(torch.linalg.vector_norm(torch.stack(list(norms))))
+
+
+def _of_one_dtype(gradients: list[Tensor | None]) -> list[Tensor | None]:
+    """In float32 unless all have one dtype: a weight may have had a gradient of some micro-batches alone."""
+    if len({gradient.dtype for gradient in gradients if gradient is not None}) <= 1:
+        return gradients
+    return [None if gradient is None else gradient.to(torch.float32) for gradient in gradients]
 
 
 def is_inner_matrix(name: str, dimensions: int) -> bool:
