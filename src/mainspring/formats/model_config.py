@@ -172,19 +172,7 @@ class ModelConfig:
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
         """Reads a `config.json` or the one inside a directory; CheckpointError if missing or not JSON."""
-        path = Path(path)
-        path = path / "config.json" if path.is_dir() else path
-        try:
-            parsed = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise CheckpointError(f"cannot read the model configuration {path}: {error.strerror}") from error
-        except ValueError as error:
-            raise CheckpointError(f"the model configuration {path} is not valid JSON: {error}") from error
-        if not isinstance(parsed, dict):
-            raise CheckpointError(
-                f"the model configuration {path} holds a {type(parsed).__name__}, not an object"
-            )
-        return cls.from_dict(parsed)
+        return cls.from_dict(read_config(path))
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> Self:
@@ -293,6 +281,23 @@ class ModelConfig:
             decoder_sparse_step=1,
             mlp_only_layers=[i for i, sparse in enumerate(self.moe_layers) if not sparse],
         )
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The object in a `config.json`, or in the one inside a directory; CheckpointError if missing or not JSON."""
+    path = Path(path)
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        parsed = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read the model configuration {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"the model configuration {path} is not valid JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise CheckpointError(
+            f"the model configuration {path} holds a {type(parsed).__name__}, not an object"
+        )
+    return parsed
 
 
 def _one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,18 +107,30 @@ def save_model(
     A new directory appears whole or not at all; in an existing one the weights are written beside and
     renamed last. Each tensor goes straight from its parameter to the file.
     """
+    config = saved_config(model.config, model.dtype)
+    write_checkpoint(path, model.hf_tensors(), config, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
+
+
+def write_checkpoint(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, object],
+    *,
+    tokenizer: Tokenizer | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """As `save_model`, of tensors by their Hugging Face names and of a config.json. Raises CheckpointError."""
     target = Path(path)
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is a file; name a directory for the checkpoint")
     fresh = not target.exists() or not any(target.iterdir())
     with new_directory(target) if fresh else nullcontext(target) as directory:
-        tensors = model.hf_tensors()
         specs = {name: TensorSpec(_STORED_NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
         with SafetensorsWriter(directory, specs, max_shard_bytes=max_shard_bytes) as writer:
             for name, tensor in tensors.items():
                 flat = tensor.detach().cpu().contiguous().flatten()
                 writer.write(name, flat.view(torch.uint8).numpy())
-            write_json(directory / "config.json", saved_config(model.config, model.dtype))
+            write_json(directory / "config.json", config)
             if tokenizer is not None:
                 tokenizer.save(directory)
             writer.finish()
