@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mainspring.errors import ConfigError
-from mainspring.rl.math.advantages import decoupled_gae, gae, length_adaptive_lambda
+from mainspring.rl.math.advantages import decoupled_gae, gae, length_adaptive_lambda, whitened
 from mainspring.rl.math.groups import group_advantages
 from rl import oracles
 
@@ -68,6 +68,26 @@ def test_gae_is_the_sum_of_its_definition(case: Packed, gamma: float, lam: float
         bootstrap=case.bootstrap,
     )
     torch.testing.assert_close(found, _naive(case, gamma, [lam] * len(case.lengths)), rtol=1e-12, atol=1e-12)
+
+
+def test_gae_of_three_tokens_around_a_tools_answer_by_hand() -> None:
+    """γ = 0.5, λ = 0.5; the second token is a tool's, with a reward upon it that the first token earns."""
+    rewards = torch.tensor([0.0, 1.0, 0.0, 2.0], dtype=torch.float64)
+    values = torch.tensor([1.0, 99.0, 3.0, 4.0], dtype=torch.float64)
+    written = torch.tensor([True, False, True, True])
+    found = gae(rewards, values, torch.tensor([4]), gamma=0.5, lam=0.5, written=written)
+    # δ: 1 + 0.5·3 − 1 = 1.5, 0 + 0.5·4 − 3 = −1, 2 + 0 − 4 = −2; A: 1.5 + 0.25·(−1.5), −1 + 0.25·(−2), −2.
+    assert found.tolist() == [1.125, 0.0, -1.5, -2.0]
+    _, targets = decoupled_gae(rewards, values, torch.tensor([4]), written=written)
+    assert targets.tolist() == [3.0, 99.0, 2.0, 2.0]  # Monte-Carlo returns, and the tool's own value
+
+
+def test_whitened_advantages_have_no_mean_and_unit_variance() -> None:
+    assert whitened(torch.tensor([1.0, 2.0, 6.0])).tolist() == pytest.approx(
+        [-2 / 7**0.5, -1 / 7**0.5, 3 / 7**0.5]
+    )
+    assert not whitened(torch.tensor([3.0])).any()
+    assert not whitened(torch.full((5,), 3.0)).any()
 
 
 @settings(max_examples=40, deadline=None)

@@ -60,6 +60,20 @@ def test_the_clipped_loss_and_its_gradient_follow_the_cases(
     assert torch.equal(clipped, gradient == 0)
 
 
+def test_the_clips_by_hand() -> None:
+    """Clip 0.2 and 0.28, dual clip 3: a rising ratio stops at 1.28, a falling one at 0.8, a bad one at three times."""
+    cases = [(2.0, 1.0, -1.28), (0.5, 1.0, -0.5), (0.5, -1.0, 0.8), (2.0, -1.0, 2.0), (5.0, -1.0, 3.0)]
+    ratio, advantage, expected = torch.tensor(cases, dtype=torch.float64).T
+    loss, clipped = clipped_policy_loss(ratio.log(), advantage, clip_high=0.28, dual_clip=3.0)
+    torch.testing.assert_close(loss, expected)
+    assert clipped.tolist() == [True, False, True, False, True]
+    squares, bounded = clipped_value_loss(
+        torch.tensor([1.0, 0.1]), torch.tensor([0.0, 0.0]), torch.tensor([1.0, 1.0]), clip=0.2
+    )
+    assert squares.tolist() == pytest.approx([0.5 * 0.8**2, 0.5 * 0.9**2])
+    assert bounded.tolist() == [True, False]
+
+
 def test_on_policy_the_loss_is_the_plain_policy_gradient() -> None:
     advantages = _numbers(20, 0)
     log_ratio = torch.zeros(20, dtype=torch.float64, requires_grad=True)

@@ -84,7 +84,8 @@ def length_adaptive_lambda(
     """λ = 1 − 1/(α l) of each sequence, l its written tokens, kept within [low, high] -> [S] float64.
 
     So that the coefficients of the TD errors sum to about α l (VAPO, Yue et al., arXiv 2504.05118,
-    "Length-Adaptive GAE"). Below l = 1/α the formula is negative: `low` takes over. Raises ConfigError.
+    "Length-Adaptive GAE", with α = 0.05 there). Below l = 1/α the formula is negative, which the paper's long answers
+    do not meet: `low` takes over. Raises ConfigError.
     """
     if not alpha > 0:
         raise ConfigError(f"alpha must be above 0, got {alpha}")
@@ -92,6 +93,18 @@ def length_adaptive_lambda(
         raise ConfigError(f"0 <= low <= high <= 1 must hold, got low = {low}, high = {high}")
     counts = sequence_sums(written.to(torch.float64), lengths)
     return (1 - 1 / (alpha * counts.clamp(min=1))).clamp(low, high)
+
+
+@torch.no_grad()
+def whitened(advantages: Tensor, eps: float = 1e-8) -> Tensor:
+    """(A − mean) / sqrt(variance + eps) over all of a step's actions, [W] -> [W], the variance with W − 1 as verl's.
+
+    It keeps the policy's step from depending on the rewards' scale (Engstrom et al., arXiv 2005.12729, list such
+    normalisations among PPO's code-level optimisations). One advantage alone becomes 0.
+    """
+    if advantages.shape[0] < 2:
+        return torch.zeros_like(advantages)
+    return (advantages - advantages.mean()) * torch.rsqrt(advantages.var(correction=1) + eps)
 
 
 def _check_scan(rewards: Tensor, values: Tensor, lengths: Tensor, written: Tensor | None) -> None:

@@ -38,8 +38,8 @@ def mean_over_sequences(losses: Tensor, written: Tensor, lengths: Tensor, *, num
 def constant_normalised(losses: Tensor, written: Tensor, *, num_sequences: int, max_tokens: int) -> Tensor:
     """Σ of written tokens / (the step's sequences · a fixed length), a scalar: no answer's length biases it.
 
-    Dr. GRPO (Liu et al., arXiv 2503.20783, section 3.2), where the fixed length is the generation budget.
-    Raises ConfigError if a denominator is not positive.
+    Dr. GRPO (Liu et al., arXiv 2503.20783, section 3.2), where the fixed length is the generation budget. (verl's
+    seq-mean-token-sum-norm does not divide by the sequences.) Raises ConfigError if a denominator is not positive.
     """
     _check("num_sequences", num_sequences)
     _check("max_tokens", max_tokens)

@@ -19,7 +19,7 @@ def group_advantages(
     rewards: [N], groups end to end, of the given sizes. The standard deviation has N − 1 in its denominator, as
     verl's. GRPO (Shao et al., arXiv 2402.03300, section 4.1.2); without `divide_by_std`, Dr. GRPO (Liu et al.,
     arXiv 2503.20783, section 3.2), which gives easy and hard prompts no extra weight. A group of one has
-    nothing to be compared with: 0. Raises ConfigError where the sizes do not fit.
+    nothing to be compared with: 0 (verl leaves it its reward). Raises ConfigError where the sizes do not fit.
     """
     if any(size < 1 for size in group_sizes) or sum(group_sizes) != rewards.shape[0]:
         raise ConfigError(

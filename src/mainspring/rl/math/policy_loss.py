@@ -21,8 +21,8 @@ def clipped_policy_loss(
 
     log_ratio: log π_θ − log π_old, [T], with gradients; advantages: [T]. PPO (Schulman et al., arXiv 1707.06347,
     eq. 7); unequal bounds are DAPO's clip-higher (Yu et al., arXiv 2503.14476, section 3.1). With `dual_clip` = c
-    a negative advantage's loss is at most −c A (Ye et al., arXiv 1912.09729, "dual-clip PPO"). Nothing is
-    averaged here: see `aggregation`. Raises ConfigError.
+    a negative advantage's loss is at most −c A (Ye et al., arXiv 1912.09729, "dual-clip PPO"; verl's always on, at 3).
+    Nothing is averaged here: see `aggregation`. Raises ConfigError.
     """
     if not (0 <= clip_low <= 1 and clip_high >= 0):
         raise ConfigError(
