@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 from mainspring.formats.model_config import ModelConfig
 from mainspring.model.decoder import Decoder
 from mainspring.model.initialise import create_model
 from mainspring.ops import Numerics
+from mainspring.rl.prompts import Prompt, Texts
+from mainspring.rl.rewards import Completion
 from mainspring.rl.samples import Pair, Sample
 from train.models import tiny_config
 
 SEPARATOR, END = 10, 11
+_CHARACTERS = "0123456789>."
 
 
-def config() -> ModelConfig:
-    return tiny_config(
-        vocab_size=12, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2
-    )
+def config(**changes: int) -> ModelConfig:
+    sizes = {
+        "vocab_size": 12,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    return tiny_config(**(sizes | changes))
 
 
-def model(numerics: Numerics = "fast", seed: int = 0) -> Decoder:
-    return create_model(config(), numerics=numerics, seed=seed)
+def model(numerics: Numerics = "fast", seed: int = 0, **changes: int) -> Decoder:
+    return create_model(config(**changes), numerics=numerics, seed=seed)
 
 
 def pairs(count: int, seed: int) -> list[Pair]:
@@ -35,3 +44,43 @@ def pairs(count: int, seed: int) -> list[Pair]:
             prompt = [*digits, SEPARATOR]
             result.append(Pair(Sample.answer(prompt, [*ordered, END]), Sample.answer(prompt, [*other, END])))
     return result
+
+
+def prompts(count: int, seed: int, *, least: int = 3, most: int = 5) -> list[Prompt]:
+    """Digits and the separator; the reference is the digits in order."""
+    draw = random.Random(seed)
+    result = []
+    for _ in range(count):
+        digits = [draw.randrange(10) for _ in range(draw.randint(least, most))]
+        text = "".join(map(str, digits)) + ">"
+        result.append(Prompt(tuple(encode(text)), text, "".join(map(str, sorted(digits)))))
+    return result
+
+
+def encode(text: str) -> list[int]:
+    return [_CHARACTERS.index(character) for character in text]
+
+
+def decode(tokens: Sequence[int]) -> str:
+    return "".join(_CHARACTERS[token] for token in tokens if token != END)
+
+
+TEXTS = Texts(encode, decode, (END,))
+
+
+class Sorted:
+    """A scorer in the same process: whether the answer is the reference."""
+
+    def score(self, completions: Sequence[Completion]) -> list[float | None]:
+        return [float(c.answer == c.reference) for c in completions]
+
+
+class Graded:
+    """The share of places that are right, so that groups of a model that knows nothing differ too."""
+
+    def score(self, completions: Sequence[Completion]) -> list[float | None]:
+        return [
+            sum(a == b for a, b in zip(c.answer, c.reference, strict=False))
+            / max(len(c.answer), len(c.reference))
+            for c in completions
+        ]

@@ -16,7 +16,7 @@ from mainspring.errors import CheckpointError, ConfigError, MainspringError, Uns
 from mainspring.model.checkpoint import save_model
 from mainspring.rl.reward_model import ModelRewards, RewardModelSettings, rank, reward_model
 from mainspring.rl.rewards import Completion
-from mainspring.rl.sample_files import TokenRules
+from mainspring.rl.samples import Sample
 from mainspring.rl.value_model import Task, ValueModel
 from mainspring.train.optimizer import Optimizer
 from mainspring.train.recipe import OptimizerSection, ScheduleSection
@@ -87,6 +87,16 @@ def test_values_look_only_backwards_and_do_not_depend_on_the_packing() -> None:
         torch.testing.assert_close(values, prefixes)
 
 
+def test_written_values_stand_where_the_written_tokens_were_chosen() -> None:
+    model = _with_head("token")
+    samples = [
+        Sample((3, 1, 10, 1, 3, 11), (False,) * 3 + (True,) * 3),
+        Sample((4, 10, 4, 2, 11), (False, False, True, False, True)),
+    ]
+    before = [[3, 1, 10], [3, 1, 10, 1], [3, 1, 10, 1, 3], [4, 10], [4, 10, 4, 2]]
+    torch.testing.assert_close(model.written_values(samples), model.scores(before))
+
+
 def test_files_that_hold_no_value_model_are_refused(tmp_path: Path) -> None:
     policy = sorting.model()
     save_model(policy, tmp_path / "policy")
@@ -116,18 +126,19 @@ def test_reward_training_begins_at_log_two_and_reports_what_it_optimises() -> No
     assert rank(fresh, pairs).loss == pytest.approx(math.log(2))
 
 
-def test_a_reward_model_learns_to_rank_held_out_answers_and_scores_texts() -> None:
+def test_a_reward_model_learns_to_rank_held_out_answers_and_scores_conversations() -> None:
     judge = ValueModel.of(sorting.model(), "sequence")
     settings = RewardModelSettings(32, max_steps=60, schedule=STEADY)
     steps = reward_model(judge, Optimizer(judge, OptimizerSection(lr=1e-2)), sorting.pairs(1500, 1), settings)
     deque(steps, maxlen=0)
     held_out = rank(judge, sorting.pairs(200, 2), 100)
     assert held_out.accuracy > 0.85
-    rules = TokenRules(lambda text: [int(d) for d in text], end=sorting.END, begin=(sorting.SEPARATOR,))
-    completions = [Completion("31", "13", ""), Completion("978", "789", ""), Completion("4", "", "")]
-    alone = [[10, 3, 1, 1, 3, 11], [10, 9, 7, 8, 7, 8, 9, 11], [10, 4, 11]]
-    expected = judge.scores(alone).tolist()
-    assert ModelRewards(judge, rules, tokens_per_microbatch=8).score(completions) == pytest.approx(expected)
+    conversations = [(3, 1, 10, 1, 3, 11), (9, 7, 8, 10, 7, 8, 9, 11), (4, 10, 11)]
+    completions = [Completion("", "", "", tokens) for tokens in conversations]
+    expected = judge.scores(conversations).tolist()
+    assert ModelRewards(judge, tokens_per_microbatch=8).score(completions) == pytest.approx(expected)
+    with pytest.raises(ConfigError, match="a completion has none"):
+        ModelRewards(judge).score([Completion("3", "3", "3")])
 
 
 def test_reward_training_does_not_depend_on_the_cut_and_continues_to_the_bit() -> None:

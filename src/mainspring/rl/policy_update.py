@@ -1,8 +1,7 @@
 """The gradient of a policy's loss over a mini-batch, micro-batch by micro-batch, on packed trajectories.
 
-    for mini in mini_batches(packed, count, generator):            # each a range of trajectories
-        sums = policy_gradient(model, optimizer, mini, loss, tokens_per_microbatch=8192, temperature=1.0)
-        optimizer.step(...)
+    sums = policy_gradient(model, optimizer, pack(trajectories), loss, tokens_per_microbatch=8192)
+    grad_norm = optimizer.step(lr_factor, clip_norm)
 
 A loss divides by what the whole step counts, so gradients add up to the same however the batch is cut.
 """
@@ -34,6 +33,7 @@ class MicroBatch:
     log_probs: Tensor  # [w] float32 of the model, with gradients
     entropy: Tensor  # [w] float32 in nats, with gradients
     old_log_probs: Tensor  # [w] float32, the engine's
+    versions: Tensor  # [w] int64, of the weights that wrote each token
 
     @property
     def written(self) -> Tensor:
@@ -79,6 +79,7 @@ def policy_gradient(
             log_probs,
             entropy,
             packed.old_log_probs[tokens],
+            packed.versions[tokens],
         )
         if observe is not None:
             observe(micro)
@@ -86,5 +87,7 @@ def policy_gradient(
         share.backward()
         optimizer.accumulate()
         for name, value in {"loss": share, **counted}.items():
-            sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=value.device)) + value.detach()
+            sums[name] = (
+                sums.get(name, torch.zeros((), dtype=torch.float64, device=value.device)) + value.detach()
+            )
     return {name: float(value) for name, value in sums.items()}

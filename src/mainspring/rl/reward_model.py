@@ -3,7 +3,7 @@
     judge = ValueModel.of(policy, "sequence")
     for metrics in islice(reward_model(judge, Optimizer(judge, OptimizerSection(lr=1e-5)), pairs, settings), 1000):
         print(metrics)
-    rewards = ModelRewards(judge, rules).score(completions)
+    rollouts = Rollouts(policy, prompts, texts, ModelRewards(judge))
 
 The score of an answer is the head's number at its last token. What is learnt is P(chosen over rejected) = σ(r_w − r_l)
 (Bradley and Terry, Biometrika 39, 1952; Ouyang et al., arXiv 2203.02155, eq. 1). A run is (model, optimizer, step):
@@ -22,7 +22,6 @@ from torch import Tensor
 from mainspring.errors import ConfigError, MainspringError
 from mainspring.rl.math.preferences import bradley_terry_loss
 from mainspring.rl.rewards import Completion
-from mainspring.rl.sample_files import TokenRules
 from mainspring.rl.samples import Pair, cut, drawn
 from mainspring.rl.value_model import ValueModel
 from mainspring.train.optimizer import Optimizer
@@ -113,33 +112,27 @@ def rank(
 
 
 class ModelRewards:
-    """A reward model in the place of a `RewardWorker`: the answers' scores, none of which fails.
+    """A reward model as a `Scorer`: the scores of conversations' tokens as they were sampled, none of which fails.
 
-    It sees prompt and answer as `rules` make them tokens, the answer's end included, and not the reference.
+    The policy's tokens must be the reward model's: one tokenizer for both.
     """
 
-    def __init__(self, model: ValueModel, rules: TokenRules, tokens_per_microbatch: int = 8192) -> None:
+    def __init__(self, model: ValueModel, tokens_per_microbatch: int = 8192) -> None:
         self._model = model
-        self._rules = rules
         self._tokens_per_microbatch = tokens_per_microbatch
 
-    def score(self, completions: Sequence[Completion]) -> list[float | None]:
-        """A reward for each; an empty answer is scored by its end alone. Raises ConfigError for one too long."""
-        rules = self._rules
-        return list(
-            self.score_tokens(
-                [
-                    [*rules.begin, *rules.encode(c.prompt), *rules.encode(c.answer), rules.end]
-                    for c in completions
-                ]
-            )
-        )
-
     @torch.no_grad()
-    def score_tokens(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        """Of whole conversations as tokens, where they are known."""
-        runs = cut([len(sequence) for sequence in sequences], self._tokens_per_microbatch)
-        return [r for run in runs for r in self._model.scores([sequences[i] for i in run]).tolist()]
+    def score(self, completions: Sequence[Completion]) -> list[float | None]:
+        """A reward for each. Raises ConfigError for a completion without tokens or with too many."""
+        if not all(completion.tokens for completion in completions):
+            raise ConfigError(
+                "a reward model scores tokens, and a completion has none; take those of rollouts"
+            )
+        runs = cut([len(completion.tokens) for completion in completions], self._tokens_per_microbatch)
+        scores: list[float | None] = []
+        for run in runs:
+            scores += self._model.scores([completions[i].tokens for i in run]).tolist()
+        return scores
 
 
 def _scores(model: ValueModel, pairs: Sequence[Pair]) -> Tensor:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from mainspring.errors import ConfigError, MainspringError
 
@@ -31,6 +31,16 @@ class Completion:
     prompt: str
     answer: str
     reference: str
+    tokens: tuple[int, ...] = ()
+    """The whole conversation as the policy read and wrote it, for a reward that a model gives."""
+
+
+class Scorer(Protocol):
+    """What gives rewards: a `RewardWorker`, a reward model."""
+
+    def score(self, completions: Sequence[Completion]) -> list[float | None]:
+        """A finite reward for each, or None: the sample is dropped."""
+        ...
 
 
 class RewardWorker:

@@ -50,7 +50,7 @@ def read_samples(path: str | Path, rules: TokenRules) -> list[Sample]:
 
     Raises ConfigError naming the first bad line and how many there are, or if the file cannot be read or holds none.
     """
-    return _read(path, _SampleRow, lambda row: rules.sample(row.prompt, row.answer))
+    return read_rows(path, _SampleRow, lambda row: rules.sample(row.prompt, row.answer))
 
 
 def read_pairs(path: str | Path, rules: TokenRules) -> list[Pair]:
@@ -61,10 +61,11 @@ def read_pairs(path: str | Path, rules: TokenRules) -> list[Pair]:
             raise ConfigError("chosen and rejected are the same text")
         return Pair(rules.sample(row.prompt, row.chosen), rules.sample(row.prompt, row.rejected))
 
-    return _read(path, _PairRow, pair)
+    return read_rows(path, _PairRow, pair)
 
 
-def _read(path: str | Path, kind: type[_Row], make: Callable[[_Row], _Read]) -> list[_Read]:
+def read_rows(path: str | Path, kind: type[_Row], make: Callable[[_Row], _Read]) -> list[_Read]:
+    """Each line decoded as a `kind` and made something of. Raises ConfigError as `read_samples` does."""
     decoder = msgspec.json.Decoder(kind)
     found: list[_Read] = []
     bad: list[str] = []

@@ -25,6 +25,7 @@ from mainspring.model.initialise import torch_device, torch_dtype
 from mainspring.model.layers import Linear
 from mainspring.model.naming import Part
 from mainspring.ops import LOCKSTEP, Numerics, Policy, TokenBatch
+from mainspring.rl.samples import Sample
 
 if TYPE_CHECKING:
     from mainspring.formats.tokenizer import Tokenizer
@@ -124,6 +125,12 @@ class ValueModel(Decoder):
         So they lie as `Decoder.log_probs` does. Differentiable. Raises InvalidRequestError.
         """
         return [per_token[:-1] for per_token in self._per_token(sequences)]
+
+    def written_values(self, samples: Sequence[Sample]) -> Tensor:
+        """[W] float32: the values at which written tokens were chosen, end to end as `written_log_probs` lie."""
+        found = self.values([sample.tokens for sample in samples])
+        masks = [torch.tensor(sample.written[1:], device=self.device) for sample in samples]
+        return torch.cat([values[mask] for values, mask in zip(found, masks, strict=True)])
 
     def scores(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """The head at the last token of each sequence, float32 [N]: a reward model's score. Otherwise as `values`."""

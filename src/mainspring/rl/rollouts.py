@@ -1,0 +1,426 @@
+"""Groups of answers by an engine in this process, on the trainer's own tensors: no weight is copied or converted.
+
+    rollouts = Rollouts(model, prompts, texts, RewardWorker(same_number), RolloutSettings())
+    groups = rollouts.collect()             # prompts_per_step groups of group_size trajectories
+    ...                                     # the optimizer moves the weights
+    rollouts.take_weights(version + 1)      # nothing that the old ones computed is used again
+
+What is written depends on the seed, the place in the stream of prompts and the weights alone. A run continues to the
+bit with the weights and `state`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from mainspring.engine.admission import make_request
+from mainspring.engine.config import EngineConfig
+from mainspring.engine.core import EngineCore
+from mainspring.engine.messages import TokenOutput
+from mainspring.engine.sampling_params import SamplingParams
+from mainspring.engine.weights import copy_weights
+from mainspring.errors import ConfigError, MainspringError
+from mainspring.model.decoder import Decoder
+from mainspring.rl.conversation import Conversation, Written
+from mainspring.rl.environment import Environment
+from mainspring.rl.prompts import Prompt, Texts, epoch_order
+from mainspring.rl.rewards import Scorer
+from mainspring.rl.trajectories import Group, Trajectory
+
+_UNCHANGED = SamplingParams()
+# Sampling that is no longer the model's own distribution: the ratio of a policy gradient would be another's.
+_REFUSED = (
+    "n",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "top_p",
+    "top_k",
+    "min_p",
+    "min_tokens",
+    "stop",
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words",
+    "structured_outputs",
+)
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """How much is written in a step."""
+
+    prompts_per_step: int = 32
+    group_size: int = 8
+    max_tokens: int = 256
+    """Most tokens that the policy writes in one conversation, all turns together."""
+    slice_tokens: int | None = None
+    """Most tokens that a conversation gets in one step; what is unfinished then goes on in the next, under its
+    weights (partial rollouts; Kimi k1.5, arXiv 2501.12599, section 2.6.2). None: all in one step."""
+    max_turns: int = 8
+    """Of a conversation with an environment."""
+    seed: int = 0
+    free_cache: bool = True
+    """Give the cache's memory back while the weights are trained."""
+    max_failures: int = 100
+    """Environments that may raise, in all, before the run stops; the reward worker has a limit of its own."""
+
+
+@dataclass(frozen=True)
+class RolloutState:
+    """Where rollouts stand between two steps."""
+
+    position: int = 0
+    """Prompts of the endless stream that have been taken."""
+    carried: tuple[tuple[Written, ...], ...] = ()
+    """Groups that are not finished, each with the conversations that it has so far."""
+
+
+@dataclass(frozen=True)
+class RolloutReport:
+    """Of the last `collect`."""
+
+    tokens: int = 0
+    """Written in it."""
+    seconds: float = 0.0
+    """Of generation."""
+    reward_seconds: float = 0.0
+    dropped: int = 0
+    """Conversations without a reward."""
+    carried: int = 0
+    """Conversations that go on in the next step."""
+
+
+class Rollouts:
+    """Owns the engine. Not thread-safe; nothing else may change the weights while `collect` runs.
+
+    version: of the weights that the engine has, the optimizer's steps so far. engine_model: what the engine computes
+    with: the trainer's own model, or a copy that `take_weights` brings up to date (snapshot).
+
+    Raises:
+        ConfigError: settings out of range, or that would make the engine's probabilities others than the trainer's.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        prompts: Sequence[Prompt],
+        texts: Texts,
+        scorer: Scorer,
+        settings: RolloutSettings | None = None,
+        *,
+        sampling: SamplingParams = _UNCHANGED,
+        engine: EngineConfig | None = None,
+        environment: Callable[[], Environment] | None = None,
+        snapshot: bool = False,
+    ) -> None:
+        """sampling: its temperature and stop_token_ids count. environment: makes one for each conversation; its
+        rewards are then the conversation's, and the scorer is not asked."""
+        self.settings = settings if settings is not None else RolloutSettings()
+        self.prompts = prompts
+        self.temperature = sampling.temperature
+        self.version = 0
+        self.report = RolloutReport()
+        self._model = model
+        self._texts = texts
+        self._scorer = scorer
+        self._environment = environment
+        config = engine if engine is not None else EngineConfig()
+        _check(self.settings, sampling, config, model, prompts, texts)
+        longest = max(len(prompt.tokens) for prompt in prompts) + self.settings.max_tokens
+        if config.max_model_len is None and environment is None:
+            config = replace(config, max_model_len=min(longest, model.config.max_position_embeddings))
+        self.engine_model = _copy(model) if snapshot else model
+        self._core = EngineCore(
+            self.engine_model,
+            replace(config, logprobs_temperature=sampling.temperature),
+        )
+        if environment is None and longest > self._core.limits.max_model_len:
+            raise ConfigError(
+                f"the longest prompt and max_tokens = {self.settings.max_tokens} make {longest} tokens, but the "
+                f"engine takes {self._core.limits.max_model_len}; leave longer prompts out or lower max_tokens"
+            )
+        self._sampling = sampling
+        self._position = 0
+        self._order: tuple[int, list[int]] = (-1, [])
+        self._carried: list[list[Conversation]] = []
+        self._failures = 0
+        if self.settings.free_cache:
+            self._core.sleep()
+
+    @property
+    def is_shared(self) -> bool:
+        """The engine computes with the trainer's own tensors."""
+        return self.engine_model is self._model
+
+    @property
+    def is_lockstep(self) -> bool:
+        """The engine's log-probabilities are the trainer's, bit for bit."""
+        return self._core.is_lockstep
+
+    @property
+    def state(self) -> RolloutState:
+        carried = tuple(tuple(c.written for c in group) for group in self._carried)
+        return RolloutState(self._position, carried)
+
+    def restore(self, state: RolloutState) -> None:
+        """Go on where another `Rollouts` of the same prompts and settings stood."""
+        self._position = state.position
+        self._carried = [[self._restored(written) for written in group] for group in state.carried]
+
+    def take_weights(self, version: int) -> None:
+        """The trainer's weights have moved: the engine writes with them from now on, and forgets the old ones' keys."""
+        if not self.is_shared:
+            copy_weights(self.engine_model, self._model.hf_tensors())
+        self._core.reset_prefix_cache()
+        self.version = version
+
+    def collect(self) -> list[Group]:
+        """prompts_per_step groups; fewer where unfinished ones are carried over, but never none.
+
+        Raises MainspringError where rewards or environments have failed too often, or no group has a reward at all.
+        """
+        began = time.monotonic()
+        settings = self.settings
+        groups = self._carried
+        while len(groups) < settings.prompts_per_step:
+            groups.append(self._next_group())
+        tokens = 0
+        finished: list[list[Conversation]] = []
+        self._carried = []
+        while not finished:  # a slice may be too short for any group to end in
+            tokens += self._write([c for group in groups for c in group if not c.done])
+            finished = [group for group in groups if all(c.done for c in group)]
+            groups = [group for group in groups if not all(c.done for c in group)]
+        self._carried = groups
+        if settings.free_cache:
+            self._core.sleep()
+        wrote = time.monotonic()
+        result = self._rewarded(finished)
+        carried = sum(not c.done for group in groups for c in group)
+        dropped = sum(map(len, finished)) - sum(map(len, result))
+        self.report = RolloutReport(
+            tokens, wrote - began, time.monotonic() - wrote, dropped=dropped, carried=carried
+        )
+        result = [group for group in result if group]
+        if not result:
+            raise MainspringError(
+                f"none of the {len(finished)} groups has a reward: every one of {dropped} samples was dropped; "
+                "see the reward function's failures"
+            )
+        return result
+
+    def carried(self) -> list[Trajectory]:
+        """The unfinished conversations so far, their rewards 0: for checks against the weights that wrote them."""
+        return [c.trajectory(0.0) for group in self._carried for c in group if c.written.log_probs]
+
+    def answer(
+        self, prompts: Sequence[Prompt], *, samples: int = 1, temperature: float | None = None, seed: int = 0
+    ) -> list[Group]:
+        """Answers to other prompts, held-out ones for instance, and their rewards; the stream of prompts stays.
+
+        temperature: None as in training; 0 takes the likeliest token. A trajectory's `prompt` counts within `prompts`.
+        """
+        sampling = replace_temperature(self._sampling, temperature)
+        groups = [
+            [self._begin(i, p, _seed("validation", seed, i, member)) for member in range(samples)]
+            for i, p in enumerate(prompts)
+        ]
+        self._write([c for group in groups for c in group], sampling, sliced=False)
+        if self.settings.free_cache:
+            self._core.sleep()
+        return self._rewarded(groups)
+
+    def _next_group(self) -> list[Conversation]:
+        epoch, at = divmod(self._position, len(self.prompts))
+        if self._order[0] != epoch:
+            self._order = (epoch, epoch_order(epoch, len(self.prompts), self.settings.seed))
+        index = self._order[1][at]
+        seeds = [
+            _seed("training", self.settings.seed, self._position, member)
+            for member in range(self.settings.group_size)
+        ]
+        self._position += 1
+        return [self._begin(index, self.prompts[index], seed) for seed in seeds]
+
+    def _begin(self, index: int, prompt: Prompt, seed: int) -> Conversation:
+        environment = None if self._environment is None else self._environment()
+        return Conversation(index, prompt, seed, environment, self._texts)
+
+    def _restored(self, written: Written) -> Conversation:
+        conversation = self._begin(written.prompt, self.prompts[written.prompt], written.seed)
+        conversation.replay(written)
+        return conversation
+
+    def _write(
+        self,
+        conversations: Sequence[Conversation],
+        sampling: SamplingParams | None = None,
+        *,
+        sliced: bool = True,
+    ) -> int:
+        """Let the engine write until each is done or has had its slice; returns the tokens written."""
+        if self._core.is_sleeping:
+            self._core.wake()
+        sampling = self._sampling if sampling is None else sampling
+        slice_tokens = self.settings.slice_tokens if sliced else None
+        limits = [
+            self.settings.max_tokens
+            if slice_tokens is None
+            else min(self.settings.max_tokens, c.num_written + slice_tokens)
+            for c in conversations
+        ]
+        open_ = {str(i): conversation for i, conversation in enumerate(conversations)}
+        written = 0
+        try:
+            for name in list(open_):
+                self._request(name, open_[name], limits[int(name)], sampling)
+            while open_:
+                for output in self._core.step():
+                    written += len(output.token_ids)
+                    conversation = open_[output.request_id]
+                    conversation.take(output.token_ids, _log_probs(output), self.version)
+                    if output.finish_reason is None:
+                        continue
+                    goes_on = self._turn_over(conversation, output, limits[int(output.request_id)])
+                    if goes_on:
+                        self._request(
+                            output.request_id, conversation, limits[int(output.request_id)], sampling
+                        )
+                    else:
+                        del open_[output.request_id]
+        finally:
+            for name in open_:
+                self._core.abort(name)
+        return written
+
+    def _request(self, name: str, conversation: Conversation, limit: int, sampling: SamplingParams) -> None:
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            stop_token_ids=sampling.stop_token_ids,
+            seed=conversation.seed,
+            max_tokens=limit - conversation.num_written,
+            logprobs=0,
+        )
+        limits = self._core.limits
+        self._core.add_request(make_request(name, conversation.tokens, params, limits, self._texts.ends))
+
+    def _turn_over(self, conversation: Conversation, output: TokenOutput, limit: int) -> bool:
+        """A request has ended: whether the conversation goes on within this step."""
+        if output.finish_reason == "length":
+            # At the end of a slice it waits for the next step; at the end of its budget it is over.
+            cut = (
+                limit < self.settings.max_tokens
+                and len(conversation.tokens) < self._core.limits.max_model_len
+            )
+            if not cut:
+                conversation.end(finished=False)
+            return False
+        try:
+            conversation.turn_over()
+        except Exception as error:  # whatever an environment raises is that sample's failure
+            conversation.fail()
+            self._count_failure(error)
+        if conversation.done:
+            return False
+        room = self._core.limits.max_model_len - len(conversation.tokens)
+        over = conversation.num_written >= self.settings.max_tokens
+        if room < 1 or over or conversation.turns >= self.settings.max_turns:
+            conversation.end(finished=False)
+            return False
+        return conversation.num_written < limit
+
+    def _count_failure(self, error: Exception) -> None:
+        self._failures += 1
+        if self._failures > self.settings.max_failures:
+            raise MainspringError(
+                f"environments have failed {self._failures} times, more than max_failures = "
+                f"{self.settings.max_failures}; the last time: {type(error).__name__}: {error}"
+            ) from error
+
+    def _rewarded(self, groups: Sequence[Sequence[Conversation]]) -> list[Group]:
+        """Those that have a reward, as trajectories."""
+        ended = [c for group in groups for c in group]
+        if self._environment is None:
+            rewards = self._scorer.score([c.completion() for c in ended])
+        else:
+            rewards = [None if c.failed else c.reward for c in ended]
+        left = iter(rewards)
+        return [
+            [c.trajectory(reward) for c, reward in zip(group, left) if reward is not None]  # noqa: B905
+            for group in groups
+        ]
+
+
+def replace_temperature(sampling: SamplingParams, temperature: float | None) -> SamplingParams:
+    """The same but for the temperature, if one is given."""
+    if temperature is None:
+        return sampling
+    return SamplingParams(temperature=temperature, stop_token_ids=sampling.stop_token_ids)
+
+
+def _log_probs(output: TokenOutput) -> list[float]:
+    assert output.logprobs is not None  # asked for in `_request`
+    return [entry.logprobs[0] for entry in output.logprobs]
+
+
+def _seed(*parts: object) -> int:
+    """63 bits that differ wherever a part does."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
+
+
+@torch.no_grad()
+def _copy(model: Decoder) -> Decoder:
+    copy = Decoder(model.config, policy=model.policy, device=model.device, dtype=model.dtype)
+    copy.requires_grad_(False)
+    copy_weights(copy, model.hf_tensors())
+    return copy
+
+
+def _check(
+    settings: RolloutSettings,
+    sampling: SamplingParams,
+    engine: EngineConfig,
+    model: Decoder,
+    prompts: Sequence[Prompt],
+    texts: Texts,
+) -> None:
+    """Raises ConfigError."""
+    for name in ("prompts_per_step", "group_size", "max_tokens", "slice_tokens", "max_turns"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} = {value} must be at least 1")
+    if not prompts:
+        raise ConfigError("there are no prompts; give at least one")
+    if not texts.ends and not sampling.stop_token_ids:
+        raise ConfigError("no token ends an answer; name the end token, or stop_token_ids")
+    for name in _REFUSED:
+        if getattr(sampling, name) != getattr(_UNCHANGED, name):
+            raise ConfigError(
+                f"sampling with {name} = {getattr(sampling, name)!r} draws from another distribution than the "
+                "model's, whose probabilities training needs; leave it out (temperature may be set)"
+            )
+    if sampling.temperature == 0:
+        raise ConfigError("temperature is 0: without chance there is nothing to compare; set it above 0")
+    if model.is_quantised:
+        raise ConfigError(
+            "the weights are quantised blocks, which cannot be trained; load without quantized=True"
+        )
+    if engine.kv_cache_dtype != "auto":
+        raise ConfigError(
+            f"kv_cache_dtype = {engine.kv_cache_dtype!r} rounds keys that training has whole; leave it at 'auto'"
+        )
+    if engine.lora_adapters:
+        raise ConfigError("rollouts are written by the weights that are trained; leave lora_adapters out")
+    scaling = model.config.rope_scaling
+    if scaling is not None and scaling.kind == "dynamic":
+        raise ConfigError(
+            "the model's RoPE base depends on how long an answer may become ('dynamic' scaling), which training "
+            "does not know; use another scaling"
+        )
