@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -182,19 +183,19 @@ def train(text: str, overrides: list[str], resume: bool = False, fail_at: int = 
     )
     saves = 0
     whole_write = _SliceWriter._pwrite
-    whole_save = trainer._runner.save
+    whole_writer = trainer._runner.checkpoint_writer
 
-    def save(*arguments: Any) -> Path:
+    def writer(*arguments: Any, background: bool) -> Callable[[], Path]:
         nonlocal saves
         saves += 1
-        return whole_save(*arguments)
+        return whole_writer(*arguments, background=background)
 
     def full(self: _SliceWriter, *arguments: Any) -> None:
         if saves > 1 and ranks.rank == fail_at:
             raise CheckpointError(f"cannot write: {errno.errorcode[errno.ENOSPC]}")
         whole_write(self, *arguments)
 
-    trainer._runner.save = save  # type: ignore[method-assign]
+    trainer._runner.checkpoint_writer = writer  # type: ignore[method-assign]
     try:
         with patch.object(_SliceWriter, "_pwrite", full):
             result = trainer.run()

@@ -64,3 +64,34 @@ def new_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     fsync_directory(path.parent)
+
+
+@contextmanager
+def replaced_directory(path: Path) -> Iterator[Path]:
+    """As `new_directory`, but a directory that stands at `path` is replaced: it is whole until the new one is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = beside(path)
+    partial.mkdir()
+    try:
+        yield partial
+        exchange_directory(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def exchange_directory(partial: Path, path: Path) -> None:
+    """Renames the complete directory `partial` to `path`; what stood there goes, once the new one is in its place."""
+    fsync_directory(partial)
+    old = beside(path) if path.exists() else None
+    if old is not None:
+        os.rename(path, old)
+    try:
+        os.rename(partial, path)
+    except OSError:
+        if old is not None:
+            os.rename(old, path)
+        raise
+    fsync_directory(path.parent)
+    if old is not None:
+        shutil.rmtree(old)

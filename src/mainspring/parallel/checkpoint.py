@@ -7,7 +7,6 @@ said that its part is on the disk. No rank ever holds the model.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mainspring.errors import CheckpointError
-from mainspring.formats.files import beside, fsync_directory
+from mainspring.formats.files import beside, exchange_directory
 from mainspring.formats.safetensors_file import (
     CheckpointReader,
     SafetensorsHelper,
@@ -31,6 +30,7 @@ from mainspring.formats.safetensors_file import (
     TensorSpec,
 )
 from mainspring.parallel.collectives import all_reduce
+from mainspring.parallel.host_copies import HostCopies
 from mainspring.parallel.mesh import Group
 from mainspring.parallel.placement import hf_shapes
 from mainspring.parallel.units import Piece, Units
@@ -151,15 +151,29 @@ def writes(units: Units, piece: Piece) -> bool:
     return block.parameter != "embedding" or mesh.group("tied").rank == 0
 
 
-def write_together(directory: Path, stored: Stored, units: Units) -> None:
+def held(stored: Stored, units: Units, kind: str, copies: HostCopies | None) -> Stored:
+    """The part that this rank writes; with `copies` its values of this moment, else those that it has when written."""
+    pieces: list[tuple[str, Piece, Callable[[], Tensor]]] = []
+    for number, (name, piece, value) in enumerate(stored.pieces):
+        if writes(units, piece):
+            if copies is not None:
+                copy = copies.copy(f"{kind}.{number}", value())
+                value = lambda copy=copy: copy  # type: ignore[misc]  # noqa: E731
+            pieces.append((name, piece, value))
+    return Stored(stored.specs, pieces, stored.whole)
+
+
+def write_together(directory: Path, stored: Stored, units: Units, world: Group | None = None) -> None:
     """Writes the files of `stored` in an existing directory; a collective call. They are visible when it returns.
 
+    world: all ranks; a group of its own where a thread writes while the ranks compute.
     Raises CheckpointError on every rank if any fails; the files are then gone.
     """
-    world = units.mesh.group("world")
+    world = world if world is not None else units.mesh.group("world")
+    device = _device_of(world)
     with agreed(world, f"write {directory}"):
         writer = SafetensorsWriter(directory, stored.specs) if world.rank == 0 else None
-    description = share_json(writer.describe() if writer is not None else None, world, units.model.device)
+    description = share_json(writer.describe() if writer is not None else None, world, device)
     try:
         with agreed(world, f"write {directory}"):
             helper = writer if writer is not None else SafetensorsHelper(description)
@@ -175,9 +189,7 @@ def write_together(directory: Path, stored: Stored, units: Units) -> None:
                 helper.sync()
                 helper.close()
         names = list(stored.specs)
-        counts = torch.tensor(
-            [helper.written[name] for name in names], dtype=torch.int64, device=units.model.device
-        )
+        counts = torch.tensor([helper.written[name] for name in names], dtype=torch.int64, device=device)
         counts = all_reduce(counts, world)
         with agreed(world, f"finish {directory}"):
             if writer is not None:
@@ -250,26 +262,19 @@ def share_json(value: Any, world: Group, device: torch.device) -> Any:
 
 
 @contextmanager
-def shared_directory(path: Path, world: Group, device: torch.device) -> Iterator[Path]:
-    """As `formats.files.new_directory`, for all ranks: a directory beside `path` that becomes it when all are done."""
+def shared_directory(path: Path, world: Group) -> Iterator[Path]:
+    """As `formats.files.replaced_directory`, for all ranks: it becomes `path` once each has said that it is done."""
     partial = beside(path)
     with agreed(world, f"make {path}"):
         if world.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial.mkdir()
-    partial = Path(share_json(str(partial), world, device))
+    partial = Path(share_json(str(partial), world, _device_of(world)))
     try:
         yield partial
         with agreed(world, f"publish {path}"):
             if world.rank == 0:
-                fsync_directory(partial)
-                old = beside(path) if path.exists() else None
-                if old is not None:
-                    os.rename(path, old)  # whole until the new one stands in its place
-                os.rename(partial, path)
-                fsync_directory(path.parent)
-                if old is not None:
-                    shutil.rmtree(old)
+                exchange_directory(partial, path)
     except BaseException:
         if world.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)

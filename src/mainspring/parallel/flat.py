@@ -28,6 +28,9 @@ from mainspring.parallel.collectives import (
 )
 from mainspring.parallel.mesh import Group
 
+_ALIGNMENT = 8
+"""Elements: parameters and shards begin at multiples, of 16 bytes or more, as the optimizer's vector loads ask."""
+
 
 class FlatUnit:
     """shard_group: the ranks that shard it; copy_group: those that hold the same shard and whose gradients are summed.
@@ -51,10 +54,11 @@ class FlatUnit:
         self.spans: dict[str, tuple[int, int]] = {}
         end = 0
         for key, parameter in parameters.items():
-            self.spans[key] = (end, end + parameter.numel())
-            end += parameter.numel()
+            begin = _aligned(end)
+            end = begin + parameter.numel()
+            self.spans[key] = (begin, end)
         size = shard_group.size
-        self.shard_size = -(-end // size)
+        self.shard_size = _aligned(-(-end // size))
         self.begin = self.shard_size * shard_group.rank  # of the shard in full
         self.full = torch.zeros(self.shard_size * size, dtype=self.dtype, device=self.device)
         self.parameters: dict[str, nn.Parameter] = {}
@@ -71,6 +75,7 @@ class FlatUnit:
         self._is_whole = True
         self._gathering: Pending | None = None
         self._gradient: Tensor | None = None  # of the whole unit
+        self._unwritten: set[str] = set()  # parameters whose part of it still has no values
         self._reducing: Pending | None = None
         self.gradient_shard: Tensor | None = None
         if zero == 3:
@@ -116,7 +121,12 @@ class FlatUnit:
         if gradient is None:
             return
         a, b = self.spans[name]
-        self._whole_gradient()[a:b].add_(gradient.reshape(-1))
+        held = self._whole_gradient()[a:b]
+        if name in self._unwritten:
+            self._unwritten.discard(name)
+            held.copy_(gradient.reshape(-1))
+        else:
+            held.add_(gradient.reshape(-1))
 
     def start_reduce(self, *, last: bool) -> None:
         """Begins to sum the gradient over ranks: after each backward pass with ZeRO-2 and 3, else after the last."""
@@ -124,6 +134,7 @@ class FlatUnit:
             return
         self._finish_scatter()
         whole = self._whole_gradient()
+        self._fill_unwritten(whole)
         if self.shard_group.size > 1:
             self._reducing = start_reduce_scatter_flat(whole, self.shard_group)
             if self.zero >= 2:
@@ -153,9 +164,25 @@ class FlatUnit:
         self.gradient_shard = piece if self.gradient_shard is None else self.gradient_shard.add_(piece)
 
     def _whole_gradient(self) -> Tensor:
+        """Without values where `_unwritten` says so: filling it first would be a pass over memory more."""
         if self._gradient is None:
             self._gradient = self._empty(self.full.shape[0])
+            self._unwritten = set(self.spans)
+            end = 0
+            for a, b in (*self.spans.values(), (self.full.shape[0],) * 2):
+                self._gradient[end:a].zero_()  # what lies between parameters and behind the last
+                end = b
         return self._gradient
 
+    def _fill_unwritten(self, whole: Tensor) -> None:
+        for name in self._unwritten:
+            a, b = self.spans[name]
+            whole[a:b].zero_()
+        self._unwritten = set()
+
     def _empty(self, size: int) -> Tensor:
-        return torch.zeros(size, dtype=accumulator(self.dtype), device=self.device)
+        return torch.empty(size, dtype=accumulator(self.dtype), device=self.device)
+
+
+def _aligned(elements: int) -> int:
+    return -(-elements // _ALIGNMENT) * _ALIGNMENT

@@ -20,6 +20,7 @@ from mainspring.parallel.monitor import Monitor
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 TIMEOUT = timedelta(minutes=10)  # of a backend's own watch; `Monitor` is earlier and says more
+DISK_TIMEOUT = timedelta(hours=2)  # of ranks that wait for each other's disks
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,20 @@ class Mesh:
         """One of: world, pp, tp, cp, dp (replicas of the data), data (dp and cp), shard (dp_shard and cp), replicate,
         ep, expert_shard, expert_data (holders of the same experts), holders (of one copy of a stage), tied, keys."""
         return self._groups[name]
+
+    def beside(self, name: str) -> Group:
+        """A further group of all ranks, on the CPU, whose collectives a thread may call while others are in flight.
+
+        A collective call, as making the mesh is. Its waits are as long as a disk may take; the mesh's watchdog does
+        not see them.
+        """
+        world = self.group("world")
+        handle = (
+            dist.new_group(list(world.ranks), timeout=DISK_TIMEOUT, backend="gloo")
+            if world.size > 1
+            else None
+        )
+        return Group(name, world.ranks, world.rank, handle, Monitor(self.rank))
 
     def edge(self, source: int, to: int) -> Group:
         """The group of two pipeline ranks over which `source` sends to `to`, its first and second rank."""

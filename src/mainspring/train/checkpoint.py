@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from mainspring.errors import CheckpointError
-from mainspring.formats.files import beside, fsync_directory, new_directory, write_json
+from mainspring.formats.files import beside, fsync_directory, replaced_directory, write_json
 from mainspring.formats.safetensors_file import CheckpointReader, SafetensorsWriter, TensorSpec
-from mainspring.model.checkpoint import save_model
+from mainspring.model.checkpoint import saved_config, write_checkpoint
 from mainspring.model.decoder import Decoder
+from mainspring.parallel.host_copies import HostCopies
 from mainspring.train.optimizer import Optimizer
 from mainspring.train.packing import DataPosition
 from mainspring.train.text_tokenizer import TextTokenizer
@@ -56,38 +57,57 @@ class TrainerState:
         return DataPosition(self.epoch, self.index)
 
 
-def save_checkpoint(
+def checkpoint_writer(
     output: Path,
     model: Decoder,
     optimizer: Optimizer,
     tokenizer: TextTokenizer,
     state: TrainerState,
     keep: int,
-) -> Path:
-    """Writes OUTPUT/step-N, points OUTPUT/latest at it, deletes all but the newest `keep`. Returns its path."""
+    copies: HostCopies | None,
+) -> Callable[[], Path]:
+    """What writes OUTPUT/step-N, points OUTPUT/latest at it, deletes all but the newest `keep` and returns its path.
+
+    With `copies` it writes the values of this moment and may run while training goes on; without, those of the model
+    and the optimizer themselves, so that it must run at once. It raises CheckpointError or OSError; older checkpoints
+    are then whole.
+    """
     path = output / f"step-{state.step:08d}"
-    if path.exists():
-        shutil.rmtree(path)
-    with new_directory(path) as partial:
-        save_model(model, partial)
-        tokenizer.save(partial)
-        (partial / "optimizer").mkdir()
-        _write_tensors(partial / "optimizer", optimizer.state_tensors() | _random_states(model.device))
-        write_json(partial / "optimizer" / "state.json", state_record(state))
-    point_latest(output, path)
+    config = saved_config(model.config, model.dtype)
+    weights = _held(model.hf_tensors(), "weight", copies)
+    moments = _held(optimizer.state_tensors(), "state", copies) | _random_states(model.device)
+    if copies is not None:
+        copies.finish()
+
+    def write() -> Path:
+        with replaced_directory(path) as partial:
+            write_checkpoint(partial, weights, config)
+            tokenizer.save(partial)
+            (partial / "optimizer").mkdir()
+            _write_tensors(partial / "optimizer", moments)
+            write_json(partial / "optimizer" / "state.json", state_record(state))
+        publish(output, path, keep)
+        return path
+
+    return write
+
+
+def publish(output: Path, path: Path, keep: int) -> None:
+    """OUTPUT/latest names the checkpoint from now on; all but the newest `keep` go."""
+    _link(output / "latest", path.name)
     for _, old in checkpoints(output)[:-keep]:
         shutil.rmtree(old)
-    return path
+
+
+def _held(tensors: Mapping[str, Tensor], kind: str, copies: HostCopies | None) -> dict[str, Tensor]:
+    if copies is None:
+        return dict(tensors)
+    return {name: copies.copy(f"{kind}.{name}", tensor) for name, tensor in tensors.items()}
 
 
 def state_record(state: TrainerState) -> dict[str, Any]:
     """What `read_state` reads."""
     return {"version": _VERSION, **asdict(state)}
-
-
-def point_latest(output: Path, path: Path) -> None:
-    """OUTPUT/latest names the checkpoint from now on."""
-    _link(output / "latest", path.name)
 
 
 def remove_partial(output: Path) -> None:

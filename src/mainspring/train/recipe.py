@@ -150,6 +150,9 @@ class CheckpointSection:
     """Steps between checkpoints; 0 writes at the end (and on Ctrl-C) only."""
     keep: int = _limits(2, low=1)
     """Newest checkpoints that are kept."""
+    background: bool = True
+    """Write from a copy in host memory while training goes on; false stops training for as long as the disk takes,
+    and needs no copy."""
 
 
 @dataclass(frozen=True)

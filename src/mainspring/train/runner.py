@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +16,8 @@ from mainspring.errors import ConfigError
 from mainspring.formats.model_config import ModelConfig
 from mainspring.model.decoder import Decoder
 from mainspring.ops import IGNORE_INDEX, TokenBatch
-from mainspring.train.checkpoint import TrainerState, load_optimizer, save_checkpoint
+from mainspring.parallel.host_copies import HostCopies
+from mainspring.train.checkpoint import TrainerState, checkpoint_writer, load_optimizer
 from mainspring.train.finite import first_non_finite
 from mainspring.train.optimizer import Optimizer
 from mainspring.train.packing import MicroBatch
@@ -55,12 +56,14 @@ class Runner(Protocol):
         """Of each batch's targets that count, the sum in nats."""
         ...
 
-    def agree(self, stop: bool, elapsed: float) -> tuple[bool, float]:
-        """Whether any rank was asked to stop, and the largest of the ranks' seconds."""
+    def agree(self, stop: bool, failed: bool, elapsed: float) -> tuple[bool, bool, float]:
+        """Whether any rank was asked to stop, whether a save has failed on any, the largest of the ranks' seconds."""
         ...
 
-    def save(self, output: Path, tokenizer: TextTokenizer, state: TrainerState, keep: int) -> Path:
-        """Writes a checkpoint; see `train.checkpoint`."""
+    def checkpoint_writer(
+        self, output: Path, tokenizer: TextTokenizer, state: TrainerState, keep: int, *, background: bool
+    ) -> Callable[[], Path]:
+        """What writes a checkpoint; see `train.checkpoint`. In the background: of copies, while training goes on."""
         ...
 
     def close(self) -> None:
@@ -79,6 +82,7 @@ class SingleDevice:
         self.model = model.train()
         self.config, self.dtype, self.device = model.config, model.dtype, model.device
         self._optimizer = Optimizer(model, settings)
+        self._copies = HostCopies()
 
     def load_optimizer(self, checkpoint: Path) -> None:
         """Continues from a checkpoint's optimizer state. Raises CheckpointError where it does not fit."""
@@ -108,11 +112,14 @@ class SingleDevice:
     def negative_log_likelihoods(self, batches: Sequence[MicroBatch]) -> list[float]:
         return [float(self._loss(b)) * int((b.targets != IGNORE_INDEX).sum()) for b in batches]
 
-    def agree(self, stop: bool, elapsed: float) -> tuple[bool, float]:
-        return stop, elapsed
+    def agree(self, stop: bool, failed: bool, elapsed: float) -> tuple[bool, bool, float]:
+        return stop, failed, elapsed
 
-    def save(self, output: Path, tokenizer: TextTokenizer, state: TrainerState, keep: int) -> Path:
-        return save_checkpoint(output, self.model, self._optimizer, tokenizer, state, keep)
+    def checkpoint_writer(
+        self, output: Path, tokenizer: TextTokenizer, state: TrainerState, keep: int, *, background: bool
+    ) -> Callable[[], Path]:
+        copies = self._copies if background else None
+        return checkpoint_writer(output, self.model, self._optimizer, tokenizer, state, keep, copies)
 
     def close(self) -> None:
         """Nothing was opened."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from mainspring.parallel.checkpoint import (
     agreed,
     check_names,
     fill_weights,
+    held,
     load_weights,
     read_piece,
     shared_directory,
@@ -31,13 +31,14 @@ from mainspring.parallel.checkpoint import (
 )
 from mainspring.parallel.collectives import all_reduce, all_reduce_max
 from mainspring.parallel.experts import Balance, ParallelExperts
+from mainspring.parallel.host_copies import HostCopies
 from mainspring.parallel.layout import Layout
-from mainspring.parallel.mesh import Mesh
+from mainspring.parallel.mesh import Group, Mesh
 from mainspring.parallel.parallelize import parallelize
 from mainspring.parallel.pipeline import Pipeline
 from mainspring.parallel.placement import full_shapes, hf_shapes
 from mainspring.parallel.units import Units
-from mainspring.train.checkpoint import TrainerState, checkpoints, point_latest, state_record
+from mainspring.train.checkpoint import TrainerState, publish, state_record
 from mainspring.train.finite import first_non_finite
 from mainspring.train.initialise import initial_tensors
 from mainspring.train.packing import MicroBatch
@@ -72,6 +73,9 @@ class Sharded:
         self._settings, self._offload = settings, offload
         self._optimizer: ShardedOptimizer | None = None
         self._step = 0
+        self._copies = HostCopies()
+        self._writers: Group | None = None
+        """All ranks again, for the threads that write."""
         self.expert_imbalance: float | None = None
 
     def load_weights(self, directory: Path) -> None:
@@ -134,29 +138,40 @@ class Sharded:
         padded += [nothing] * (-len(padded) % (self.layout.dp * self.layout.pp))
         return self._pipeline.evaluate(padded)[: len(batches)]
 
-    def agree(self, stop: bool, elapsed: float) -> tuple[bool, float]:
-        values = torch.tensor([float(stop), elapsed], dtype=torch.float64, device=self.device)
-        stopped, seconds = all_reduce_max(values, self.mesh.group("world")).tolist()
-        return bool(stopped), seconds
+    def agree(self, stop: bool, failed: bool, elapsed: float) -> tuple[bool, bool, float]:
+        values = torch.tensor([float(stop), float(failed), elapsed], dtype=torch.float64, device=self.device)
+        stopped, any_failed, seconds = all_reduce_max(values, self.mesh.group("world")).tolist()
+        return bool(stopped), bool(any_failed), seconds
 
-    def save(self, output: Path, tokenizer: TextTokenizer, state: TrainerState, keep: int) -> Path:
-        """Each rank writes its pieces; the directory appears when all have. Raises CheckpointError on every rank."""
+    def checkpoint_writer(
+        self, output: Path, tokenizer: TextTokenizer, state: TrainerState, keep: int, *, background: bool
+    ) -> Callable[[], Path]:
+        """Each rank writes its pieces; the directory appears when all have. It raises CheckpointError on every rank."""
         path = output / f"step-{state.step:08d}"
-        world = self.mesh.group("world")
-        with shared_directory(path, world, self.device) as partial:
-            write_together(partial, stored_weights(self._units), self._units)
-            write_together(partial / "optimizer", self._stored_state(), self._units)
-            with agreed(world, f"write {path}"):
+        if background and self._writers is None:
+            self._writers = self.mesh.beside("writers")
+        world = self._writers if background and self._writers is not None else self.mesh.group("world")
+        copies = self._copies if background else None
+        weights = held(stored_weights(self._units), self._units, "weight", copies)
+        moments = held(self._stored_state(), self._units, "state", copies)
+        if copies is not None:
+            copies.finish()
+
+        def write() -> Path:
+            with shared_directory(path, world) as partial:
+                write_together(partial, weights, self._units, world)
+                write_together(partial / "optimizer", moments, self._units, world)
+                with agreed(world, f"write {path}"):
+                    if self.speaks:
+                        write_json(partial / "config.json", saved_config(self.config, self.dtype))
+                        tokenizer.save(partial)
+                        write_json(partial / "optimizer" / "state.json", state_record(state))
+            with agreed(world, f"publish {path}"):
                 if self.speaks:
-                    write_json(partial / "config.json", saved_config(self.config, self.dtype))
-                    tokenizer.save(partial)
-                    write_json(partial / "optimizer" / "state.json", state_record(state))
-        with agreed(world, f"publish {path}"):
-            if self.speaks:
-                point_latest(output, path)
-                for _, old in checkpoints(output)[:-keep]:
-                    shutil.rmtree(old)
-        return path
+                    publish(output, path, keep)
+            return path
+
+        return write
 
     def close(self) -> None:
         self.mesh.monitor.stop()

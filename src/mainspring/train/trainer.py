@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mainspring.errors import CheckpointError, ConfigError, MainspringError
+from mainspring.train.background import BackgroundWriter
 from mainspring.train.checkpoint import TrainerState, checkpoints, read_state, remove_partial
 from mainspring.train.evaluate import Evaluation, evaluate
 from mainspring.train.flops import peak_flops, training_flops
@@ -106,6 +107,9 @@ class Trainer:
             f"MFU is of {self._peak / 1e12:.3g} TFLOP/s ({peak_source})"
         )
         self._stopped = False
+        self._writer = BackgroundWriter()
+        self._writing: int | None = None
+        """The step whose checkpoint is being written."""
         self._metrics = (
             MetricsFile(self._output / "metrics.jsonl", self._step if state else None)
             if ranks.speaks
@@ -113,13 +117,16 @@ class Trainer:
         )
 
     def run(self) -> TrainingResult:
-        """Trains. Raises MainspringError if the loss is no longer finite; the last checkpoint stays."""
+        """Trains. Raises MainspringError if the loss is no longer finite or a checkpoint cannot be written.
+
+        A checkpoint that is being written then is finished first, if it can be; older ones stay.
+        """
         self._training_since = time.monotonic()
         self._record("start", {"step": self._step, "recipe": recipe_to_dict(self._recipe)})
         try:
             with StopRequest() as stop:
                 self._loop(stop)
-                path = self._save()
+                path = self._save_now()
                 if self._stopped:
                     self._show.say(
                         f"stopped at step {self._step}; continue with --resume. Checkpoint: {path}"
@@ -127,6 +134,7 @@ class Trainer:
                     return TrainingResult(path, self._step, True, None, ())
             return self._finish(path)
         finally:
+            self._abandon_save()
             self._runner.close()
             if self._metrics is not None:
                 self._metrics.close()
@@ -147,7 +155,7 @@ class Trainer:
             if recipe.evaluation.every and self._step % recipe.evaluation.every == 0 and not over:
                 self._evaluate()
             if recipe.checkpoint.every and self._step % recipe.checkpoint.every == 0 and not over:
-                self._save()
+                self._begin_save()
 
     def _train_step(self, factor: float, window: _Window) -> float:
         """One optimizer step over `accumulation_steps` micro-batches; returns the gradient's norm."""
@@ -183,8 +191,16 @@ class Trainer:
         return progress(self._step, self._recipe.training.max_steps, self._elapsed(), self._budget())
 
     def _agreed_progress(self, stop: StopRequest) -> float:
-        """The progress, the same on every rank, and whether any of them was asked to stop."""
-        self._stopped, elapsed = self._runner.agree(stop.requested, self._elapsed())
+        """The progress, the same on every rank, and whether any of them was asked to stop.
+
+        Raises on all ranks where a save has failed on one.
+        """
+        self._stopped, failed, elapsed = self._runner.agree(
+            stop.requested, self._writer.failed, self._elapsed()
+        )
+        if failed:
+            self._finish_save()
+        self._record_save(self._writer.collect())
         return progress(self._step, self._recipe.training.max_steps, elapsed, self._budget())
 
     def _record(self, event: str, values: Mapping[str, Any]) -> None:
@@ -228,7 +244,24 @@ class Trainer:
         )
         return result
 
-    def _save(self) -> Path:
+    def _begin_save(self) -> None:
+        """Writes a checkpoint of this moment, beside the next steps if the recipe does not say otherwise."""
+        if not self._recipe.checkpoint.background:
+            self._save_now()
+            return
+        self._finish_save()
+        write = self._checkpoint_writer(background=True)
+        self._writing = self._step
+        self._writer.start(write)
+
+    def _save_now(self) -> Path:
+        """Writes a checkpoint, once the one that is being written is complete."""
+        self._finish_save()
+        path = self._checkpoint_writer(background=False)()
+        self._record("checkpoint", {"step": self._step, "path": str(path)})
+        return path
+
+    def _checkpoint_writer(self, *, background: bool) -> Callable[[], Path]:
         state = TrainerState(
             step=self._step,
             tokens=self._tokens,
@@ -239,9 +272,25 @@ class Trainer:
             recipe=recipe_to_dict(self._recipe),
         )
         keep = self._recipe.checkpoint.keep
-        path = self._runner.save(self._output, self._data.tokenizer, state, keep)
-        self._record("checkpoint", {"step": self._step, "path": str(path)})
-        return path
+        return self._runner.checkpoint_writer(
+            self._output, self._data.tokenizer, state, keep, background=background
+        )
+
+    def _finish_save(self) -> None:
+        """Waits for the checkpoint that is being written, if there is one. Raises what writing it raised."""
+        self._record_save(self._writer.wait())
+
+    def _record_save(self, path: Path | None) -> None:
+        if path is not None:
+            self._record("checkpoint", {"step": self._writing, "path": str(path)})
+            self._writing = None
+
+    def _abandon_save(self) -> None:
+        """The run ends by an error: a checkpoint that is being written is finished, or says why it is not."""
+        try:
+            self._finish_save()
+        except Exception as error:
+            self._show.say(f"the checkpoint of step {self._writing} is not written either: {error}")
 
     def _finish(self, path: Path) -> TrainingResult:
         evaluation = self._evaluate() if self._data.holdout_bytes else None
