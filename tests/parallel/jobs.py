@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from mainspring.errors import CheckpointError, MainspringError
 from mainspring.formats.model_config import ModelConfig
@@ -202,6 +205,22 @@ def train(text: str, overrides: list[str], resume: bool = False, fail_at: int = 
     except MainspringError as error:
         return {"error": str(error)}
     return {"checkpoint": str(result.checkpoint), "step": result.step}
+
+
+def die_in_a_write(rank: int, ranks: int, store: str, text: str, overrides: list[str], step: int) -> None:
+    """What a process of its own runs: training in a fresh group; the last rank is killed while it writes `step`."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
+    whole = _SliceWriter._pwrite
+
+    def deadly(self: _SliceWriter, *arguments: Any) -> None:
+        if rank == ranks - 1 and f"step-{step:08d}" in str(self.directory):
+            os.kill(os.getpid(), signal.SIGKILL)
+        whole(self, *arguments)
+
+    with patch.object(_SliceWriter, "_pwrite", deadly):
+        train(text, overrides)
 
 
 def digest(path: Path) -> str:

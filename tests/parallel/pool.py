@@ -72,6 +72,12 @@ class Pool:
             raise JobError("\n".join(failures))
         return results
 
+    def process(self, target: Callable[..., object], *arguments: object) -> BaseProcess:
+        """A process of its own, for what would take a worker along."""
+        process = self._context.Process(target=target, args=arguments, daemon=True)
+        process.start()
+        return process
+
     def close(self) -> None:
         for worker in self._workers:
             worker.process.terminate()

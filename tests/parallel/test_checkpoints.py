@@ -19,10 +19,12 @@ import pytest
 from mainspring.errors import CheckpointError
 from mainspring.formats.model_config import ModelConfig
 from mainspring.formats.safetensors_file import CheckpointReader
+from mainspring.train.checkpoint import checkpoints
 from mainspring.train.recipe_file import parse_recipe
 from mainspring.train.trainer import Trainer
 from mainspring.train.verify import VerifySettings
 from parallel.conftest import Reference
+from parallel.jobs import die_in_a_write
 from parallel.pool import Pool
 
 RECIPE = """
@@ -146,18 +148,42 @@ def test_one_device_reads_a_layouts_checkpoint_and_the_other_way_round(
     assert done[0]["step"] == 6
 
 
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize(("failing", "every"), [(0, 3), (1, 3), (0, 1), (1, 1)])
 def test_a_full_disk_on_one_rank_is_an_error_on_all_and_leaves_the_old_checkpoint_whole(
-    pool: Pool, recipe: Callable[..., str], tmp_path: Path, failing: int
+    pool: Pool, recipe: Callable[..., str], tmp_path: Path, failing: int, every: int
 ) -> None:
+    """The second save fails: the one at the end, or one that is written beside the steps."""
     output = tmp_path / "out"
-    done = pool.run("jobs:train", 2, recipe(), ["parallel.zero=1", f"output='{output}'"], False, failing)
+    overrides = ["parallel.zero=1", f"output='{output}'", f"checkpoint.every={every}"]
+    done = pool.run("jobs:train", 2, recipe(), overrides, False, failing)
     assert "ENOSPC" in done[failing]["error"]
     assert f"rank {failing} failed" in done[1 - failing]["error"]
-    assert sorted(p.name for p in output.glob("*step-*")) == ["step-00000003"]
-    CheckpointReader(output / "step-00000003")
-    again = pool.run("jobs:train", 2, recipe(), ["parallel.zero=1", f"output='{output}'"], True)
+    assert sorted(p.name for p in output.glob("*step-*")) == [f"step-{every:08d}"]
+    CheckpointReader(output / f"step-{every:08d}")
+    again = pool.run("jobs:train", 2, recipe(), overrides, True)
     assert again[0]["step"] == 6
+
+
+def test_a_rank_killed_while_it_writes_loses_only_what_came_after_the_last_complete_checkpoint(
+    pool: Pool, recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    output, whole = tmp_path / "out", tmp_path / "whole"
+    overrides = ["parallel.zero=3", "checkpoint.every=1"]
+    store = str(tmp_path / "store")
+    ranks = [
+        pool.process(die_in_a_write, rank, 2, store, recipe(), [*overrides, f"output='{output}'"], 3)
+        for rank in (0, 1)
+    ]
+    for rank in ranks:
+        rank.join(120)
+    assert ranks[1].exitcode == -signal.SIGKILL
+    assert ranks[0].exitcode not in (None, 0)  # the other one does not wait for the dead
+    assert [step for step, _ in checkpoints(output)] == [1, 2]
+    CheckpointReader(output / "step-00000002" / "optimizer")
+    again = pool.run("jobs:train", 2, recipe(), [*overrides, f"output='{output}'"], True)
+    assert again[0]["step"] == 6
+    pool.run("jobs:train", 2, recipe(), [*overrides, f"output='{whole}'"])
+    assert _same(whole / "step-00000006", output / "step-00000006")
 
 
 def test_a_truncated_shard_is_refused_under_a_layout(
