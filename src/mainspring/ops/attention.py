@@ -270,9 +270,11 @@ def _flash(
     assert k is not None and v is not None  # checked by `attention`
     longest = max(batch.lengths)
     backend = None if policy.backend == "flash" else policy.backend
+    # As PyTorch's own operations do: a run that was cut is resumed bit for bit only if gradients have one order.
+    deterministic = torch.are_deterministic_algorithms_enabled()
     return flash_attention(
         q, k, v, batch.cu_seqlens, batch.cu_seqlens, max_q=longest, max_k=longest, scale=scale, window=window,
-        policy=Policy("fast", backend),
+        deterministic=deterministic, policy=Policy("fast", backend),
     )  # fmt: skip
 
 

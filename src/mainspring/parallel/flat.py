@@ -6,7 +6,7 @@ in fp32 (fp64 for fp64), over micro-batches and over ranks.
 
     zero   full (parameters)     gradient (sum over micro-batches)      optimizer's state
     0      all                   all, summed over ranks at the end      all
-    1      all                   all, reduce-scattered at the end       the shard's
+    1      all                   all, reduce-scattered behind the last  the shard's
     2      all                   the shard, after each backward pass    the shard's
     3      the shard             the shard, after each backward pass    the shard's
 """
@@ -106,11 +106,13 @@ class FlatUnit:
             self.full.untyped_storage().resize_(0)
             self._is_whole = False
 
-    def start_refresh(self) -> Pending | None:
-        """After the optimizer has moved the shards: brings the other ranks' into `full`."""
+    def start_refresh(self) -> None:
+        """After the optimizer has moved the shards: begins to bring the other ranks' into `full`; `gather` waits."""
         if self.zero == 3 or self.shard_group.size == 1:
-            return None
-        return start_gather_flat(self.full, self.shard.clone(), self.shard_group)
+            return
+        # NCCL gathers in place; gloo must not read what it writes.
+        piece = self.shard if self.shard.is_cuda else self.shard.clone()
+        self._gathering, self._is_whole = start_gather_flat(self.full, piece, self.shard_group), False
 
     # Gradients
 
@@ -132,13 +134,12 @@ class FlatUnit:
         """Begins to sum the gradient over ranks: after each backward pass with ZeRO-2 and 3, else after the last."""
         if self.zero < 2 and not last:
             return
-        self._finish_scatter()
+        self.settle()
         whole = self._whole_gradient()
         self._fill_unwritten(whole)
         if self.shard_group.size > 1:
             self._reducing = start_reduce_scatter_flat(whole, self.shard_group)
-            if self.zero >= 2:
-                self._gradient = None  # the collective keeps it as long as it needs it
+            self._gradient = None  # the collective keeps it as long as it needs it
         elif self.zero >= 2:
             self._reducing, self._gradient = Pending(whole), None
         else:
@@ -146,9 +147,9 @@ class FlatUnit:
 
     def finish_reduce(self) -> Tensor:
         """The rank's shard of the sum over ranks and micro-batches; call it once, after the last `start_reduce`."""
-        self._finish_scatter()
+        self.settle()
         if self.gradient_shard is None:
-            self.gradient_shard = self._empty(self.shard_size)
+            self.gradient_shard = self._empty(self.shard_size).zero_()
         if self.shard_group.size > 1 or self.zero >= 2:
             all_reduce(self.gradient_shard, self.copy_group)
         return self.gradient_shard
@@ -157,7 +158,8 @@ class FlatUnit:
         """Forgets the gradients."""
         self._gradient = self._reducing = self.gradient_shard = None
 
-    def _finish_scatter(self) -> None:
+    def settle(self) -> None:
+        """Waits for the sum that is on its way, and lets go of what it was made of."""
         if self._reducing is None:
             return
         piece, self._reducing = self._reducing.wait(), None

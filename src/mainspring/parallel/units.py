@@ -71,6 +71,7 @@ class Units:
         self._of_layer: dict[int, list[FlatUnit]] = {}
         self._last: set[int] = set()
         self._reduced: set[str] = set()
+        self._in_flight: list[FlatUnit] = []  # whose gradients are being summed
         self._build()
         for block in blocks_by_layer(model).values():
             if block.load.is_meta:
@@ -79,6 +80,9 @@ class Units:
                 )
         self.pieces = [piece for unit in self.units for piece in self._pieces(unit)]
         self.spans, self.span_of_piece = _joined(self.pieces)
+        self._weights = torch.tensor(
+            [span.weight for span in self.spans], dtype=torch.float64, device=self._device
+        )
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         for name, parameter in model.named_parameters():
             parameter.register_post_accumulate_grad_hook(partial(self._collect, name))
@@ -104,6 +108,7 @@ class Units:
     @torch.no_grad()
     def finish_step(self) -> None:
         """Sums all gradients: `gradient(piece)` is then whole."""
+        self._in_flight = []
         for unit in self.units:
             if unit.name not in self._reduced:
                 unit.start_reduce(last=True)
@@ -123,10 +128,7 @@ class Units:
         """Of the whole model's gradient, each parameter once."""
         norms = torch._foreach_norm([self.gradient(span) for span in self.spans])
         squares = torch.stack(list(norms)).to(torch.float64).square_()
-        weights = torch.tensor(
-            [span.weight for span in self.spans], dtype=torch.float64, device=squares.device
-        )
-        total = squares @ weights
+        total = squares @ self._weights
         return math.sqrt(float(all_reduce(total, self.mesh.group("world"))))
 
     def scale_gradients(self, factor: float) -> None:
@@ -141,10 +143,19 @@ class Units:
     @torch.no_grad()
     def refresh(self) -> None:
         """After the shards have moved: brings the parameters up to date."""
-        pending = [unit.start_refresh() for unit in self.units]
-        for each in pending:
-            if each is not None:
-                each.wait()
+        self.start_refresh()
+        for unit in self.units:
+            if unit.zero < 3:
+                unit.gather()
+
+    @torch.no_grad()
+    def start_refresh(self) -> None:
+        """As `refresh`, but each unit waits where it is used next: behind the layers of the next step's forward pass.
+
+        Whoever reads parameters otherwise calls `gather_all` first.
+        """
+        for unit in self.units:
+            unit.start_refresh()
 
     def gather_all(self) -> None:
         """Makes every parameter usable, for evaluation between steps; `release_all` undoes it."""
@@ -220,13 +231,17 @@ class Units:
         """Behind a layer's backward pass."""
         stage = next(s for s in self.model.stages if number in self.model.stage_layers[s])
         last = stage in self._last
+        before, self._in_flight = self._in_flight, []
         for unit in self._of_layer[number]:
             unit.release()
             if self.model.tp.deferred.deferring:
                 continue
             unit.start_reduce(last=last)
+            self._in_flight.append(unit)
             if last:
                 self._reduced.add(unit.name)
+        for unit in before:  # had a layer's time: its whole gradient is not to be held until the step ends
+            unit.settle()
 
     # Sums of terms
 

@@ -66,10 +66,12 @@ class ShardedOptimizer:
         units, s = self._units, self._settings
         norm = units.gradient_norm()
         if norm == norm and norm != float("inf"):
-            if clip_norm and norm > clip_norm:
-                units.scale_gradients(clip_norm / norm)
+            scale = clip_norm / norm if clip_norm and norm > clip_norm else 1.0
             self.steps += 1
             if self._muon is not None:
+                if scale != 1.0:
+                    units.scale_gradients(scale)
+                    scale = 1.0
                 self._muon.step(s.muon_lr * lr_factor)
             if self._adamw is not None:
                 gradients = [units.gradient(span) for span in self._spans]
@@ -80,10 +82,11 @@ class ShardedOptimizer:
                     beta1=s.beta1,
                     beta2=s.beta2,
                     eps=s.eps,
+                    grad_scale=scale,
                 )
             if self._offload or (self.has_masters and self._muon is not None):
                 self._copy_masters()
-            units.refresh()
+            units.start_refresh()
         units.clear()
         return norm
 

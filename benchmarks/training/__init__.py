@@ -1,0 +1,1 @@
+"""What the training benchmarks share: shapes, contestants, timing."""

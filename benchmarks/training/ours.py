@@ -1,0 +1,51 @@
+"""Our training step: the `Runner` that the trainer uses, on one device or under a layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from mainspring.formats.model_config import ModelConfig
+from mainspring.model.initialise import create_model
+from mainspring.ops import FAST
+from mainspring.parallel.experts import Balance
+from mainspring.parallel.layout import Layout
+from mainspring.parallel.mesh import Mesh
+from mainspring.train.packing import MicroBatch
+from mainspring.train.recipe import ModelSection, OptimizerSection
+from mainspring.train.runner import SingleDevice
+from mainspring.train.sharded import Sharded
+
+Step = Callable[[Sequence[MicroBatch]], float]
+"""One optimizer step over micro-batches; the loss."""
+
+CLIP = 1.0
+OPTIMIZER = OptimizerSection(lr=1e-4, weight_decay=0.1)
+_INITIALISATION = ModelSection(zero_init_residual=False)
+
+
+def dtype_for(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def on_one_device(config: ModelConfig, device: torch.device) -> Step:
+    name = "bfloat16" if device.type == "cuda" else "float32"
+    model = create_model(config, device=device, dtype=name, numerics="fast")
+    with torch.no_grad():  # the benchmark's bits need not be a recipe's: drawn on the device
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(std=0.02)
+    runner = SingleDevice(model, OPTIMIZER)
+    return lambda batches: runner.train_step(batches, 1.0, CLIP)[0]
+
+
+def under(config: ModelConfig, layout: Layout, device: torch.device) -> Step:
+    """Every rank calls this, and the step, together."""
+    mesh = Mesh.build(layout.axes, key_copies=layout.key_copies(config))
+    runner = Sharded(config, layout, mesh, device, dtype_for(device), FAST, OPTIMIZER, Balance())
+    runner.initialise_weights(_INITIALISATION, 0)
+    return lambda batches: runner.train_step(batches, 1.0, CLIP)[0]
