@@ -55,6 +55,10 @@ class EngineDeadError(MainspringError):
     """The engine process has ended; nothing can be served until it is restarted."""
 
 
+class LockstepError(MainspringError):
+    """The engine's log-probability of a token is not the trainer's: names the token and the operation that differs."""
+
+
 class RetrievalError(MainspringError):
     """Base of what goes wrong in indexing, searching and answering from documents."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 from mainspring.formats.model_config import ModelConfig
 from mainspring.model.decoder import Decoder
@@ -18,8 +19,8 @@ SEPARATOR, END = 10, 11
 _CHARACTERS = "0123456789>."
 
 
-def config(**changes: int) -> ModelConfig:
-    sizes = {
+def config(**changes: Any) -> ModelConfig:
+    sizes: dict[str, Any] = {
         "vocab_size": 12,
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -29,7 +30,7 @@ def config(**changes: int) -> ModelConfig:
     return tiny_config(**(sizes | changes))
 
 
-def model(numerics: Numerics = "fast", seed: int = 0, **changes: int) -> Decoder:
+def model(numerics: Numerics = "fast", seed: int = 0, **changes: Any) -> Decoder:
     return create_model(config(**changes), numerics=numerics, seed=seed)
 
 
