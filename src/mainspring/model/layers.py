@@ -97,31 +97,36 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, batch: TokenBatch, angles: RopeAngles) -> Tensor:
         """x: [T, hidden] -> [T, hidden]."""
-        heads, kv_heads = self.num_heads, self.num_kv_heads
-        qkv = adapted(self.qkv, x, batch.adapters).unflatten(-1, (heads + 2 * kv_heads, self.head_dim))
-        q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)  # [T, H, D] views of one tensor
-        if batch.cache is not None and not library.is_traced():
-            q = ops.norm_rope_write_cache(
-                q, k, v, self.head_norms(), angles, batch, layer=self.layer, policy=self.policy
-            )
-            out = ops.attention(
-                q,
-                None,
-                None,
-                batch,
-                layer=self.layer,
-                scale=self.scale,
-                window=self.window,
-                policy=self.policy,
-            )
-        else:
-            if self.q_norm is not None and self.k_norm is not None:
-                q, k = self.q_norm(q), self.k_norm(k)
-            q, k = ops.rope(q, k, angles, policy=self.policy)
-            out = ops.attention(
-                q, k, v, batch, layer=self.layer, scale=self.scale, window=self.window, policy=self.policy
-            )
+        qkv = adapted(self.qkv, x, batch.adapters)
+        if batch.cache is None or library.is_traced():
+            return adapted(self.output, self.attend(qkv, batch, angles), batch.adapters)
+        q, k, v = self._heads(qkv)
+        q = ops.norm_rope_write_cache(
+            q, k, v, self.head_norms(), angles, batch, layer=self.layer, policy=self.policy
+        )
+        out = ops.attention(
+            q, None, None, batch, layer=self.layer, scale=self.scale, window=self.window, policy=self.policy
+        )
         return adapted(self.output, out.flatten(1), batch.adapters)
+
+    def attend(self, qkv: Tensor, batch: TokenBatch, angles: RopeAngles) -> Tensor:
+        """What lies between the two projections. qkv: [T, (H + 2 · Hkv) · D] -> [T, H · D]."""
+        q, k, v = self._heads(qkv)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = ops.rope(q, k, angles, policy=self.policy)
+        out = ops.attention(
+            q, k, v, batch, layer=self.layer, scale=self.scale, window=self.window, policy=self.policy
+        )
+        return out.flatten(1)
+
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q: [T, H, D], k and v: [T, Hkv, D], views of one tensor."""
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        q, k, v = qkv.unflatten(-1, (heads + 2 * kv_heads, self.head_dim)).split(
+            (heads, kv_heads, kv_heads), dim=1
+        )
+        return q, k, v
 
     def head_norms(self) -> HeadNorms | None:
         """The norms of queries' and keys' heads, if the family has them."""

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from mainspring import ops
 from mainspring.model.layers import Attention
-from mainspring.ops import RopeAngles, TokenBatch
+from mainspring.ops import HeadNorms, RopeAngles, TokenBatch
 from mainspring.parallel.context import ContextBatch
 from mainspring.parallel.layout import ContextMethod
 from mainspring.parallel.mesh import Group
@@ -27,9 +27,15 @@ class ContextAttention(nn.Module):
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
 
     def forward(self, x: Tensor, batch: TokenBatch, angles: RopeAngles) -> Tensor:
+        attended: Tensor = self.output(self.attend(self.qkv(x), batch, angles))
+        return attended
+
+    def attend(self, qkv: Tensor, batch: TokenBatch, angles: RopeAngles) -> Tensor:
+        """What lies between the two projections, as `Attention.attend`. All ranks of the group call it together."""
         heads, kv_heads = self.num_heads, self.num_kv_heads
-        qkv = self.qkv(x).unflatten(-1, (heads + 2 * kv_heads, self.head_dim))
-        q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
+        q, k, v = qkv.unflatten(-1, (heads + 2 * kv_heads, self.head_dim)).split(
+            (heads, kv_heads, kv_heads), dim=1
+        )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = ops.rope(q, k, angles, policy=self.policy)
@@ -41,5 +47,4 @@ class ContextAttention(nn.Module):
                 q, k, v, batch, self.group, layer=self.layer, scale=self.scale, window=self.window,
                 policy=self.policy,
             )  # fmt: skip
-        attended: Tensor = self.output(out.flatten(1))
-        return attended
+        return out.flatten(1)
