@@ -62,3 +62,14 @@ def test_without_nvcc_the_message_says_how_to_get_it(folder: Path, monkeypatch: 
 
 def test_the_sources_are_where_they_are_looked_for() -> None:
     assert (compiler.sources() / "hopper.cuh").is_file()
+
+
+@needs_nvcc
+def test_what_is_built_ahead_is_built_once_and_its_errors_come_to_who_needs_it(folder: Path) -> None:
+    kernels = [("answer.cu", (("EXTRA", number),)) for number in range(3)]
+    compiler.build_ahead([*kernels, kernels[0], ("answer.cu", (("EXTRA", "nonsense"),))])
+    libraries = [compiler.build(*kernel) for kernel in kernels]  # waits for the threads at work
+    assert [ctypes.CDLL(str(library)).answer() for library in libraries] == [40, 41, 42]
+    with pytest.raises(BackendError, match="nonsense"):
+        compiler.build("answer.cu", (("EXTRA", "nonsense"),))
+    assert {p.suffix for p in libraries[0].parent.iterdir()} == {".so", ".log"}

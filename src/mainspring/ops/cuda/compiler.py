@@ -13,6 +13,9 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mainspring.errors import BackendError
@@ -72,6 +75,31 @@ def build(source: str, defines: Defines = ()) -> Path:
     library = cache / f"{Path(source).stem}-{_key(nvcc, source, defines)}.so"
     if library.is_file():
         return library
+    with _lock(library):
+        if not library.is_file():  # another thread was faster
+            _compile(nvcc, source, defines, library)
+    return library
+
+
+def build_ahead(kernels: Iterable[tuple[str, Defines]]) -> None:
+    """Starts building several at once and returns; whoever needs one waits for it in `build` and gets its errors.
+
+    Does nothing without nvcc.
+    """
+    if find_nvcc() is not None:
+        pool = ThreadPoolExecutor(os.cpu_count(), "nvcc")
+        for source, defines in kernels:
+            pool.submit(build, source, defines)
+        pool.shutdown(wait=False)
+
+
+@functools.lru_cache(maxsize=1024)
+def _lock(library: Path) -> threading.Lock:
+    return threading.Lock()
+
+
+def _compile(nvcc: str, source: str, defines: Defines, library: Path) -> None:
+    cache = library.parent
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as work:
         (Path(work) / "wgmma.cuh").write_text(wgmma_header.text())
@@ -87,7 +115,6 @@ def build(source: str, defines: Defines = ()) -> Path:
         report.write_text(result.stdout + result.stderr)
         report.rename(library.with_suffix(".log"))
         made.rename(library)  # complete or not there: another process may be looking
-    return library
 
 
 @functools.lru_cache(maxsize=256)

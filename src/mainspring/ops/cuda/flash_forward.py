@@ -85,6 +85,17 @@ def defines_of(
     return tuple((f"MAINSPRING_{name}", value) for name, value in values.items())
 
 
+def paged_kernel(head_dim: int, dtype: torch.dtype, windowed: bool) -> tuple[str, compiler.Defines]:
+    """What `compiler.build` compiles for prompts on a paged cache."""
+    variant = variant_of(head_dim, True, windowed, canonical=True, paged=True)
+    return SOURCE, defines_of(dtype, head_dim, True, windowed, False, _compiled(variant), True)
+
+
+def _compiled(variant: Variant) -> Variant:
+    """The variant without what the launch is told."""
+    return replace(variant, slack=0.0, cache_bytes=0)
+
+
 class _Call(ctypes.Structure):
     """Arguments of the launcher, field by field."""
 
@@ -126,8 +137,8 @@ def launch(
         block_size, longer_than, window, variant.cache_bytes,
         1.0 if softcap else scale * LOG2_E, *caps, variant.slack,
     )  # fmt: skip
-    compiled = replace(variant, slack=0.0, cache_bytes=0)  # which are arguments
-    defines = defines_of(q.dtype, q.shape[2], causal, window > 0, softcap > 0, compiled, tables is not None)
+    compiled, paged = _compiled(variant), tables is not None
+    defines = defines_of(q.dtype, q.shape[2], causal, window > 0, softcap > 0, compiled, paged)
     library = compiler.load(SOURCE, defines)
     with torch.cuda.device(q.device):
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)

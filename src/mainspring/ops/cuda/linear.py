@@ -8,8 +8,6 @@ segments of K and joins them by the tree.
 from __future__ import annotations
 
 import ctypes
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -103,11 +101,10 @@ def defines_of(
 
 
 @lru_cache(maxsize=2)
-def _build_all(dtype: torch.dtype) -> None:
-    """Compiles the table's tiles side by side, so that no later call waits for one of them."""
+def build_ahead(dtype: torch.dtype) -> None:
+    """Starts compiling the table's tiles side by side, so that no later call waits long for one of them."""
     tiles = {defines_of(dtype, t.groups, t.columns, t.panels, shared=t.shares) for t in TILES}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda defines: compiler.build(SOURCE, defines), tiles))
+    compiler.build_ahead((SOURCE, defines) for defines in sorted(tiles, key=repr))
 
 
 @lru_cache(maxsize=256)
@@ -115,7 +112,7 @@ def _launcher(
     dtype: torch.dtype, groups: int, columns: int, panels: int, segmented: bool, shared: bool
 ) -> tuple[ctypes.CDLL, Any]:
     if not segmented:
-        _build_all(dtype)
+        build_ahead(dtype)
     library = compiler.load(SOURCE, defines_of(dtype, groups, columns, panels, segmented, shared))
     function = library.mainspring_linear
     pointer, wide, word = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int

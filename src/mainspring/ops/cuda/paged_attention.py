@@ -227,7 +227,11 @@ def check_paged(
     )
 
 
+def kernel(head_dim: int, dtype: torch.dtype, fp8: bool) -> tuple[str, compiler.Defines]:
+    """What `compiler.build` compiles for such caches."""
+    return SOURCE, (("HEAD_DIM", head_dim), ("ELEMENT", ELEMENTS[dtype]), ("FP8", int(fp8)))
+
+
 def _library(head_dim: int, dtype: torch.dtype, fp8: bool, defines: compiler.Defines) -> Any:
-    return compiler.load(
-        SOURCE, (("HEAD_DIM", head_dim), ("ELEMENT", ELEMENTS[dtype]), ("FP8", int(fp8)), *defines)
-    )
+    source, own = kernel(head_dim, dtype, fp8)
+    return compiler.load(source, (*own, *defines))
