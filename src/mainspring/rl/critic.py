@@ -1,0 +1,126 @@
+"""What a critic makes of a step's answers, and how it learns from them; `ppo` and its relatives are built of this."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mainspring.model.decoder import Decoder
+from mainspring.rl.math import kl
+from mainspring.rl.math.advantages import whitened
+from mainspring.rl.math.aggregation import mean_over_tokens
+from mainspring.rl.math.value_loss import clipped_value_loss
+from mainspring.rl.samples import cut, written_log_probs
+from mainspring.rl.trajectories import Packed, Trajectory, pack
+from mainspring.rl.value_model import ValueModel
+from mainspring.train.optimizer import Optimizer
+
+
+@dataclass(frozen=True)
+class Critic:
+    """A value model and what moves it."""
+
+    model: ValueModel
+    optimizer: Optimizer
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A step's answers, or some of them, and what is known of each written token: [W] float32, in their order."""
+
+    answers: tuple[Trajectory, ...]
+    batch: Packed
+    reference_log_probs: Tensor | None
+    rewards: Tensor
+    values: Tensor  # before the step
+    advantages: Tensor
+    returns: Tensor  # what the critic learns
+
+    def select(self, chosen: Sequence[int]) -> Experience:
+        """A mini-batch of them."""
+        lengths = self.batch.lengths.tolist()
+
+        def pick(per_token: Tensor) -> Tensor:
+            pieces = per_token.split(lengths)
+            return torch.cat([pieces[i] for i in chosen])
+
+        answers = tuple(self.answers[i] for i in chosen)
+        reference = None if self.reference_log_probs is None else pick(self.reference_log_probs)
+        rest = (pick(t) for t in (self.rewards, self.values, self.advantages, self.returns))
+        return Experience(answers, pack(answers, self.values.device), reference, *rest)
+
+
+Estimate = Callable[[Packed, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(answers, rewards [W], values [W]) -> (advantages [W], returns [W])."""
+
+
+@torch.no_grad()
+def judged(
+    answers: Sequence[Trajectory],
+    critic: Critic,
+    estimate: Estimate,
+    *,
+    reference: Decoder | None,
+    kl_reward: float,
+    temperature: float,
+    whiten: bool,
+    tokens_per_microbatch: int,
+) -> Experience:
+    """A step's answers with rewards of tokens, values, advantages and returns.
+
+    An answer's reward stands at its last token. With a reference every token pays kl_reward (log π_old − log π_ref)
+    (Ouyang et al., arXiv 2203.02155, eq. 2, as verl and TRL spread it). What was cut off counts as ended: no value is
+    added for what might have followed. Raises ConfigError if an answer alone is too long for a micro-batch.
+    """
+    batch = pack(answers, critic.model.device)
+    runs = cut([len(sample.tokens) for sample in batch.samples], tokens_per_microbatch)
+    pieces = [batch.samples[run.start : run.stop] for run in runs]
+    values = torch.cat([critic.model.written_values(piece) for piece in pieces])
+    rewards = torch.zeros_like(values).index_put((batch.last,), batch.rewards)
+    log_probs: Tensor | None = None
+    if reference is not None:
+        log_probs = torch.cat([written_log_probs(reference, piece, temperature)[0] for piece in pieces])
+        rewards = rewards - kl_reward * kl.k1(batch.old_log_probs, log_probs)
+    advantages, returns = estimate(batch, rewards, values)
+    if whiten:
+        advantages = whitened(advantages)
+    return Experience(tuple(answers), batch, log_probs, rewards, values, advantages, returns)
+
+
+def value_step(
+    critic: Critic,
+    mini: Experience,
+    *,
+    clip: float | None,
+    lr_factor: float,
+    clip_norm: float,
+    tokens_per_microbatch: int,
+) -> dict[str, float]:
+    """One step of the critic's optimizer towards the returns -> "value_loss" and "value_grad_norm".
+
+    The loss is the mean over tokens, however the mini-batch is cut.
+    """
+    total, first = 0.0, 0
+    for run in cut([len(sample.tokens) for sample in mini.batch.samples], tokens_per_microbatch):
+        values = critic.model.written_values(mini.batch.samples[run.start : run.stop])
+        tokens = slice(first, first + len(values))
+        first = tokens.stop
+        losses, _ = clipped_value_loss(values, mini.values[tokens], mini.returns[tokens], clip=clip)
+        written = torch.ones_like(losses, dtype=torch.bool)
+        share = mean_over_tokens(losses, written, num_tokens=mini.batch.num_tokens)
+        share.backward()
+        critic.optimizer.accumulate()
+        total += float(share.detach())
+    return {"value_loss": total, "value_grad_norm": critic.optimizer.step(lr_factor, clip_norm)}
+
+
+def mini_batches(count: int, parts: int, epochs: int, seed: tuple[int, ...]) -> Iterator[list[int]]:
+    """Which of `count` answers each mini-batch takes: all of them once an epoch, in `parts` of nearly equal size."""
+    random = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
+    for _ in range(epochs):
+        for part in np.array_split(random.permutation(count), min(parts, count)):
+            yield part.tolist()

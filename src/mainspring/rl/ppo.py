@@ -1,0 +1,283 @@
+"""Proximal policy optimisation with a critic (Schulman et al., arXiv 1707.06347), on the engine's rollouts.
+
+    critic = Critic(values := ValueModel.of(model), Optimizer(values, OptimizerSection(lr=2e-5)))
+    for metrics in ppo(model, optimizer, critic, rollouts, PpoSettings()):
+        print(metrics)
+
+A step: the engine answers; an answer's reward stands at its last token, and every token pays for leaving the reference;
+the critic's values turn rewards into advantages and returns; then, over epochs and mini-batches, the critic takes a
+step towards the returns and the policy one along the advantages, clipped. Old log-probabilities are the engine's own:
+no second forward pass. A run is (model, optimizer, critic, step, the rollouts' state): with these it continues to the
+bit. How advantages are estimated and what is minimised are arguments: `vc_ppo` and `vapo` are this loop with others.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+from torch import Tensor
+
+from mainspring.errors import ConfigError, MainspringError
+from mainspring.model.decoder import Decoder
+from mainspring.rl.critic import Critic, Estimate, Experience, judged, mini_batches, value_step
+from mainspring.rl.lockstep import LockstepCheck
+from mainspring.rl.math import kl
+from mainspring.rl.math.advantages import gae
+from mainspring.rl.math.aggregation import mean_over_sequences, mean_over_tokens
+from mainspring.rl.math.policy_loss import clipped_policy_loss
+from mainspring.rl.math.value_loss import explained_variance
+from mainspring.rl.policy_update import MicroBatch, policy_gradient
+from mainspring.rl.rollouts import Rollouts
+from mainspring.rl.trajectories import Packed
+from mainspring.train.optimizer import Optimizer
+from mainspring.train.recipe import ScheduleSection
+from mainspring.train.schedule import learning_rate_factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PpoSettings:
+    """How a run steps; how much is written in a step is `RolloutSettings`' affair."""
+
+    max_steps: int = 1000
+    """The learning rates' schedules end here, and so does the run."""
+    tokens_per_microbatch: int = 8192
+    """Of prompts and answers together. It decides memory and speed, not the result."""
+    epochs: int = 1
+    mini_batches: int = 1
+    """Of an epoch: policy and critic each take one step of their optimizer for every mini-batch."""
+    schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    clip_norm: float = 1.0
+    seed: int = 0
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    value_clip: float | None = 0.5
+    whiten: bool = True
+    """Advantages of a step get mean 0 and variance 1."""
+    loss_mean: Literal["sequences", "tokens"] = "sequences"
+    """Whether all answers weigh the same in the policy's loss, or all tokens."""
+    entropy_bonus: float = 0.0
+    kl_reward: float = 0.0
+    """β of a penalty β (log π_old − log π_ref) on each token's reward (Ouyang et al., arXiv 2203.02155, eq. 2)."""
+    kl_loss: float = 0.0
+    """β of the KL to the reference as a term of the loss."""
+    warmup_steps: int = 0
+    """First steps in which only the critic learns. The policy's schedule begins after them."""
+    lockstep_check: Literal["first", "all"] = "first"
+    """Hold the first mini-batch's log-probabilities against the engine's, or all of a step's before any update."""
+
+
+@dataclass(frozen=True)
+class PpoMetrics:
+    """Of one step. What the optimizers' steps see is averaged over them; of the policy's, nan while it stays."""
+
+    step: int
+    reward: float
+    """Mean over the answers, without penalties."""
+    length: float
+    """Written tokens of an answer."""
+    finished: float
+    """Share of answers that ended by themselves."""
+    tokens: int
+    """Written in the step's answers."""
+    policy_loss: float
+    entropy: float
+    """Nats a token."""
+    clip_fraction: float
+    kl_old: float
+    """k3 from the policy that wrote to the one that is trained: how far a step has gone."""
+    kl_reference: float
+    """k3 from the policy that wrote to the reference; nan without one."""
+    grad_norm: float
+    value_loss: float
+    value_grad_norm: float
+    explained_variance: float
+    """Of the returns, by the values before the step."""
+    max_delta: float
+    """The largest |trainer's − engine's| log-probability of those compared, in nats."""
+    rollout_seconds: float
+    update_seconds: float
+
+
+PolicyLoss = Callable[[Experience, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
+"""(mini-batch, a micro-batch of it) -> (its share of the mini-batch's loss, scalars to be summed)."""
+
+
+def ppo(
+    model: Decoder,
+    optimizer: Optimizer,
+    critic: Critic,
+    rollouts: Rollouts,
+    settings: PpoSettings,
+    *,
+    reference: Decoder | None = None,
+    first_step: int = 0,
+    estimate: Estimate | None = None,
+    loss: PolicyLoss | None = None,
+) -> Iterator[PpoMetrics]:
+    """Trains up to max_steps; each `next` is one step. first_step: the steps already done by a run that resumes.
+
+    reference: what the policy shall stay near. estimate, loss: None for PPO's own, `gae_estimate` and `clipped_loss`.
+    Raises ConfigError for what does not fit, MainspringError where a loss is no longer finite, LockstepError where the
+    trainer's log-probabilities are not the engine's.
+    """
+    _check(settings, reference)
+    estimate = estimate if estimate is not None else gae_estimate(settings)
+    loss = loss if loss is not None else clipped_loss(settings)
+    check = LockstepCheck(model, rollouts)
+    tokens_per_microbatch, clip_norm = settings.tokens_per_microbatch, settings.clip_norm
+    for step in range(first_step, settings.max_steps):
+        answers = [answer for group in rollouts.collect() for answer in group]
+        began = time.monotonic()
+        experience = judged(
+            answers,
+            critic,
+            estimate,
+            reference=reference,
+            kl_reward=settings.kl_reward,
+            temperature=rollouts.temperature,
+            whiten=settings.whiten,
+            tokens_per_microbatch=tokens_per_microbatch,
+        )
+        check.begin()
+        if settings.lockstep_check == "all":
+            check.score(answers, tokens_per_microbatch)
+        policy_learns = step >= settings.warmup_steps
+        value_factor, policy_factor = _learning_rates(settings, step)
+        totals: dict[str, float] = defaultdict(float)
+        parts = mini_batches(len(answers), settings.mini_batches, settings.epochs, (settings.seed, step))
+        for number, chosen in enumerate(parts):
+            mini = experience.select(chosen)
+            sums = value_step(
+                critic,
+                mini,
+                clip=settings.value_clip,
+                lr_factor=value_factor,
+                clip_norm=clip_norm,
+                tokens_per_microbatch=tokens_per_microbatch,
+            )
+            if policy_learns:
+                sums |= policy_gradient(
+                    model,
+                    optimizer,
+                    mini.batch,
+                    partial(loss, mini),
+                    tokens_per_microbatch=tokens_per_microbatch,
+                    temperature=rollouts.temperature,
+                    observe=check if number == 0 else None,  # later the weights are not those that wrote
+                )
+                sums["grad_norm"] = optimizer.step(policy_factor, clip_norm)
+            _add(totals, sums, mini.batch.num_tokens, step)
+        if policy_learns:
+            rollouts.take_weights(step + 1)
+        yield _metrics(step + 1, experience, totals, policy_learns, check, rollouts, time.monotonic() - began)
+
+
+def gae_estimate(settings: PpoSettings) -> Estimate:
+    """Advantages by GAE; the returns that the critic learns are of the same λ."""
+
+    def estimate(batch: Packed, rewards: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        advantages = gae(rewards, values, batch.lengths, gamma=settings.gamma, lam=settings.lam)
+        return advantages, advantages + values
+
+    return estimate
+
+
+def clipped_loss(settings: PpoSettings) -> PolicyLoss:
+    """The clipped surrogate, and what the settings add to it."""
+
+    def loss(mini: Experience, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        losses, clipped = clipped_policy_loss(
+            micro.log_probs - micro.old_log_probs,
+            mini.advantages[micro.tokens],
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            dual_clip=settings.dual_clip,
+        )
+        if settings.entropy_bonus:
+            losses = losses - settings.entropy_bonus * micro.entropy
+        if settings.kl_loss and mini.reference_log_probs is not None:
+            reference = mini.reference_log_probs[micro.tokens]
+            losses = losses + settings.kl_loss * kl.k3_with_k2_gradient(micro.log_probs, reference)
+        if settings.loss_mean == "tokens":
+            share = mean_over_tokens(losses, micro.written, num_tokens=mini.batch.num_tokens)
+        else:
+            share = mean_over_sequences(losses, micro.written, micro.lengths, num_sequences=len(mini.answers))
+        moved = kl.k3(micro.old_log_probs, micro.log_probs)
+        return share, {"clipped": clipped.sum(), "entropy": micro.entropy.sum(), "kl_old": moved.sum()}
+
+    return loss
+
+
+def _learning_rates(settings: PpoSettings, step: int) -> tuple[float, float]:
+    """(the critic's factor, the policy's): the policy's schedule spans the steps in which it learns."""
+    stays = settings.warmup_steps
+    own = max(0.0, (step - stays + 0.5) / (settings.max_steps - stays))
+    whole = (step + 0.5) / settings.max_steps
+    return learning_rate_factor(settings.schedule, whole), learning_rate_factor(settings.schedule, own)
+
+
+def _add(totals: dict[str, float], sums: Mapping[str, float], num_tokens: int, step: int) -> None:
+    """A mini-batch's sums. Raises MainspringError where one is not finite."""
+    for name, value in {**sums, "mini_batches": 1, "tokens": num_tokens}.items():
+        if not math.isfinite(value):
+            raise MainspringError(f"step {step + 1}: {name} is {value}; lower the learning rate")
+        totals[name] += value
+
+
+def _metrics(
+    step: int,
+    experience: Experience,
+    totals: Mapping[str, float],
+    policy_learns: bool,
+    check: LockstepCheck,
+    rollouts: Rollouts,
+    update_seconds: float,
+) -> PpoMetrics:
+    batch, log_probs = experience.batch, experience.reference_log_probs
+
+    def of_policy(name: str, per: str) -> float:
+        return totals[name] / totals[per] if policy_learns else math.nan
+
+    return PpoMetrics(
+        step=step,
+        reward=float(batch.rewards.mean()),
+        length=float(batch.lengths.double().mean()),
+        finished=float(batch.finished.double().mean()),
+        tokens=batch.num_tokens,
+        policy_loss=of_policy("loss", "mini_batches"),
+        entropy=of_policy("entropy", "tokens"),
+        clip_fraction=of_policy("clipped", "tokens"),
+        kl_old=of_policy("kl_old", "tokens"),
+        kl_reference=math.nan if log_probs is None else float(kl.k3(batch.old_log_probs, log_probs).mean()),
+        grad_norm=of_policy("grad_norm", "mini_batches"),
+        value_loss=totals["value_loss"] / totals["mini_batches"],
+        value_grad_norm=totals["value_grad_norm"] / totals["mini_batches"],
+        explained_variance=float(explained_variance(experience.values, experience.returns)),
+        max_delta=check.max_delta,
+        rollout_seconds=rollouts.report.seconds + rollouts.report.reward_seconds,
+        update_seconds=update_seconds,
+    )
+
+
+def _check(settings: PpoSettings, reference: Decoder | None) -> None:
+    for name in ("epochs", "mini_batches", "max_steps", "tokens_per_microbatch"):
+        if getattr(settings, name) < 1:
+            raise ConfigError(f"{name} = {getattr(settings, name)} must be at least 1")
+    if not 0 <= settings.warmup_steps < settings.max_steps:
+        raise ConfigError(
+            f"warmup_steps = {settings.warmup_steps} must be at least 0 and below max_steps = {settings.max_steps}; "
+            "the policy learns in the steps after them"
+        )
+    if reference is None and (settings.kl_reward or settings.kl_loss):
+        raise ConfigError(
+            "kl_reward and kl_loss need a reference; give the model that the policy shall stay near"
+        )
