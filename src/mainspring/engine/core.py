@@ -25,9 +25,20 @@ from mainspring.engine.random_numbers import key_from_seed
 from mainspring.engine.request import Request
 from mainspring.engine.sampler import SeatSampler
 from mainspring.engine.scheduler import ScheduledRequest, Scheduler
+from mainspring.engine.served_model import (
+    ServedModel,
+    cache_shape,
+    check_ranks,
+    check_supported,
+    close_model,
+    free_memory,
+    replace_weights,
+    supports_graphs,
+    watched,
+)
 from mainspring.engine.speculative import may_draft
 from mainspring.engine.token_rules import TokenRules
-from mainspring.engine.weights import broadcast_weights, copy_weights, weights_checksum
+from mainspring.engine.weights import broadcast_weights, weights_checksum
 from mainspring.errors import ConfigError, InvalidRequestError
 from mainspring.formats.tokenizer import Tokenizer
 from mainspring.model.decoder import Decoder
@@ -49,7 +60,7 @@ class EngineCore:
 
     def __init__(
         self,
-        model: Decoder,
+        model: ServedModel,
         config: EngineConfig | None = None,
         *,
         tokenizer: Tokenizer | None = None,
@@ -58,11 +69,15 @@ class EngineCore:
         """tokenizer: for requests with bad words or a structure to follow; without one they are refused.
         draft_model: a loaded one, instead of a name in `config.speculative`."""
         config = config if config is not None else EngineConfig()
+        check_supported(model, config)
         device = model.device
         draft = draft_model if draft_model is not None else load_draft_model(config.speculative, model)
         max_model_len = sizing.max_model_len(config, model.config)
         cache_dtype = sizing.cache_dtype(config, model.dtype, device)
-        num_blocks = sizing.num_cache_blocks(config, model.config, cache_dtype, device, max_model_len)
+        held, free = cache_shape(model), lambda: free_memory(model)
+        sized = model.config, cache_dtype, device, max_model_len
+        config = sizing.with_seats(config, *sized, shape=held, free=free)
+        num_blocks = sizing.num_cache_blocks(config, *sized, shape=held, free=free)
         if draft is not None and config.num_blocks is None:
             num_blocks = blocks_beside(num_blocks, model, draft)
         self.config = config
@@ -99,10 +114,10 @@ class EngineCore:
             max_model_len=max_model_len,
             cache_dtype=cache_dtype,
             max_num_tokens=sizing.max_num_batched_tokens(config, device),
-            graphs=device.type == "cuda" if config.cuda_graphs is None else config.cuda_graphs,
+            graphs=supports_graphs(model) if config.cuda_graphs is None else config.cuda_graphs,
             logprobs_temperature=config.logprobs_temperature,
         )
-        if config.lora_adapters:
+        if config.lora_adapters and isinstance(model, Decoder):
             self._runner.adapters = LoraAdapters(model, config.lora_adapters)
         # Steps that have been launched and whose results have not been looked at; at most so many more than one.
         self._launched: deque[StepResult] = deque()
@@ -219,9 +234,9 @@ class EngineCore:
 
         Returns the checksum of all weights (`weights_checksum`). Raises CheckpointError; then nothing has changed.
         """
-        copy_weights(self._model, state_dict)
+        checksum = replace_weights(self._model, state_dict)
         self._scheduler.forget_prefixes()
-        return weights_checksum(self._model)
+        return checksum
 
     @torch.inference_mode()
     def step(self) -> list[TokenOutput]:
@@ -246,11 +261,25 @@ class EngineCore:
     def receive_weights(self, source: int, group: dist.ProcessGroup | None = None) -> str:
         """As `update_weights`, from process `source` of a torch.distributed group, which calls `broadcast_weights`.
 
-        Returns the checksum, to be compared with the sender's. Raises CheckpointError; then nothing has changed.
+        Returns the checksum, to be compared with the sender's. Raises CheckpointError; then nothing has changed. Raises
+        ConfigError under a layout, whose ranks are in a group of their own.
         """
+        if not isinstance(self._model, Decoder):
+            raise ConfigError(
+                "an engine under a layout receives no broadcast: its ranks form a group of their own; "
+                "give it the tensors (update_weights) or a directory"
+            )
         broadcast_weights(self._model, source, group)
         self._scheduler.forget_prefixes()
         return weights_checksum(self._model)
+
+    def check_ranks(self) -> None:
+        """Raises EngineDeadError if another process of the model has ended; nothing can be computed any more."""
+        check_ranks(self._model)
+
+    def close(self) -> None:
+        """Ends the other processes of a model that is spread over several."""
+        close_model(self._model)
 
     def stats(self) -> EngineStats:
         prefix = self._scheduler.prefix_stats
@@ -308,7 +337,9 @@ class EngineCore:
 
     def _collect(self, step: StepResult) -> list[TokenOutput]:
         """Wait for a launched step and hand out what it gave."""
-        step.wait()
+        with watched(self._model):
+            step.wait()
+        check_ranks(self._model)
         for request, tensors in step.prompt_logprobs:
             assert request.prompt_logprobs is not None
             request.prompt_logprobs += tensors.entries(

@@ -8,6 +8,7 @@ there are, so padding changes nothing.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from mainspring.engine.hooks import Sampler
 from mainspring.engine.seats import SeatTables
+from mainspring.engine.served_model import ServedModel, announcement
 from mainspring.engine.step_input import Ints, send
-from mainspring.model.decoder import Decoder
 from mainspring.ops.batch import KVCache, TokenBatch
 from mainspring.ops.decode_inputs import decode_inputs, put_tokens
 
@@ -42,11 +43,13 @@ class _Size:
     boundaries: Tensor  # [N + 1] int32: 0, 1 ... N
     outputs: tuple[Tensor, Tensor, Tensor] | None = None  # logits, tokens, positions
     graph: torch.cuda.CUDAGraph | None = None
+    announce: Callable[[], None] | None = None  # before each replay, to the other ranks of a layout
 
 
 def sizes_up_to(most: int) -> list[int]:
-    """1, 2, 4, 8, 16, 24 ... and `most`: what products of few rows are tiled by."""
-    return sorted({size for size in (1, 2, 4, *range(8, most, 8)) if size < most} | {most})
+    """1, 2, 4, 8, 16, 24 ... 256, then every 32 and from 512 on every 64, and `most`: what products are tiled by."""
+    sizes = (1, 2, 4, *range(8, 256, 8), *range(256, 512, 32), *range(512, most, 64))
+    return sorted({size for size in sizes if size < most} | {most})
 
 
 class DecodeGraphs:
@@ -56,7 +59,7 @@ class DecodeGraphs:
     """
 
     def __init__(
-        self, model: Decoder, tables: SeatTables, sampler: Sampler, cache: KVCache, max_model_len: int
+        self, model: ServedModel, tables: SeatTables, sampler: Sampler, cache: KVCache, max_model_len: int
     ) -> None:
         self._model = model
         self._tables = tables
@@ -87,6 +90,8 @@ class DecodeGraphs:
             pinned = torch.empty((3, size), dtype=torch.int64, pin_memory=True)
             pinned.numpy()[:] = padded
             step.inputs.copy_(pinned, non_blocking=True)
+            if step.announce is not None:
+                step.announce()
             step.graph.replay()
         assert step.outputs is not None  # set just now, or when the graph was captured
         logits, tokens, positions = step.outputs
@@ -142,6 +147,7 @@ class DecodeGraphs:
             step.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(step.graph, pool=self.pool, stream=stream):
                 logits, tokens, positions = self._run(step, contexts)
+            step.announce = announcement(self._model)
             # The memory of the logits goes back to the pool, for those of the next graph.
             step.outputs = unowned(logits), tokens, positions
             del logits

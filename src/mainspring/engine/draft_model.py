@@ -11,6 +11,7 @@ from torch import Tensor
 from mainspring.engine.block_allocator import BlockAllocator
 from mainspring.engine.request import Request
 from mainspring.engine.sampler import SeatSampler, truncates
+from mainspring.engine.served_model import ServedModel
 from mainspring.errors import ConfigError
 from mainspring.model.decoder import Decoder
 from mainspring.ops.batch import KVCache, TokenBatch
@@ -47,7 +48,7 @@ class DraftModelDrafter:
     def __init__(
         self,
         model: Decoder,
-        target: Decoder,
+        target: ServedModel,
         sampler: SeatSampler,
         num_tokens: int,
         num_blocks: int,

@@ -6,6 +6,7 @@ from mainspring.engine.draft_model import DraftModelDrafter
 from mainspring.engine.hooks import Drafter
 from mainspring.engine.ngram_drafter import NgramDrafter
 from mainspring.engine.sampler import SeatSampler
+from mainspring.engine.served_model import ServedModel
 from mainspring.engine.speculative import SpeculativeConfig
 from mainspring.errors import ConfigError
 from mainspring.formats.model_config import ModelConfig
@@ -13,7 +14,7 @@ from mainspring.model.checkpoint import load_model
 from mainspring.model.decoder import Decoder
 
 
-def load_draft_model(config: SpeculativeConfig | None, target: Decoder) -> Decoder | None:
+def load_draft_model(config: SpeculativeConfig | None, target: ServedModel) -> Decoder | None:
     """The draft model, on the model's device, if there is to be one. Its order of sums decides no token, so it
     computes as fast as it can. Raises what `load_model` raises."""
     if config is None or config.model is None:
@@ -21,7 +22,7 @@ def load_draft_model(config: SpeculativeConfig | None, target: Decoder) -> Decod
     return load_model(config.model, device=target.device, numerics="fast")
 
 
-def blocks_beside(num_blocks: int, target: Decoder, draft: Decoder) -> int:
+def blocks_beside(num_blocks: int, target: ServedModel, draft: Decoder) -> int:
     """How many blocks the two caches can have each, in the memory of num_blocks of the model's alone."""
     ours, theirs = (_row_bytes(model.config, model.dtype.itemsize) for model in (target, draft))
     return max(1, num_blocks * ours // (ours + theirs))
@@ -29,7 +30,7 @@ def blocks_beside(num_blocks: int, target: Decoder, draft: Decoder) -> int:
 
 def make_drafter(
     config: SpeculativeConfig | None,
-    target: Decoder,
+    target: ServedModel,
     draft: Decoder | None,
     sampler: SeatSampler,
     num_blocks: int,

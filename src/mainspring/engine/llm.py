@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from types import TracebackType
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,10 @@ from mainspring.engine.core import EngineCore
 from mainspring.engine.messages import EngineRequest, Pooling
 from mainspring.engine.output_processor import OutputKind, OutputProcessor
 from mainspring.engine.outputs import RequestOutput
+from mainspring.engine.ranks.layout import serving_layout
+from mainspring.engine.ranks.lead import LeadModel
 from mainspring.engine.sampling_params import SamplingParams
+from mainspring.engine.served_model import ServedModel
 from mainspring.engine.speculative import SpeculativeConfig
 from mainspring.errors import ConfigError, InvalidRequestError
 from mainspring.formats.named_models import resolve
@@ -28,6 +32,7 @@ from mainspring.formats.tokenizer import Tokenizer
 from mainspring.model.checkpoint import load_model
 from mainspring.model.decoder import Decoder
 from mainspring.ops import Numerics
+from mainspring.parallel.layout import Layout
 
 _OFFLINE_BATCHED_TOKENS = 16_384
 
@@ -50,6 +55,11 @@ class LLM:
         device: torch.device | str = "cpu",
         numerics: Numerics = "lockstep",
         quantized: bool = False,
+        layout: Layout | str | None = None,
+        tp: int = 1,
+        pp: int = 1,
+        ep: int = 1,
+        tp_invariant: bool = False,
         max_model_len: int | None = None,
         max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
@@ -73,6 +83,8 @@ class LLM:
             tokenizer: None: the model's own. A `Decoder` has none: without one, prompts are token ids,
                 texts stay empty and stop strings are refused.
             dtype, device, numerics, quantized: as `load_model` takes them; a `Decoder` has its own.
+            layout, or tp, pp, ep, tp_invariant: spread the model over processes, as `serving_layout` says: this
+                one is rank 0 and starts the others. Leave by `close` or as a context manager.
             max_model_len ... seed: as in `EngineConfig`.
             speculative_config: guess tokens and verify several in one step; the text stays the same.
             draft_model: a loaded model that guesses, instead of `speculative_config.model`.
@@ -97,6 +109,13 @@ class LLM:
             speculative=speculative_config,
             lora_adapters=None if lora is None else {name: str(path) for name, path in lora.items()},
         )
+        spread = serving_layout(layout, tp=tp, pp=pp, ep=ep, tp_invariant=tp_invariant)
+        self.model: ServedModel
+        if spread is not None and (isinstance(model, Decoder) or quantized):
+            raise ConfigError(
+                f"layout {spread} needs a checkpoint that each rank reads its part of; a loaded or quantised model "
+                "cannot be cut"
+            )
         if isinstance(model, Decoder):
             if dtype is not None or quantized:
                 raise ConfigError(
@@ -107,13 +126,16 @@ class LLM:
         else:
             # A quantised file is converted to what is asked for: float32 keeps its exact values.
             directory = resolve(model, dtype if dtype is not None else "bfloat16").path
-            self.model = load_model(
-                model if quantized else directory,
-                device=device,
-                dtype=dtype,
-                numerics=numerics,
-                quantized=quantized,
-            )
+            if spread is not None:
+                self.model = LeadModel(directory, spread, device=device, dtype=dtype, numerics=numerics)
+            else:
+                self.model = load_model(
+                    model if quantized else directory,
+                    device=device,
+                    dtype=dtype,
+                    numerics=numerics,
+                    quantized=quantized,
+                )
             tokenizer = tokenizer if tokenizer is not None else Tokenizer.from_directory(directory)
         self.tokenizer = tokenizer
         if max_num_batched_tokens is None and self.model.device.type == "cuda":
@@ -124,6 +146,18 @@ class LLM:
         self._request_ids = count()
         ends = self.model.config.eos_token_ids + (() if tokenizer is None else tokenizer.eos_token_ids)
         self._eos_token_ids = tuple(dict.fromkeys(ends))
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the other processes of a model under a layout; elsewhere nothing. May be called twice."""
+        self.engine.close()
 
     def generate(
         self,

@@ -16,11 +16,18 @@ from mainspring.engine.messages import TokenLogprobs
 from mainspring.engine.request import Request
 from mainspring.engine.scheduler import ScheduledRequest
 from mainspring.engine.seats import SeatTables
+from mainspring.engine.served_model import (
+    ServedModel,
+    allocate_cache,
+    cache_shape,
+    copy_cache_blocks,
+    release_cache,
+)
 from mainspring.engine.step_graphs import StepGraphs
 from mainspring.engine.step_input import StepArrays, build_step, send
 from mainspring.engine.threads import single_threaded
-from mainspring.model.decoder import Decoder
 from mainspring.ops.batch import KVCache, LinearAdapters, TokenBatch
+from mainspring.ops.cuda.ahead import build_for_serving
 from mainspring.ops.logit_loss import rows_per_chunk
 
 
@@ -67,7 +74,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: Decoder,
+        model: ServedModel,
         sampler: Sampler,
         *,
         num_blocks: int,
@@ -94,21 +101,15 @@ class ModelRunner:
         self._graphs: DecodeGraphs | None = None
         self._step_graphs: StepGraphs | None = None
         self.adapters: Adapters | None = None
+        if model.device.type == "cuda":
+            heads = model.config.head_dim, model.dtype, cache_dtype
+            build_for_serving(*heads, model.config.sliding_windows, model.policy)
         self.allocate_cache()
 
     def allocate_cache(self) -> None:
         """Take the cache's memory, if it is not held."""
         if self._cache is None:
-            config = self._model.config
-            self._cache = KVCache.allocate(
-                config.num_layers,
-                self._num_blocks + 1,  # the null block
-                self._block_size,
-                config.num_kv_heads,
-                config.head_dim,
-                self._cache_dtype,
-                self._model.device,
-            )
+            self._cache = allocate_cache(self._model, self._num_blocks, self._block_size, self._cache_dtype)
             if self._wants_graphs:
                 self._graphs = DecodeGraphs(
                     self._model, self._tables, self._sampler, self._cache, self._max_model_len
@@ -130,10 +131,10 @@ class ModelRunner:
 
     @property
     def cache_bytes(self) -> int:
-        """What keys and values take, the null block included."""
-        config = self._model.config
-        row = config.num_kv_heads * config.head_dim * self._cache_dtype.itemsize
-        return 2 * config.num_layers * (self._num_blocks + 1) * self._block_size * row
+        """What keys and values take in one process, the null block included."""
+        shape = cache_shape(self._model)
+        row = shape.row_bytes(self._cache_dtype.itemsize)
+        return 2 * shape.num_layers * (self._num_blocks + 1) * self._block_size * row
 
     @property
     def cache_dtype_name(self) -> str:
@@ -150,6 +151,7 @@ class ModelRunner:
         self._graphs = None
         self._step_graphs = None
         self._cache = None
+        release_cache(self._model)
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()  # also for other processes
 
@@ -326,10 +328,7 @@ class ModelRunner:
     def _copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         if copies:
             assert self._cache is not None
-            pairs = self._send(copies)
-            for tensor in (*self._cache.k, *self._cache.v):
-                blocks = tensor.view(torch.uint8)  # byte by byte: torch indexes no fp8
-                blocks[pairs[:, 1]] = blocks[pairs[:, 0]]
+            copy_cache_blocks(self._model, self._cache, self._send(copies))
 
     def _bitmask(self, requests: Sequence[Request]) -> Tensor | None:
         """[R, ceil(V / 32)] int32 of what the requests' grammars allow; None if none has one."""

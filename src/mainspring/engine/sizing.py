@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from mainspring.engine.config import EngineConfig
+from mainspring.engine.ranks.shard import CacheShape
 from mainspring.errors import ConfigError
 from mainspring.formats.model_config import ModelConfig
 
@@ -23,7 +26,11 @@ _KEY_CHUNK, _PARTIAL_ROWS = (
 _CPU_BATCHED_TOKENS = 512
 _GPU_BATCHED_TOKENS = 8192
 _CPU_SEQUENCES = 64
-_GPU_SEQUENCES = 256
+# A GPU has a seat for each so many tokens of its cache, in steps, and from 256 to 1,024 seats: of requests as long as
+# the throughput benchmark's (848 tokens on average while they run) hardly any is preempted then.
+_TOKENS_PER_SEAT = 960
+_SEAT_STEP = 64
+_GPU_SEQUENCES, _GPU_MOST_SEQUENCES = 256, 1024
 
 
 def context_length(config: ModelConfig) -> int:
@@ -46,6 +53,31 @@ def max_model_len(engine: EngineConfig, config: ModelConfig) -> int:
             f"max_model_len is {engine.max_model_len}, but the model's context is {context} tokens; lower it"
         )
     return engine.max_model_len
+
+
+def with_seats(
+    engine: EngineConfig,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    longest: int,
+    *,
+    shape: CacheShape | None = None,
+    free: Callable[[], int] | None = None,
+) -> EngineConfig:
+    """The settings with `max_num_seqs` filled in: on a GPU, by how many requests of usual length the cache holds.
+
+    Arguments and errors of `num_cache_blocks`.
+    """
+    if engine.max_num_seqs is not None:
+        return engine
+    seats = _CPU_SEQUENCES
+    if device.type == "cuda":
+        fewest = replace(engine, max_num_seqs=_GPU_SEQUENCES)
+        tokens = _affordable_blocks(fewest, config, dtype, device, longest, shape, free) * engine.block_size
+        seats = tokens // min(_TOKENS_PER_SEAT, longest) // _SEAT_STEP * _SEAT_STEP
+        seats = min(max(seats, _GPU_SEQUENCES), _GPU_MOST_SEQUENCES)
+    return replace(engine, max_num_seqs=min(seats, max_num_batched_tokens(engine, device)))
 
 
 def max_num_seqs(engine: EngineConfig, device: torch.device) -> int:
@@ -76,16 +108,41 @@ def cache_dtype(engine: EngineConfig, dtype: torch.dtype, device: torch.device) 
 
 
 def num_cache_blocks(
-    engine: EngineConfig, config: ModelConfig, dtype: torch.dtype, device: torch.device, longest: int
+    engine: EngineConfig,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    longest: int,
+    *,
+    shape: CacheShape | None = None,
+    free: Callable[[], int] | None = None,
 ) -> int:
     """Usable blocks of the KV cache (the null block comes on top). Raises ConfigError if not even one fits.
 
-    dtype: of the cache; longest: the longest sequence in tokens.
+    dtype: of the cache; longest: the longest sequence in tokens; shape: what of each token this process holds, None for
+    all; free: the memory in bytes of which a share may be taken, None for what is free here.
     """
+    blocks = _affordable_blocks(engine, config, dtype, device, longest, shape, free)
+    if engine.num_blocks is not None or engine.kv_cache_bytes is not None:
+        return blocks
+    return max(1, min(blocks, max_num_seqs(engine, device) * -(-longest // engine.block_size)))
+
+
+def _affordable_blocks(
+    engine: EngineConfig,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    longest: int,
+    shape: CacheShape | None,
+    free: Callable[[], int] | None,
+) -> int:
+    """As `num_cache_blocks`, were there any number of sequences to fill them."""
     if engine.num_blocks is not None:
         return engine.num_blocks
-    row_bytes = config.num_kv_heads * config.head_dim * dtype.itemsize
-    block_bytes = 2 * config.num_layers * engine.block_size * row_bytes
+    if shape is None:
+        shape = CacheShape(config.num_layers, config.num_kv_heads, config.head_dim)
+    block_bytes = 2 * shape.num_layers * engine.block_size * shape.row_bytes(dtype.itemsize)
     if engine.kv_cache_bytes is not None:
         blocks = engine.kv_cache_bytes // block_bytes - 1
         if blocks < 1:
@@ -94,15 +151,15 @@ def num_cache_blocks(
                 f"{engine.block_size} tokens) takes {2 * block_bytes} bytes"
             )
         return blocks
-    budget = _default_cache_bytes(engine, config, device, longest)
+    available = free() if free is not None else free_bytes(device)
+    budget = _default_cache_bytes(engine, config, device, longest, available)
     if budget < 2 * block_bytes and device.type == "cuda":
         needed = workspace_bytes(engine, config, device, longest) >> 20
         raise ConfigError(
             f"no memory is left for the KV cache: beside the model, the largest step needs about {needed} MiB; lower "
             "max_num_batched_tokens, max_num_seqs or max_model_len, or size the cache by kv_cache_bytes"
         )
-    ever_needed = max_num_seqs(engine, device) * -(-longest // engine.block_size)
-    return max(1, min(budget // block_bytes - 1, ever_needed))
+    return budget // block_bytes - 1
 
 
 def workspace_bytes(engine: EngineConfig, config: ModelConfig, device: torch.device, longest: int) -> int:
@@ -123,12 +180,19 @@ def workspace_bytes(engine: EngineConfig, config: ModelConfig, device: torch.dev
 
 
 def _default_cache_bytes(
-    engine: EngineConfig, config: ModelConfig, device: torch.device, longest: int
+    engine: EngineConfig, config: ModelConfig, device: torch.device, longest: int, free: int
 ) -> int:
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
         return int(free * _GPU_SHARE) - workspace_bytes(engine, config, device, longest) - _GPU_RESERVE_BYTES
-    return min(_CPU_LIMIT_BYTES, int(_free_host_bytes() * _CPU_SHARE))
+    return min(_CPU_LIMIT_BYTES, int(free * _CPU_SHARE))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on the device; on a CPU, that can be taken without swapping."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
+    return _free_host_bytes()
 
 
 def _free_host_bytes() -> int:

@@ -9,6 +9,7 @@ depend on what stands beside it, so padding changes nothing.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +18,13 @@ from torch import Tensor
 from mainspring.engine.decode_graphs import DecodeGraphs, DecodeRows, unowned
 from mainspring.engine.hooks import Sampler
 from mainspring.engine.seats import SeatTables
+from mainspring.engine.served_model import ServedModel, announcement
 from mainspring.engine.step_input import StepArrays
-from mainspring.model.decoder import Decoder
 from mainspring.ops.batch import KVCache, TokenBatch
 from mainspring.ops.paged_attention import reads_lengths_on_the_device
 
 _SMALLEST = 16
+_FINE_FROM = 512
 # Padding may cost the GPU so long, at this speed; more, and the host launches the step as it is.
 _PADDING_SECONDS = 0.01
 _OPERATIONS_PER_SECOND = 6e14
@@ -34,6 +36,7 @@ class _Size:
 
     inputs: Tensor
     graph: torch.cuda.CUDAGraph
+    announce: Callable[[], None]  # before each replay, to the other ranks of a layout
     logits: Tensor  # [S, V] float32
     tokens: Tensor  # [S] int64
     seats: Tensor  # [S] int64
@@ -45,7 +48,7 @@ class StepGraphs:
 
     def __init__(
         self,
-        model: Decoder,
+        model: ServedModel,
         tables: SeatTables,
         sampler: Sampler,
         cache: KVCache,
@@ -70,7 +73,7 @@ class StepGraphs:
         self._most_padding = int(_PADDING_SECONDS * _OPERATIONS_PER_SECOND / (2 * parameters))
 
     @staticmethod
-    def serves(model: Decoder, cache: KVCache) -> bool:
+    def serves(model: ServedModel, cache: KVCache) -> bool:
         """Whether this model's attention reads lengths where a graph can change them.
 
         Not with experts: what attention leaves for tokens of no sequence is undefined, and would be routed.
@@ -99,6 +102,7 @@ class StepGraphs:
         pinned = torch.empty(graph.inputs.numel(), dtype=torch.int64, pin_memory=True)
         torch.cat([torch.from_numpy(array) for array in arrays], out=pinned)
         graph.inputs.copy_(pinned, non_blocking=True)
+        graph.announce()
         graph.graph.replay()
         count = len(step.sample_rows)
         return DecodeRows(
@@ -124,7 +128,7 @@ class StepGraphs:
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             logits, tokens = self._run(parts)
         torch.cuda.current_stream().wait_stream(self._stream)
-        return _Size(inputs, graph, unowned(logits), tokens, parts[6], parts[7])
+        return _Size(inputs, graph, announcement(self._model), unowned(logits), tokens, parts[6], parts[7])
 
     def _run(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """(logits, sampled tokens) of a step made of `StepArrays.padded`."""
@@ -154,9 +158,9 @@ class StepGraphs:
 
 
 def _sizes_up_to(most: int) -> list[int]:
-    """Powers of two and the numbers half way between them, and `most`."""
+    """Powers of two and the numbers half way between them, from 512 on those at each quarter of the way; and `most`."""
     sizes, size = [], _SMALLEST
     while size < most:
-        sizes += [size, size * 3 // 2]
+        sizes += [size * quarters // 4 for quarters in ((4, 6) if size < _FINE_FROM else (4, 5, 6, 7))]
         size *= 2
     return [*(s for s in sizes if s < most), most]

@@ -74,18 +74,26 @@ def weights_checksum(model: Decoder) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(model.hf_tensors().items()):
-        total = _sum_of_bits(tensor)
+        total = sum_of_bits(tensor)
         digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype), int(total))).encode())
     return digest.hexdigest()
 
 
-def _sum_of_bits(tensor: Tensor) -> Tensor:
+def sum_of_bits(tensor: Tensor, *, first: int = 0, width: int | None = None) -> Tensor:
+    """An element's bits times its place's factor, summed: an int64 scalar. Of a part of a larger tensor its term.
+
+    first: the place of tensor's first element; width: the row length of the whole, if it is longer than tensor's.
+    """
     words = (
         tensor.contiguous().view(-1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
     )
+    columns = tensor.shape[-1] if tensor.dim() > 1 else 1
+    gap = 0 if width is None else width - columns  # elements of the whole between two rows of the part
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for start in range(0, words.numel(), _CHUNK):
         chunk = words[start : start + _CHUNK].to(torch.int64)
         place = torch.arange(start, start + chunk.numel(), device=tensor.device)
-        total += (chunk * (2 * place * _FACTOR + 1)).sum()
+        if gap:
+            place = place + gap * torch.div(place, columns, rounding_mode="floor")
+        total += (chunk * (2 * (first + place) * _FACTOR + 1)).sum()
     return total

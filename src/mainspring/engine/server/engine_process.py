@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
-import shutil
 import signal
 import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import zmq
 
+from mainspring.engine.parent_watch import end_with_parent
 from mainspring.engine.server.protocol import (
     TO_ENGINE,
     TO_FRONTEND,
@@ -190,25 +188,12 @@ def load_core(message: Load, channel: Channel) -> EngineCore:
     return core
 
 
-def watch_parent(directory: Path) -> None:
-    """Ends this process, and removes the private directory, as soon as the parent has gone."""
-
-    def wait_for_end() -> None:
-        while os.read(0, 1024):
-            pass
-        shutil.rmtree(directory, ignore_errors=True)
-        # Not sys.exit: the main thread may be in a long step, and there is nobody left to answer.
-        os._exit(0)
-
-    threading.Thread(target=wait_for_end, name="parent-watch", daemon=True).start()
-
-
 def main(directory: Path) -> int:
     """Runs the engine process; returns its exit status."""
     # Ctrl-C and a service manager signal the whole group; the frontend decides when this process ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    watch_parent(directory)
+    end_with_parent(directory)
     channel = Channel(directory)
     try:
         # The slow import, before the first message: the frontend looks for the model meanwhile.

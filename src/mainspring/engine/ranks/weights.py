@@ -1,0 +1,103 @@
+"""A rank's weights: read from the checkpoint by slices, replaced by new ones, and summed up over all ranks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mainspring.engine.weights import sum_of_bits
+from mainspring.formats.model_config import ModelConfig
+from mainspring.formats.safetensors_file import CheckpointReader
+from mainspring.model.checkpoint import stored_tensor
+from mainspring.model.decoder import Decoder
+from mainspring.ops import Policy
+from mainspring.parallel.checkpoint import check_names
+from mainspring.parallel.collectives import all_reduce
+from mainspring.parallel.decoder import ParallelDecoder
+from mainspring.parallel.layout import Layout
+from mainspring.parallel.mesh import Mesh
+from mainspring.parallel.parallelize import parallelize
+from mainspring.parallel.placement import Block, hf_shapes
+
+
+def load_shard(
+    directory: str | Path,
+    layout: Layout,
+    mesh: Mesh,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    policy: Policy,
+) -> ParallelDecoder:
+    """The rank's part of a checkpoint; of the mapped files only its own rectangles are touched.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown or of another shape; ConfigError: the layout does not fit.
+    """
+    config = ModelConfig.from_file(Path(directory) / "config.json")
+    model = parallelize(
+        Decoder(config, policy=policy, device="meta", dtype=dtype), layout, mesh, device=device
+    )
+    reader = CheckpointReader(directory)
+    shapes = hf_shapes(config)
+    check_names(reader, shapes, tied=config.tie_word_embeddings)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, blocks in model.placement.blocks.items():
+            for block in blocks:
+                whole = stored_tensor(reader.entry(block.name), shapes[block.name])
+                block.view(parameters[name]).copy_(_rectangle(whole, block))
+    return model.eval()
+
+
+@torch.no_grad()
+def copy_weight(model: ParallelDecoder, parameters: Mapping[str, Tensor], name: str, whole: Tensor) -> None:
+    """Replaces what the rank holds of Hugging Face's tensor `name`, given whole. parameters: as the placement names
+    them."""
+    for parameter, blocks in model.placement.blocks.items():
+        for block in blocks:
+            if block.name == name:
+                block.view(parameters[parameter]).copy_(_rectangle(whole, block))
+
+
+@torch.no_grad()
+def checksum(model: ParallelDecoder, parameters: Mapping[str, Tensor]) -> str:
+    """`engine.weights.weights_checksum` of the whole model, from the ranks' parts; a collective call."""
+    shapes = hf_shapes(model.config)
+    places = {name: place for place, name in enumerate(sorted(shapes))}
+    sums = torch.zeros(len(shapes), dtype=torch.int64, device=model.device)
+    for parameter, blocks in model.placement.blocks.items():
+        for block in blocks:
+            if _counts(model, block):
+                whole = shapes[block.name]
+                width = whole[1] if len(whole) > 1 else 1
+                column = block.start[1] if len(whole) > 1 else 0
+                first = block.start[0] * width + column
+                sums[places[block.name]] += sum_of_bits(
+                    block.view(parameters[parameter]), first=first, width=width
+                )
+    all_reduce(sums, model.mesh.group("world"))
+    digest = hashlib.blake2b(digest_size=16)
+    for name, total in zip(places, sums.tolist(), strict=True):
+        digest.update(repr((name, shapes[name], str(model.dtype), int(total))).encode())
+    return digest.hexdigest()
+
+
+def _counts(model: ParallelDecoder, block: Block) -> bool:
+    """Of several ranks that hold the block, one counts it."""
+    mesh = model.mesh
+    if block.holders is not None and mesh.group(block.holders).rank:
+        return False
+    if block.expert is None and mesh.group("dp").rank:
+        return False
+    return block.parameter != "embedding" or mesh.group("tied").rank == 0
+
+
+def _rectangle(tensor: Tensor, block: Block) -> Tensor:
+    for dim, (start, size) in enumerate(zip(block.start, block.shape, strict=True)):
+        tensor = tensor.narrow(dim, start, size)
+    return tensor

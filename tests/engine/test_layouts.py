@@ -1,0 +1,196 @@
+"""The engine over several processes (gloo): the same tokens and, bit for bit, the same log-probabilities as in one."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from engine.test_core import Job, Result, assert_bitwise_the_trainers, run
+from mainspring.engine.config import EngineConfig
+from mainspring.engine.core import EngineCore
+from mainspring.engine.ranks.layout import serving_layout
+from mainspring.engine.ranks.lead import LeadModel
+from mainspring.engine.sampling_params import SamplingParams
+from mainspring.engine.speculative import SpeculativeConfig
+from mainspring.engine.weights import weights_checksum
+from mainspring.errors import CheckpointError, ConfigError, EngineDeadError
+from mainspring.model.checkpoint import load_model, read_tensors, save_model
+from mainspring.model.initialise import create_model
+from parallel.models import tiny
+
+VOCAB = 61
+
+
+def checkpoint(directory: Path, kind: str, seed: int = 1) -> Path:
+    config = tiny(kind, num_attention_heads=8, num_key_value_heads=4)
+    save_model(create_model(config, dtype=torch.float32, seed=seed), directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("dense") / "model", "dense")
+
+
+# Small enough that prompts are cut and requests are preempted.
+TIGHT = EngineConfig(num_blocks=15, block_size=4, max_num_batched_tokens=9, max_num_seqs=6)
+EXPERT = EngineConfig(num_blocks=40, block_size=4, max_num_batched_tokens=7, speculative=SpeculativeConfig())
+
+
+def jobs() -> list[Job]:
+    """Prompts that begin alike, prompt and completion log-probabilities, every way of sampling."""
+    generator = random.Random(3)
+    shared = [generator.randrange(VOCAB) for _ in range(13)]
+    found: list[Job] = []
+    for number in range(7):
+        own = [generator.randrange(VOCAB) for _ in range(generator.randint(1, 14))]
+        params = SamplingParams(
+            temperature=(0.0, 1.0, 0.7)[number % 3],
+            top_p=0.9 if number == 4 else 1.0,
+            frequency_penalty=0.5 if number == 5 else 0.0,
+            seed=number,
+            max_tokens=generator.randint(4, 14),
+            logprobs=2,
+            prompt_logprobs=1 if number in (0, 3) else None,
+        )
+        found.append(((shared if number % 2 else []) + own, params))
+    return found
+
+
+ARRIVALS = [0, 0, 1, 2, 2, 5, 9]
+
+
+@contextmanager
+def led(directory: Path, **degrees: int | bool) -> Iterator[LeadModel]:
+    layout = serving_layout(None, **degrees)  # type: ignore[arg-type]
+    assert layout is not None
+    model = LeadModel(directory, layout)
+    pids = model.worker_pids
+    try:
+        yield model
+    finally:
+        model.close()
+        assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def served(directory: Path, config: EngineConfig, **degrees: int | bool) -> list[Result]:
+    with led(directory, **degrees) as model:
+        return run(EngineCore(model, config), jobs(), ARRIVALS)
+
+
+@pytest.fixture(scope="module")
+def invariant(dense: Path) -> list[Result]:
+    """What one process gives whose sums go by the tree that is the same at every degree."""
+    with led(dense, tp_invariant=True) as model:
+        core = EngineCore(model, TIGHT)
+        results = run(core, jobs(), ARRIVALS)
+        stats = core.stats()
+        assert stats.preemptions_total > 0
+        assert stats.prefix_cache_hits_total > 0
+        return results
+
+
+def test_log_probabilities_over_four_ranks_are_bitwise_those_of_one(
+    dense: Path, invariant: list[Result]
+) -> None:
+    assert served(dense, TIGHT, tp=4, tp_invariant=True) == invariant
+
+
+def test_stages_and_then_a_stage_of_two_ranks_give_one_devices_bits(dense: Path) -> None:
+    results = served(dense, TIGHT, pp=2)
+    trainer = load_model(dense)
+    assert results == run(EngineCore(trainer, TIGHT), jobs(), ARRIVALS)
+    for result in results:
+        assert_bitwise_the_trainers(trainer, result)
+
+
+def test_experts_over_two_ranks_give_one_devices_bits_with_drafts_too(tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path / "model", "moe")
+    results = served(directory, EXPERT, ep=2)
+    assert results == run(EngineCore(load_model(directory), EXPERT), jobs(), ARRIVALS)
+
+
+def test_two_ranks_give_the_same_bits_sleep_take_new_weights_and_one_that_dies_is_noticed(
+    dense: Path, invariant: list[Result], tmp_path: Path
+) -> None:
+    other = checkpoint(tmp_path / "other", "dense", seed=2)
+    new = load_model(other)
+    with led(dense, tp=2, tp_invariant=True) as model:
+        core = EngineCore(model, TIGHT)
+        assert run(core, jobs(), ARRIVALS) == invariant
+        core.sleep()
+        core.wake()
+        before = run(core, jobs())
+        assert before == invariant  # whenever they arrive
+        whole = read_tensors(other)
+        with pytest.raises(CheckpointError, match=r"norm\.weight"):
+            core.update_weights({**whole, "model.norm.weight": torch.zeros(3)})
+        assert core.update_weights({}) == weights_checksum(load_model(dense))
+        assert core.update_weights(whole) == weights_checksum(new)
+        after = run(core, jobs())
+        # The sums round otherwise than a plain model's, but the model is the new one.
+        expected = run(EngineCore(new, TIGHT), jobs())
+        for got, want in zip(after, expected, strict=True):
+            assert got.logprobs[0].logprobs[0] == pytest.approx(want.logprobs[0].logprobs[0], abs=1e-4)
+        assert [r.tokens for r in after] != [r.tokens for r in before]
+
+        [pid] = model.worker_pids
+        os.kill(pid, signal.SIGKILL)
+        began = time.monotonic()
+        with pytest.raises(EngineDeadError, match="rank 1 of the layout has ended"):
+            run(core, jobs())
+        with pytest.raises(EngineDeadError):
+            core.check_ranks()
+        assert time.monotonic() - began < 20  # not gloo's timeout of ten minutes
+
+
+def test_layouts_that_cannot_be_served_are_refused_before_anything_starts(dense: Path) -> None:
+    def refused(match: str, **degrees: int | bool) -> None:
+        layout = serving_layout(None, **degrees)  # type: ignore[arg-type]
+        assert layout is not None
+        with pytest.raises(ConfigError, match=match):
+            LeadModel(dense, layout)
+
+    refused("tp 3 does not divide the model's 8 attention heads", tp=3)
+    refused("5 stages .* for 4 layers", pp=5)
+    refused("ep 2, but the model has no experts", ep=2)
+    with pytest.raises(ConfigError, match="cp is 2, which the engine does not serve under"):
+        serving_layout("cp=2")
+    with pytest.raises(ConfigError, match="zero is 1"):
+        serving_layout("tp=2,zero=1,dp=1")
+    with pytest.raises(ConfigError, match="give one or the other"):
+        serving_layout("tp=2", tp=2)
+    assert serving_layout(None) is None
+    assert serving_layout("dp=2,ep=2") == serving_layout(None, ep=2)
+    layout = serving_layout("tp=2,tp_invariant=true")
+    assert layout is not None
+    with pytest.raises(ConfigError, match="tp_invariant is not promised of experts"):
+        layout.check(tiny("moe"))
+
+
+def test_what_is_not_served_under_a_layout_is_refused_with_the_way_out(dense: Path) -> None:
+    with led(dense, tp_invariant=True) as model:
+        with pytest.raises(ConfigError, match="merge them into the model"):
+            EngineCore(model, EngineConfig(lora_adapters={"a": "somewhere"}))
+        core = EngineCore(model, TIGHT)
+        with pytest.raises(ConfigError, match="update_weights"):
+            core.receive_weights(0)
+
+
+def test_a_rank_that_cannot_read_its_weights_fails_all_with_the_reason(dense: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in dense.iterdir():
+        data = file.read_bytes()
+        (broken / file.name).write_bytes(data[: len(data) // 2] if file.suffix == ".safetensors" else data)
+    with pytest.raises(CheckpointError, match="cannot load"), led(broken, tp_invariant=True):
+        pass
