@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -116,11 +115,3 @@ def value_step(
         critic.optimizer.accumulate()
         total += float(share.detach())
     return {"value_loss": total, "value_grad_norm": critic.optimizer.step(lr_factor, clip_norm)}
-
-
-def mini_batches(count: int, parts: int, epochs: int, seed: tuple[int, ...]) -> Iterator[list[int]]:
-    """Which of `count` answers each mini-batch takes: all of them once an epoch, in `parts` of nearly equal size."""
-    random = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
-    for _ in range(epochs):
-        for part in np.array_split(random.permutation(count), min(parts, count)):
-            yield part.tolist()

@@ -8,12 +8,15 @@ A loss divides by what the whole step counts, so gradients add up to the same ho
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from mainspring.errors import MainspringError
 from mainspring.model.decoder import Decoder
 from mainspring.rl.samples import Sample, cut, written_log_probs_and_entropy
 from mainspring.rl.trajectories import Packed
@@ -91,3 +94,22 @@ def policy_gradient(
                 sums.get(name, torch.zeros((), dtype=torch.float64, device=value.device)) + value.detach()
             )
     return {name: float(value) for name, value in sums.items()}
+
+
+def add_sums(totals: dict[str, float], sums: Mapping[str, float], num_tokens: int, step: int) -> None:
+    """Adds a mini-batch's sums, its "tokens" and itself ("mini_batches") to a step's.
+
+    Raises MainspringError where a value is not finite.
+    """
+    for name, value in {**sums, "mini_batches": 1, "tokens": num_tokens}.items():
+        if not math.isfinite(value):
+            raise MainspringError(f"step {step + 1}: {name} is {value}; lower the learning rate")
+        totals[name] = totals.get(name, 0.0) + value
+
+
+def mini_batches(count: int, parts: int, epochs: int, seed: tuple[int, ...]) -> Iterator[list[int]]:
+    """Which of `count` answers each mini-batch takes: all of them once an epoch, in `parts` of nearly equal size."""
+    random = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
+    for _ in range(epochs):
+        for part in np.array_split(random.permutation(count), min(parts, count)):
+            yield part.tolist()

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,16 +22,16 @@ from typing import Literal
 
 from torch import Tensor
 
-from mainspring.errors import ConfigError, MainspringError
+from mainspring.errors import ConfigError
 from mainspring.model.decoder import Decoder
-from mainspring.rl.critic import Critic, Estimate, Experience, judged, mini_batches, value_step
+from mainspring.rl.critic import Critic, Estimate, Experience, judged, value_step
 from mainspring.rl.lockstep import LockstepCheck
 from mainspring.rl.math import kl
 from mainspring.rl.math.advantages import gae
 from mainspring.rl.math.aggregation import mean_over_sequences, mean_over_tokens
 from mainspring.rl.math.policy_loss import clipped_policy_loss
 from mainspring.rl.math.value_loss import explained_variance
-from mainspring.rl.policy_update import MicroBatch, policy_gradient
+from mainspring.rl.policy_update import MicroBatch, add_sums, mini_batches, policy_gradient
 from mainspring.rl.rollouts import Rollouts
 from mainspring.rl.trajectories import Packed
 from mainspring.train.optimizer import Optimizer
@@ -152,7 +151,7 @@ def ppo(
             check.score(answers, tokens_per_microbatch)
         policy_learns = step >= settings.warmup_steps
         value_factor, policy_factor = _learning_rates(settings, step)
-        totals: dict[str, float] = defaultdict(float)
+        totals: dict[str, float] = {}
         parts = mini_batches(len(answers), settings.mini_batches, settings.epochs, (settings.seed, step))
         for number, chosen in enumerate(parts):
             mini = experience.select(chosen)
@@ -175,7 +174,7 @@ def ppo(
                     observe=check if number == 0 else None,  # later the weights are not those that wrote
                 )
                 sums["grad_norm"] = optimizer.step(policy_factor, clip_norm)
-            _add(totals, sums, mini.batch.num_tokens, step)
+            add_sums(totals, sums, mini.batch.num_tokens, step)
         if policy_learns:
             rollouts.take_weights(step + 1)
         yield _metrics(step + 1, experience, totals, policy_learns, check, rollouts, time.monotonic() - began)
@@ -223,14 +222,6 @@ def _learning_rates(settings: PpoSettings, step: int) -> tuple[float, float]:
     own = max(0.0, (step - stays + 0.5) / (settings.max_steps - stays))
     whole = (step + 0.5) / settings.max_steps
     return learning_rate_factor(settings.schedule, whole), learning_rate_factor(settings.schedule, own)
-
-
-def _add(totals: dict[str, float], sums: Mapping[str, float], num_tokens: int, step: int) -> None:
-    """A mini-batch's sums. Raises MainspringError where one is not finite."""
-    for name, value in {**sums, "mini_batches": 1, "tokens": num_tokens}.items():
-        if not math.isfinite(value):
-            raise MainspringError(f"step {step + 1}: {name} is {value}; lower the learning rate")
-        totals[name] += value
 
 
 def _metrics(

@@ -1,0 +1,289 @@
+"""Group-relative policy optimisation and its relatives (Dr. GRPO, DAPO, GSPO): one loop, no critic.
+
+    rollouts = Rollouts(model, prompts, texts, RewardWorker(same_number), RolloutSettings())
+    for metrics in grpo(model, optimizer, rollouts, replace(DAPO, max_steps=300)):
+        print(metrics)
+
+A step: the engine answers each prompt several times; an answer's advantage is its reward less its group's mean; over
+epochs and mini-batches the policy takes a step along the advantages, clipped. Old log-probabilities are the engine's
+own: no second forward pass. Shao et al., arXiv 2402.03300. A run is (model, optimizer, step, the rollouts' state):
+with these it continues to the bit.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mainspring.errors import ConfigError
+from mainspring.model.decoder import Decoder
+from mainspring.rl.dynamic_sampling import Drawn, draw
+from mainspring.rl.lockstep import LockstepCheck
+from mainspring.rl.math import kl
+from mainspring.rl.math.aggregation import constant_normalised, mean_over_sequences, mean_over_tokens
+from mainspring.rl.math.groups import group_advantages
+from mainspring.rl.math.length_penalty import overlong_penalty
+from mainspring.rl.math.policy_loss import clipped_policy_loss, sequence_log_ratio
+from mainspring.rl.policy_update import MicroBatch, add_sums, mini_batches, policy_gradient
+from mainspring.rl.rollouts import Rollouts
+from mainspring.rl.samples import cut, written_log_probs
+from mainspring.rl.trajectories import Group, Packed, pack
+from mainspring.train.optimizer import Optimizer
+from mainspring.train.recipe import ScheduleSection
+from mainspring.train.schedule import learning_rate_factor
+
+_KL = {"k1": kl.k1, "k2": kl.k2, "k3": kl.k3, "k3_with_k2_gradient": kl.k3_with_k2_gradient}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrpoSettings:
+    """How a run steps; how much is written in a step is `RolloutSettings`' affair."""
+
+    max_steps: int = 1000
+    """The learning rate's schedule ends here, and so does the run."""
+    tokens_per_microbatch: int = 8192
+    """Of prompts and answers together. It decides memory and speed, not the result."""
+    epochs: int = 1
+    mini_batches: int = 1
+    """Of an epoch; the optimizer takes a step for each."""
+    schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    clip_norm: float = 1.0
+    seed: int = 0
+    divide_by_std: bool = True
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    ratio: Literal["token", "sequence"] = "token"
+    """Of which probabilities the clipped ratio is: a token's, or (GSPO) a whole answer's, to the 1 / length."""
+    loss_mean: Literal["sequences", "tokens", "constant"] = "sequences"
+    """All answers weigh the same, or all tokens, or (Dr. GRPO) tokens over the budget of tokens."""
+    kl_loss: float = 0.0
+    """β of the KL to the reference as a term of the loss."""
+    kl_estimator: Literal["k1", "k2", "k3", "k3_with_k2_gradient"] = "k3"
+    entropy_bonus: float = 0.0
+    dynamic_sampling: bool = False
+    """Groups whose rewards are all equal teach nothing: ask further prompts until the step has its groups."""
+    max_rounds: int = 10
+    """Of dynamic sampling; afterwards the step goes on with the groups it has."""
+    overlong_buffer: int = 0
+    """The last so many tokens of the budget cost an answer up to `overlong_penalty`; 0 turns this off."""
+    overlong_penalty: float = 1.0
+    lockstep_check: Literal["first", "all"] = "first"
+    """Hold the first mini-batch's log-probabilities against the engine's, or all of a step's before any update."""
+    carried_checks: int = 4
+    """Unfinished conversations that are checked in each step, while the weights that wrote them are there."""
+
+
+DR_GRPO = GrpoSettings(divide_by_std=False, loss_mean="constant")
+"""Liu et al., arXiv 2503.20783: no bias by length or by a prompt's difficulty."""
+DAPO = GrpoSettings(clip_high=0.28, loss_mean="tokens", dynamic_sampling=True)
+"""Yu et al., arXiv 2503.14476; set overlong_buffer where answers may become long."""
+GSPO = GrpoSettings(ratio="sequence", clip_low=3e-4, clip_high=4e-4)
+"""Zheng et al., arXiv 2507.18071."""
+
+
+@dataclass(frozen=True)
+class GrpoMetrics:
+    """Of one step. What the optimizer's steps see is averaged over them."""
+
+    step: int
+    reward: float
+    """Mean over the answers, without penalties, groups that taught nothing included."""
+    teaching: float
+    """Share of groups in which rewards differed; only those teach."""
+    length: float
+    """Written tokens of an answer."""
+    finished: float
+    """Share of answers that ended by themselves."""
+    tokens: int
+    """Written in the answers that the step learnt from."""
+    loss: float
+    entropy: float
+    """Nats a token."""
+    clip_fraction: float
+    kl_old: float
+    """k3 from the policy that wrote to the one that is trained."""
+    kl_reference: float
+    """k3 from the policy that wrote to the reference; nan without one."""
+    grad_norm: float
+    """Before clipping."""
+    max_delta: float
+    """The largest |trainer's − engine's| log-probability of those compared, in nats."""
+    compared: int
+    """Tokens whose log-probabilities were."""
+    lag: float
+    """Steps that the weights have moved since a token was written, mean over the tokens."""
+    dropped: int
+    """Answers without a reward."""
+    rollout_seconds: float
+    reward_seconds: float
+    update_seconds: float
+    groups: Sequence[Group] = field(repr=False)
+    """What was learnt from."""
+    advantages: Sequence[float] = field(repr=False)
+    """Of each answer, in the groups' order."""
+
+
+def grpo(
+    model: Decoder,
+    optimizer: Optimizer,
+    rollouts: Rollouts,
+    settings: GrpoSettings,
+    *,
+    reference: Decoder | None = None,
+    first_step: int = 0,
+) -> Iterator[GrpoMetrics]:
+    """Trains up to max_steps; each `next` is one step. first_step: the steps already done by a run that resumes.
+
+    reference: what the policy shall stay near, where kl_loss is set. Raises ConfigError for what does not fit,
+    MainspringError where the loss is no longer finite or no group teaches anything, LockstepError where the trainer's
+    log-probabilities are not the engine's.
+    """
+    _check(settings, rollouts, reference)
+    check = LockstepCheck(model, rollouts)
+    rollouts.take_weights(first_step)
+    tokens_per_microbatch = settings.tokens_per_microbatch
+    for step in range(first_step, settings.max_steps):
+        drawn = draw(rollouts, step, max_rounds=settings.max_rounds if settings.dynamic_sampling else None)
+        began = time.monotonic()
+        answers = [answer for group in drawn.groups for answer in group]
+        batch = pack(answers, model.device)
+        advantages = _advantages(
+            batch, [len(g) for g in drawn.groups], rollouts.settings.max_tokens, settings
+        )
+        anchors = None if reference is None else _log_probs(reference, batch, rollouts, tokens_per_microbatch)
+        check.begin()
+        check.score(rollouts.carried()[: settings.carried_checks], tokens_per_microbatch)
+        if settings.lockstep_check == "all":
+            check.score(answers, tokens_per_microbatch)
+        totals: dict[str, float] = {}
+        parts = mini_batches(len(answers), settings.mini_batches, settings.epochs, (settings.seed, step))
+        for number, chosen in enumerate(parts):
+            mini = pack([answers[i] for i in chosen], model.device)
+            anchor = None if anchors is None else torch.cat([anchors[i] for i in chosen])
+            loss = partial(_loss, settings, rollouts.settings.max_tokens, mini, advantages[chosen], anchor)
+            sums = policy_gradient(
+                model,
+                optimizer,
+                mini,
+                loss,
+                tokens_per_microbatch=tokens_per_microbatch,
+                temperature=rollouts.temperature,
+                observe=check if number == 0 else None,  # later the weights are not those that wrote
+            )
+            factor = learning_rate_factor(settings.schedule, (step + 0.5) / settings.max_steps)
+            sums["grad_norm"] = optimizer.step(factor, settings.clip_norm)
+            add_sums(totals, sums, mini.num_tokens, step)
+        rollouts.take_weights(step + 1)
+        yield _metrics(step, drawn, batch, advantages, anchors, totals, check, time.monotonic() - began)
+
+
+def _advantages(batch: Packed, sizes: Sequence[int], max_tokens: int, settings: GrpoSettings) -> Tensor:
+    """[N] of each answer."""
+    rewards = batch.rewards
+    if settings.overlong_buffer:
+        penalty = overlong_penalty(batch.lengths, max_tokens=max_tokens, buffer=settings.overlong_buffer)
+        rewards = rewards + settings.overlong_penalty * penalty
+    return group_advantages(rewards, sizes, divide_by_std=settings.divide_by_std)
+
+
+def _loss(
+    settings: GrpoSettings,
+    max_tokens: int,
+    mini: Packed,
+    advantages: Tensor,
+    anchors: Tensor | None,
+    micro: MicroBatch,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A micro-batch's share of the loss. advantages: [N] of the mini-batch; anchors: [W] of the reference."""
+    log_ratio = micro.log_probs - micro.old_log_probs
+    if settings.ratio == "sequence":
+        log_ratio = sequence_log_ratio(log_ratio, micro.written, micro.lengths)
+    losses, clipped = clipped_policy_loss(
+        log_ratio,
+        advantages[micro.trajectories].repeat_interleave(micro.lengths),
+        clip_low=settings.clip_low,
+        clip_high=settings.clip_high,
+        dual_clip=settings.dual_clip,
+    )
+    if settings.entropy_bonus:
+        losses = losses - settings.entropy_bonus * micro.entropy
+    if settings.kl_loss and anchors is not None:
+        penalty = _KL[settings.kl_estimator](micro.log_probs, anchors[micro.tokens])
+        losses = losses + settings.kl_loss * penalty
+    count = len(mini.samples)
+    if settings.loss_mean == "tokens":
+        share = mean_over_tokens(losses, micro.written, num_tokens=mini.num_tokens)
+    elif settings.loss_mean == "sequences":
+        share = mean_over_sequences(losses, micro.written, micro.lengths, num_sequences=count)
+    else:
+        share = constant_normalised(losses, micro.written, num_sequences=count, max_tokens=max_tokens)
+    moved = kl.k3(micro.old_log_probs, micro.log_probs)
+    return share, {"clipped": clipped.sum(), "entropy": micro.entropy.sum(), "kl_old": moved.sum()}
+
+
+@torch.no_grad()
+def _log_probs(model: Decoder, batch: Packed, rollouts: Rollouts, tokens_per_microbatch: int) -> list[Tensor]:
+    """Of each answer's written tokens."""
+    found: list[Tensor] = []
+    for run in cut([len(sample.tokens) for sample in batch.samples], tokens_per_microbatch):
+        samples = batch.samples[run.start : run.stop]
+        log_probs, counts = written_log_probs(model, samples, rollouts.temperature)
+        found += log_probs.split(counts.tolist())
+    return found
+
+
+def _metrics(
+    step: int,
+    drawn: Drawn,
+    batch: Packed,
+    advantages: Tensor,
+    anchors: list[Tensor] | None,
+    totals: dict[str, float],
+    check: LockstepCheck,
+    update_seconds: float,
+) -> GrpoMetrics:
+    return GrpoMetrics(
+        step=step + 1,
+        reward=drawn.reward,
+        teaching=drawn.teaching,
+        length=float(batch.lengths.double().mean()),
+        finished=float(batch.finished.double().mean()),
+        tokens=batch.num_tokens,
+        loss=totals["loss"] / totals["mini_batches"],
+        entropy=totals["entropy"] / totals["tokens"],
+        clip_fraction=totals["clipped"] / totals["tokens"],
+        kl_old=totals["kl_old"] / totals["tokens"],
+        kl_reference=math.nan
+        if anchors is None
+        else float(kl.k3(batch.old_log_probs, torch.cat(anchors)).mean()),
+        grad_norm=totals["grad_norm"] / totals["mini_batches"],
+        max_delta=check.max_delta,
+        compared=check.num_compared,
+        lag=step - float(batch.versions.double().mean()),
+        dropped=drawn.dropped,
+        rollout_seconds=drawn.seconds,
+        reward_seconds=drawn.reward_seconds,
+        update_seconds=update_seconds,
+        groups=drawn.groups,
+        advantages=advantages.tolist(),
+    )
+
+
+def _check(settings: GrpoSettings, rollouts: Rollouts, reference: Decoder | None) -> None:
+    for name in ("epochs", "mini_batches", "max_steps", "max_rounds", "tokens_per_microbatch"):
+        if getattr(settings, name) < 1:
+            raise ConfigError(f"{name} = {getattr(settings, name)} must be at least 1")
+    if rollouts.settings.group_size < 2:
+        raise ConfigError(
+            f"group_size = {rollouts.settings.group_size}: an answer is compared with its group; take at least 2"
+        )
+    if settings.kl_loss and reference is None:
+        raise ConfigError("kl_loss needs a reference; give the model that the policy shall stay near")
