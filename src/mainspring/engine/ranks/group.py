@@ -216,11 +216,18 @@ def _obituary(rank: int, status: int | None) -> str:
 
 
 def _abort_collectives() -> None:
-    """Lets go of the devices that wait in a collective."""
+    """Lets go of the devices that wait in a collective. All at once: one's kernels may stand before another's."""
+    backends = []
     for group in list(dist.distributed_c10d._world.pg_map):
-        with contextlib.suppress(Exception):
-            backend = group._get_backend(torch.device("cuda"))
-            backend.abort()
+        with contextlib.suppress(RuntimeError):  # the control group is not one of devices
+            backends.append(group._get_backend(torch.device("cuda")))
+    nccl = [backend for backend in backends if hasattr(backend, "_group_start")]
+    if not nccl:
+        return
+    nccl[0]._group_start()
+    for backend in nccl:
+        backend.abort()
+    nccl[0]._group_end()
 
 
 def _end(processes: list[subprocess.Popen[bytes]], directory: Path | None) -> None:

@@ -61,3 +61,19 @@ def check_serving_layout(layout: Layout, config: ModelConfig, device: torch.devi
                 f"device is {device}, but rank r of a layout takes CUDA device r; give 'cuda' and choose devices by "
                 "CUDA_VISIBLE_DEVICES"
             )
+        if layout.tp_invariant:
+            _check_chunks(layout, config)
+
+
+def _check_chunks(layout: Layout, config: ModelConfig) -> None:
+    """The kernels cut K by the shape of the weight: a rank's rows must be summed as those of the whole are."""
+    from mainspring.ops.triton.linear import k_chunk
+
+    hidden = config.hidden_size
+    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    for name, rows in (("qkv", heads), ("gate and up", 2 * config.intermediate_size)):
+        if k_chunk(rows // layout.tp, hidden) != k_chunk(rows, hidden):
+            raise ConfigError(
+                f"layout {layout}: tp_invariant is not promised where {name}'s {rows} rows leave {rows // layout.tp} a "
+                f"rank, over {hidden} columns: so few are summed in another order; lower tp"
+            )
