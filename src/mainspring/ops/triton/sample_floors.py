@@ -356,6 +356,8 @@ def floors(logits: Tensor, params: SamplingTensors, seats: Tensor) -> Tensor:
     """See `ops.sample.floors`. logits: [N, V] float32 with contiguous rows, seats: [N] int64 -> [N] float32."""
     rows, v = logits.shape
     device, stride = logits.device, logits.stride(0)
+    if v == 1:  # nothing to choose from, and a search over one value is what Triton 3.6 cannot compile
+        return torch.full((rows,), -torch.inf, device=device)
     tiles = triton.cdiv(v, TILE)
     each = min(
         max(4, triton.cdiv(rows * tiles, multiprocessors(device) * _PROGRAMS_EACH)), tiles, _MOST_TILES
