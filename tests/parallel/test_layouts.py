@@ -47,6 +47,9 @@ QUICK = [
     "windowed:cp=4",
     "tied:tp=2,pp=2,recompute=full",
     "moe:dp=2,ep=2,zero=3,recompute=full,tp=2",
+    "tied:tp=2,pp=2,recompute=selective,schedule=zero_bubble",
+    "moe:dp=2,ep=2,zero=3,recompute=selective,tp=2",
+    "windowed:cp=2,dp=2,zero=3,recompute=selective",
     "tied:pp=4,schedule=zero_bubble",
     "dense:dp=2,cp=2,zero=1,context=ulysses",
     "moe:dp=4,ep=2,replicate=2,zero=1",
@@ -74,6 +77,8 @@ SLOW = [
     "moe:tp=4,dp=2,ep=2",
     "biased:cp=4,dp=2,zero=2",
     "moe:pp=2,virtual=2,schedule=interleaved,dp=2,zero=3,recompute=full",
+    "moe-tied:pp=2,virtual=2,schedule=interleaved,dp=2,zero=3,recompute=selective",
+    "dense:cp=4,context=ulysses,tp=2,recompute=selective",
     # Four dimensions, 16 ranks.
     "tied:tp=2,pp=2,dp=2,cp=2,zero=1",
     "moe:tp=2,pp=2,dp=2,cp=2,ep=4,zero=3",

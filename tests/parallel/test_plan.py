@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from mainspring.parallel.layout import Layout
 from mainspring.parallel.mesh import Mesh
 from mainspring.parallel.parallelize import parallelize
 from mainspring.train.memory import Batch, activation_bytes, estimate
-from mainspring.train.plan import communication, plans
+from mainspring.train.plan import Plan, communication, plans
 from mainspring.train.verify import VerifySettings
 from parallel.conftest import Reference
 from parallel.models import tiny
@@ -156,7 +157,16 @@ def test_plans_fit_and_are_sorted() -> None:
     assert [plan.seconds for plan in found] == sorted(plan.seconds for plan in found)
     tight = plans(config, 4, 8 * 10**9, Batch(16, 8192), 2048)
     assert len(tight) > 0
-    assert sum(p.layout.recompute == "full" for p in tight) > sum(p.layout.recompute == "full" for p in found)
+
+    def count(plans: list[Plan], recompute: str) -> int:
+        return sum(plan.layout.recompute == recompute for plan in plans)
+
+    assert count(tight, "full") > count(found, "full")
+    assert count(tight, "selective") > 0
+    for plan in found:  # nothing is computed again that could be kept
+        if plan.layout.recompute == "selective":
+            keeping = replace(plan.layout, recompute="none")
+            assert estimate(config, keeping, Batch(16, 8192), 80 * 10**9).total > 80e9
 
 
 def test_what_does_not_fit_names_the_nearest() -> None:

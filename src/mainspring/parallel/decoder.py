@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from mainspring.formats.model_config import ModelConfig
-from mainspring.model.layers import RmsNorm
+from mainspring.model.layers import DecoderLayer, RmsNorm
 from mainspring.model.rope import RotaryEmbedding
 from mainspring.ops import Policy, RopeAngles, TokenBatch
+from mainspring.parallel import recompute
 from mainspring.parallel.context import ContextBatch, cut_stream
 from mainspring.parallel.experts import Balance
 from mainspring.parallel.layout import Layout
@@ -126,6 +127,8 @@ class ParallelDecoder(nn.Module):
         layer = self.layers[str(number)]
         if self.layout.recompute == "full" and torch.is_grad_enabled():
             stream = self._run_twice(layer, stream, batch, angles)
+        elif self.layout.recompute == "selective":
+            stream = recompute.run_layer(cast(DecoderLayer, layer), *stream, batch, angles)
         else:
             stream = layer(*stream, batch, angles)
         return stream if self.observer is None else self.observer.after(number, stream)

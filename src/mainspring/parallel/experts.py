@@ -21,6 +21,7 @@ from mainspring.ops import Routing
 from mainspring.ops.precision import accumulator
 from mainspring.parallel.collectives import all_reduce, gather_rows, start_exchange
 from mainspring.parallel.mesh import Group
+from mainspring.parallel.recompute import forget, forgettable_swiglu
 from mainspring.parallel.tensor import TensorParallel, start_sum
 
 
@@ -59,9 +60,18 @@ class ParallelExperts(nn.Module):
     choice_bias: Tensor
 
     def __init__(
-        self, block: MixtureOfExperts, tp: TensorParallel, experts: Group, context: Group, balance: Balance
+        self,
+        block: MixtureOfExperts,
+        tp: TensorParallel,
+        experts: Group,
+        context: Group,
+        balance: Balance,
+        *,
+        recompute: bool = False,
     ) -> None:
+        """recompute: do not keep the gated products."""
         super().__init__()
+        self.recompute = recompute
         self.tp, self.experts, self.context, self.balance = tp, experts, context, balance
         self.num_experts, self.top_k, self.normalise = block.num_experts, block.top_k, block.normalise
         self.router, self.gate_up, self.down = block.router, block.gate_up, block.down
@@ -76,9 +86,11 @@ class ParallelExperts(nn.Module):
         rows = dispatch(whole, routing, self.experts)
         if rows.sorted.shape[0]:
             gate_up = ops.grouped_linear(rows.sorted, self.gate_up, rows.counts, policy=policy)
-            out = ops.grouped_linear(
-                ops.swiglu(gate_up, policy=policy), self.down, rows.counts, policy=policy
-            )
+            swiglu = forgettable_swiglu if self.recompute else ops.swiglu
+            inner = swiglu(gate_up, policy=policy)
+            out = ops.grouped_linear(inner, self.down, rows.counts, policy=policy)
+            if self.recompute:
+                forget(inner, out)
         else:  # no token came; the way back must still be in the graph, for all ranks walk it together
             out = rows.sorted
         mixed = ops.combine(rows.bring_back(out), routing, policy=policy)

@@ -13,7 +13,7 @@ from mainspring.parallel.mesh import Axes, even_bounds
 
 ScheduleName = Literal["afab", "1f1b", "interleaved", "zero_bubble"]
 ContextMethod = Literal["ring", "ulysses"]
-Recompute = Literal["none", "full"]
+Recompute = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Layout:
     """Layers of each of the pp · virtual stages in the model's order; empty splits them evenly."""
     context: ContextMethod = "ring"
     recompute: Recompute = "none"
-    """What is computed again in the backward pass: nothing, or whole layers, of which only the inputs are kept."""
+    """What is computed again in the backward pass: nothing; norms, attention itself and gated products
+    (`parallel.recompute`); or whole layers, of which only the inputs are kept."""
     tp_invariant: bool = False
     """Row-parallel sums by a tree that is the same at every degree: the bits do not depend on tp."""
 

@@ -113,8 +113,12 @@ def _twin_layer(
         layer.attention = cast(Attention, ContextAttention(attention, mesh.group("cp"), layout.context))
     if isinstance(layer.mlp, MixtureOfExperts):
         layer.mlp = cast(
-            MixtureOfExperts, ParallelExperts(layer.mlp, tp, mesh.group("ep"), mesh.group("cp"), balance)
-        )
+            MixtureOfExperts,
+            ParallelExperts(
+                layer.mlp, tp, mesh.group("ep"), mesh.group("cp"), balance,
+                recompute=layout.recompute == "selective",
+            ),
+        )  # fmt: skip
     else:
         layer.mlp.gate_up = _column(layer.mlp.gate_up, tp)
         layer.mlp.down = _row(layer.mlp.down, tp)

@@ -8,7 +8,7 @@ formulas against what a rank really keeps.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from mainspring.formats.model_config import ModelConfig
 from mainspring.parallel.layout import Layout
@@ -102,16 +102,20 @@ def _of_stage(config: ModelConfig, layout: Layout, batch: Batch, rank: int, devi
     gradients += size * largest  # autograd's own of a layer before they are collected
     masters = 4 if size != 4 else 0
     own = [layout.stage_layers(config.num_layers)[stage] for stage in layout.stages_of(rank)]
-    whole_layers = [[activation_bytes(config, layout, layer, size) for layer in layers] for layers in own]
+    everything = replace(layout, recompute="none")
+    whole_layers, kept_layers = (
+        [[activation_bytes(config, which, layer, size) for layer in layers] for layers in own]
+        for which in (everything, layout)
+    )
     tokens = batch.tokens / layout.cp
-    if layout.recompute == "full":  # every layer's two inputs, and one layer that is computed again
-        kept = 2 * size * config.hidden_size / (layout.tp if layout.sequence_sliced else 1)
-        held = _peak_activations(layout, batch, rank, [kept * len(layers) for layers in own])
-        activations = tokens * (held + max(map(max, whole_layers)))
-    else:
-        activations = tokens * _peak_activations(
-            layout, batch, rank, [sum(layers) for layers in whole_layers]
-        )
+    held = _peak_activations(layout, batch, rank, [sum(layers) for layers in kept_layers])
+    # What is not kept of a layer is there again while that layer's backward pass runs.
+    again = max(
+        whole - kept
+        for stage, kept_stage in zip(whole_layers, kept_layers, strict=True)
+        for whole, kept in zip(stage, kept_stage, strict=True)
+    )
+    activations = tokens * (held + again)
     return Memory(
         parameters, gradients, (masters + 8) * shard, activations,
         head_bytes(config, layout, tokens, size, device_bytes) if layout.stages - 1 in layout.stages_of(rank) else 0.0,
@@ -119,19 +123,28 @@ def _of_stage(config: ModelConfig, layout: Layout, batch: Batch, rank: int, devi
 
 
 def activation_bytes(config: ModelConfig, layout: Layout, layer: int, itemsize: int) -> float:
-    """Kept for the backward pass of one layer, by token of the stream."""
+    """Kept for the backward pass of one layer, by token of the stream, as the layout's `recompute` has it."""
     tp = layout.tp
+    selective = layout.recompute == "selective"
     hidden, query = config.hidden_size, config.num_heads * config.head_dim / tp
     keys = max(config.num_kv_heads / tp, 1.0 if tp > config.num_kv_heads else 0.0) * config.head_dim
-    stream = 4 * hidden / (tp if layout.sequence_sliced else 1)  # two sums, two normed inputs
-    attention = (query + 2 * keys) + query  # rotated q, k and v, and the output
-    if config.qk_norm:
-        attention += query + keys  # before their norms
+    slices = tp if layout.sequence_sliced else 1
+    if layout.recompute == "full":
+        return itemsize * 2 * hidden / slices  # its two inputs
+    stream = (2 if selective else 4) * hidden / slices  # two sums, two normed inputs
+    attention = query + 2 * keys  # q, k and v: rotated, or as projected
+    if not selective:
+        attention += query  # the output
+        if config.qk_norm:
+            attention += query + keys  # before their norms
+    products = 2 if selective else 3  # gate and up, their product
     if not config.moe_layers[layer]:
-        return itemsize * (stream + attention + 3 * config.intermediate_size / tp)
+        return itemsize * (stream + attention + products * config.intermediate_size / tp)
     k, inner = config.num_experts_per_token, config.moe_intermediate_size / tp
     whole = hidden if layout.sequence_sliced else 0  # gathered tokens: the router's input
-    rows = k * (hidden + 3 * inner + hidden)  # rows at the experts, gate and up, their product, outputs
+    rows = k * (
+        hidden + products * inner + hidden
+    )  # rows at the experts, gate and up, their product, outputs
     return itemsize * (stream + attention + whole + rows) + 4 * config.num_experts
 
 

@@ -173,7 +173,7 @@ class ParallelSection:
     split: str = ""
     """Layers of each stage, as 5+6+6+5; empty splits them evenly."""
     context: Literal["ring", "ulysses"] = "ring"
-    recompute: Literal["none", "full"] = "none"
+    recompute: Literal["none", "selective", "full"] = "none"
     offload: bool = False
     """Masters and moments in the host's memory, where the optimizer then runs."""
     watchdog_seconds: float = _limits(300.0, low=1.0)
