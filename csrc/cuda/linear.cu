@@ -4,10 +4,8 @@
 //
 // A producer warp keeps a ring of stages of shared memory full by bulk tensor copies; one or two warpgroups of 64 rows
 // each multiply. Tiles are so narrow (8 to 256 columns) that a product of few rows still fills the chip in one wave:
-// then the time is that of reading W once. With more rows it is that of bringing both operands from the L2 cache: then
-// the blocks of a cluster, neighbours along rows and columns, read a part each of what they share and send it to the
-// others too. Defines: MAINSPRING_TYPE, MAINSPRING_GROUPS, MAINSPRING_COLUMNS, MAINSPRING_PANELS;
-// MAINSPRING_SEGMENTED: a block sums all chunks itself and joins them by a binary tree; MAINSPRING_SHARED: blocks share.
+// then the time is that of reading W once. Defines: MAINSPRING_TYPE, MAINSPRING_GROUPS, MAINSPRING_COLUMNS,
+// MAINSPRING_PANELS; MAINSPRING_SEGMENTED: a block sums all chunks itself and joins them by a binary tree.
 #include "linear_tile.cuh"
 #include "wgmma.cuh"
 
@@ -27,7 +25,6 @@ struct LinearArguments {
   int prefetch;    // steps of W to bring into the L2 cache before the kernels ahead of this one have ended
   bool tree;       // the chunks are added by a binary tree instead of one after the other
   bool late;       // successors start when this block's last copies are on their way, not at once
-  int row_blocks, column_blocks;  // of a cluster: those one below the other share W, those side by side x
 };
 
 __device__ __forceinline__ uint32_t cluster_rank() {
@@ -43,21 +40,6 @@ __device__ __forceinline__ uint32_t address_in(uint32_t address, uint32_t block)
   uint32_t out;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(out) : "r"(address), "r"(block));
   return out;
-}
-// A copy to the same place in the blocks of the cluster that the mask names, which counts for the barriers there.
-__device__ __forceinline__ void tma_load_shared(void* to, const CUtensorMap* map, uint64_t* barrier, int c0, int c1,
-                                                uint16_t mask) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-      "[%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(to)),
-      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "h"(mask)
-      : "memory");
-}
-// One arrival at a block's counterpart of a barrier of this block.
-__device__ __forceinline__ void arrive_in(const uint64_t* barrier, uint32_t block) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
-                   address_in(shared_address(barrier), block))
-               : "memory");
 }
 __device__ __forceinline__ float4 load_in(uint32_t address) {
   float4 v;
@@ -145,8 +127,7 @@ __device__ __forceinline__ void add(float (&sum)[N], const float (&left)[N]) {
 template <int Groups, bool Segmented>
 constexpr int kThreads = Groups * 128 + (Segmented ? 128 : 32);
 
-// Blocks share (Shared) the copies of their operands with the others of their row and column of a cluster.
-template <typename T, int Groups, int Columns, int Panels, bool Segmented, bool Shared>
+template <typename T, int Groups, int Columns, int Panels, bool Segmented>
 __global__ void __launch_bounds__(kThreads<Groups, Segmented>, 1)
     linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
                   const __grid_constant__ LinearArguments p) {
@@ -159,23 +140,14 @@ __global__ void __launch_bounds__(kThreads<Groups, Segmented>, 1)
   const int first_step = blockIdx.z * p.steps;
   const int steps = Segmented ? p.all_steps : min(p.steps, p.all_steps - first_step);
 
-  // Who writes into this block's ring, and is told when a stage of it is free: the blocks of its row and column of the
-  // cluster. This one stands at (down, right) there.
-  const int down = Shared ? blockIdx.x % p.row_blocks : 0, right = Shared ? blockIdx.y % p.column_blocks : 0;
-  const int writers = Shared ? p.row_blocks + p.column_blocks - 1 : 1;
   if (threadIdx.x == 0) {
     for (int s = 0; s < p.stages; ++s) {
       barrier_init(&full[s], 1);
-      barrier_init(&empty[s], Groups * writers);
+      barrier_init(&empty[s], Groups);
     }
     fence_barrier_init();
   }
-  if constexpr (Shared) {
-    __syncwarp();
-    cluster_sync();  // nobody writes into a block that is not there yet
-  } else {
-    __syncthreads();
-  }
+  __syncthreads();
 
   float acc[Columns / 2] = {};
   if (group == Groups) {
@@ -190,27 +162,11 @@ __global__ void __launch_bounds__(kThreads<Groups, Segmented>, 1)
       wait_for_predecessors();
       if (!p.late) let_successors_start();
       int stage = 0, parity = 1;
-      const int w_part = Shared ? Columns / p.row_blocks : Columns, x_part = p.x_rows / (Shared ? p.column_blocks : 1);
-      const uint16_t w_mask = ((1 << p.row_blocks) - 1) << right * p.row_blocks;
-      uint16_t x_mask = 0;
-      for (int i = 0; i < p.column_blocks; ++i) x_mask |= 1 << (down + i * p.row_blocks);
       for (int step = first_step; step < first_step + steps; ++step) {
         barrier_wait(&empty[stage], parity);
         barrier_expect(&full[stage], stage_bytes);
         uint8_t* const x_to = ring + stage * stage_bytes;
         uint8_t* const w_to = x_to + Panels * x_panel;
-        if constexpr (Shared) {
-#pragma unroll
-          for (int panel = 0; panel < Panels; ++panel) {
-            const int k = (step * Panels + panel) * kPanel;
-            tma_load_shared(w_to + (panel * Columns + down * w_part) * kRowBytes, &w_map, &full[stage], k,
-                            column + down * w_part, w_mask);
-            tma_load_shared(x_to + panel * x_panel + right * x_part * kRowBytes, &x_map, &full[stage], k,
-                            row + right * x_part, x_mask);
-          }
-          if (++stage == p.stages) stage = 0, parity ^= 1;
-          continue;
-        }
 #pragma unroll
         for (int panel = 0; panel < Panels; ++panel) {
           const int k = (step * Panels + panel) * kPanel;
@@ -232,18 +188,6 @@ __global__ void __launch_bounds__(kThreads<Groups, Segmented>, 1)
     const uint64_t x_start = matrix_descriptor(shared_address(ring) + group * kGroupRows * kRowBytes, 0, 1024);
     const uint64_t w_start = matrix_descriptor(shared_address(ring) + Panels * x_panel, 0, 1024);
     int stage = 0, parity = 0, previous = 0;
-    const int lane = threadIdx.x % 128;
-    // The block that this thread tells of free stages: `down` others above or below, then those beside.
-    const int told = lane < p.row_blocks ? lane + right * p.row_blocks
-                                         : down + (lane - p.row_blocks + (lane - p.row_blocks >= right)) * p.row_blocks;
-    auto release = [&](int step) {
-      if constexpr (Shared) {
-        // Of the last stages nobody waits to hear, and the other block may be gone.
-        if (lane < writers && step + p.stages < steps) arrive_in(&empty[previous], told);
-      } else {
-        if (lane == 0) barrier_arrive(&empty[previous]);
-      }
-    };
     auto multiply = [&](int step) {
       barrier_wait(&full[stage], parity);
       wgmma_fence();
@@ -258,7 +202,7 @@ __global__ void __launch_bounds__(kThreads<Groups, Segmented>, 1)
       }
       wgmma_commit();
       wgmma_wait<1>();
-      if (step > 0) release(step - 1);
+      if (step > 0 && threadIdx.x % 128 == 0) barrier_arrive(&empty[previous]);
       previous = stage;
       if (++stage == p.stages) stage = 0, parity ^= 1;
     };
@@ -309,11 +253,10 @@ __global__ void __launch_bounds__(kThreads<Groups, Segmented>, 1)
 
 // x: [m, k], weight: [n, k], rows `stride` elements apart; bias: [n] or null; out: [m, n], contiguous. chunk: k's of a
 // chunk, a multiple of 64 · panels; tree: 2, 4 or 8 chunks are added by a binary tree. stages: at most; blocks: of a
-// multiprocessor. programmatic: 0, or 1 + steps of W to prefetch. row_blocks, column_blocks: of a cluster that shares.
+// multiprocessor. programmatic: 0, or 1 + steps of W to prefetch.
 extern "C" int mainspring_linear(const void* x, int64_t x_stride, const void* weight, int64_t weight_stride,
                                  const void* bias, void* out, int m, int n, int k, int chunk, int tree, int wide,
-                                 int stages, int blocks, int programmatic, int late, int row_blocks, int column_blocks,
-                                 cudaStream_t stream) {
+                                 int stages, int blocks, int programmatic, int late, cudaStream_t stream) {
   using namespace mainspring;
   using T = MAINSPRING_TYPE;
   constexpr int Groups = MAINSPRING_GROUPS, Columns = MAINSPRING_COLUMNS, Panels = MAINSPRING_PANELS;
@@ -323,25 +266,13 @@ extern "C" int mainspring_linear(const void* x, int64_t x_stride, const void* we
 #else
   constexpr bool kSegmented = false;
 #endif
-#ifdef MAINSPRING_SHARED
-  constexpr bool kShared = true;
-#else
-  constexpr bool kShared = false;
-#endif
-  auto* kernel = linear_kernel<T, Groups, Columns, Panels, kSegmented, kShared>;
+  auto* kernel = linear_kernel<T, Groups, Columns, Panels, kSegmented>;
   int chunks = (k + chunk - 1) / chunk;
   if (chunks > 1 && (chunk % kDepth || chunks > kMaxChunks)) return cudaErrorInvalidValue;
   if (tree && (chunks & (chunks - 1) || k % chunk)) return cudaErrorInvalidValue;
-  if (!kShared && row_blocks * column_blocks != 1) return cudaErrorInvalidValue;
-  // A part begins where the swizzle does: every 8 rows.
-  if (kShared && (chunks > 1 || Columns % (8 * row_blocks) || kGroupRows * Groups % (8 * column_blocks) ||
-                  row_blocks * column_blocks > kMaxChunks)) {
-    return cudaErrorInvalidValue;
-  }
-  const int x_rows = !kShared && m < kGroupRows && Groups == 1 ? (m + 7) / 8 * 8 : kGroupRows * Groups;
+  const int x_rows = m < kGroupRows && Groups == 1 ? (m + 7) / 8 * 8 : kGroupRows * Groups;
   CUtensorMap x_map, w_map;
-  if (!map_rows<T>(&x_map, x, m, k, x_stride, x_rows / column_blocks) ||
-      !map_rows<T>(&w_map, weight, n, k, weight_stride, Columns / row_blocks)) {
+  if (!map_rows<T>(&x_map, x, m, k, x_stride, x_rows) || !map_rows<T>(&w_map, weight, n, k, weight_stride, Columns)) {
     return cudaErrorInvalidValue;
   }
   LinearArguments p{};
@@ -351,7 +282,6 @@ extern "C" int mainspring_linear(const void* x, int64_t x_stride, const void* we
   p.steps = chunks > 1 ? chunk / kDepth : p.all_steps;
   if (kSegmented) chunks = 1;
   p.x_rows = x_rows, p.chunks = chunks;
-  p.row_blocks = row_blocks, p.column_blocks = column_blocks;
   p.prefetch = programmatic > 1 ? programmatic - 1 : 0;
   // A warpgroup multiplies 64 rows even where the ring has fewer: what it reads past them must be shared memory too.
   const int spare = 1024 + (kGroupRows * Groups - x_rows) * kRowBytes;
@@ -374,17 +304,16 @@ extern "C" int mainspring_linear(const void* x, int64_t x_stride, const void* we
   if (prepared != cudaSuccess) return prepared;
 
   cudaLaunchConfig_t config{};
-  const auto blocks_of = [](int size, int tile, int group) { return (size + tile * group - 1) / (tile * group) * group; };
-  config.gridDim = dim3(blocks_of(m, kGroupRows * Groups, row_blocks), blocks_of(n, Columns, column_blocks), chunks);
+  config.gridDim = dim3((m + kGroupRows * Groups - 1) / (kGroupRows * Groups), (n + Columns - 1) / Columns, chunks);
   config.blockDim = dim3(kThreads<Groups, kSegmented>);
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
   cudaLaunchAttribute attributes[2];
   config.attrs = attributes;
-  if (chunks > 1 || kShared) {
+  if (chunks > 1) {
     attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[config.numAttrs].val.clusterDim.x = row_blocks;
-    attributes[config.numAttrs].val.clusterDim.y = column_blocks;
+    attributes[config.numAttrs].val.clusterDim.x = 1;
+    attributes[config.numAttrs].val.clusterDim.y = 1;
     attributes[config.numAttrs++].val.clusterDim.z = chunks;
   }
   if (programmatic) {

@@ -30,7 +30,6 @@ class Tile:
 
     stages: steps in flight at most; blocks: of a multiprocessor; prefetch: steps of W that are brought into the cache
     before the kernels ahead have ended, or None to start when they have; late: when the kernel behind may start.
-    row_blocks, column_blocks: so many blocks one below the other share the copies of W, side by side those of x.
     """
 
     groups: int
@@ -40,12 +39,6 @@ class Tile:
     blocks: int = 1
     prefetch: int | None = 0
     late: bool = True
-    row_blocks: int = 1
-    column_blocks: int = 1
-
-    @property
-    def shares(self) -> bool:
-        return self.row_blocks * self.column_blocks > 1
 
 
 TILES = (
@@ -90,33 +83,32 @@ def choose_tile(m: int, n: int, k: int, chunk: int, processors: int) -> Tile | N
 
 
 def defines_of(
-    dtype: torch.dtype, groups: int, columns: int, panels: int, segmented: bool = False, shared: bool = False
+    dtype: torch.dtype, groups: int, columns: int, panels: int, segmented: bool = False
 ) -> compiler.Defines:
     shape = (
         ("MAINSPRING_TYPE", TYPES[dtype]), ("MAINSPRING_GROUPS", groups), ("MAINSPRING_COLUMNS", columns),
         ("MAINSPRING_PANELS", panels),
     )  # fmt: skip
-    flags = (("MAINSPRING_SEGMENTED", segmented), ("MAINSPRING_SHARED", shared))
-    return (*shape, *((name, 1) for name, wanted in flags if wanted))
+    return (*shape, ("MAINSPRING_SEGMENTED", 1)) if segmented else shape
 
 
 @lru_cache(maxsize=2)
 def build_ahead(dtype: torch.dtype) -> None:
     """Starts compiling the table's tiles side by side, so that no later call waits long for one of them."""
-    tiles = {defines_of(dtype, t.groups, t.columns, t.panels, shared=t.shares) for t in TILES}
+    tiles = {defines_of(dtype, t.groups, t.columns, t.panels) for t in TILES}
     compiler.build_ahead((SOURCE, defines) for defines in sorted(tiles, key=repr))
 
 
 @lru_cache(maxsize=256)
 def _launcher(
-    dtype: torch.dtype, groups: int, columns: int, panels: int, segmented: bool, shared: bool
+    dtype: torch.dtype, groups: int, columns: int, panels: int, segmented: bool
 ) -> tuple[ctypes.CDLL, Any]:
     if not segmented:
         build_ahead(dtype)
-    library = compiler.load(SOURCE, defines_of(dtype, groups, columns, panels, segmented, shared))
+    library = compiler.load(SOURCE, defines_of(dtype, groups, columns, panels, segmented))
     function = library.mainspring_linear
     pointer, wide, word = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    function.argtypes = [pointer, wide, pointer, wide, pointer, pointer, *[word] * 12, pointer]
+    function.argtypes = [pointer, wide, pointer, wide, pointer, pointer, *[word] * 10, pointer]
     function.restype = word
     return library, function
 
@@ -127,12 +119,11 @@ def launch(
     """One launch. x: [M, K], weight: [N, K], rows 16-byte aligned; out: [M, N], contiguous; on the current device."""
     (m, k), n = x.shape, weight.shape[0]
     segmented = tree and tile == SEGMENTED
-    library, function = _launcher(x.dtype, tile.groups, tile.columns, tile.panels, segmented, tile.shares)
+    library, function = _launcher(x.dtype, tile.groups, tile.columns, tile.panels, segmented)
     code = function(
         x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), None if bias is None else bias.data_ptr(),
         out.data_ptr(), m, n, k, chunk, tree, out.dtype == torch.float32, tile.stages, tile.blocks,
-        0 if tile.prefetch is None else 1 + tile.prefetch, tile.late, tile.row_blocks, tile.column_blocks,
-        torch.cuda.current_stream().cuda_stream,
+        0 if tile.prefetch is None else 1 + tile.prefetch, tile.late, torch.cuda.current_stream().cuda_stream,
     )  # fmt: skip
     compiler.check(library, "linear", code)
 
