@@ -106,94 +106,27 @@ def attention_kernel(
     acc = tl.zeros((ROWS, DIM), tl.float32)
     chunk_peak = tl.full((ROWS,), float("-inf"), tl.float32)
     chunk_total = tl.zeros((ROWS, 8), tl.float32)
-    for first in range(low, full, KEYS):
-        columns = first + tl.arange(0, KEYS)
-        keys = load_keys(
-            k,
-            table,
-            start,
-            first,
-            context,
-            kv_head,
-            columns,
-            dims,
-            k_stride,
-            HEAD_DIM,
-            PAGED,
-            BLOCK_SIZE,
-            TMA,
-        )
-        values = load_keys(
-            v,
-            table,
-            start,
-            first,
-            context,
-            kv_head,
-            columns,
-            dims,
-            v_stride,
-            HEAD_DIM,
-            PAGED,
-            BLOCK_SIZE,
-            TMA,
-        )
-        acc, chunk_peak, chunk_total = block(
-            queries, keys.to(queries.dtype), values.to(queries.dtype), acc, chunk_peak, chunk_total, positions,
-            columns, scale, cap_in, cap_out, window, WINDOWED, WINDOWED, CAPPED, PRECISION, ROWS, KEYS,
-        )  # fmt: skip
-        if not SPLIT:  # noqa: SIM102 - the outer condition is the compiler's
-            if (first + KEYS) % CHUNK == 0:
-                result, peak, total = merge(
-                    result, peak, total, acc, chunk_peak, whole_sum(chunk_total, ROWS), scale
-                )
-                acc = tl.zeros((ROWS, DIM), tl.float32)
-                chunk_peak = tl.full((ROWS,), float("-inf"), tl.float32)
-                chunk_total = tl.zeros((ROWS, 8), tl.float32)
-    for first in range(full, high, KEYS):
-        columns = first + tl.arange(0, KEYS)
-        keys = load_keys(
-            k,
-            table,
-            start,
-            first,
-            context,
-            kv_head,
-            columns,
-            dims,
-            k_stride,
-            HEAD_DIM,
-            PAGED,
-            BLOCK_SIZE,
-            TMA,
-        )
-        values = load_keys(
-            v,
-            table,
-            start,
-            first,
-            context,
-            kv_head,
-            columns,
-            dims,
-            v_stride,
-            HEAD_DIM,
-            PAGED,
-            BLOCK_SIZE,
-            TMA,
-        )
-        acc, chunk_peak, chunk_total = block(
-            queries, keys.to(queries.dtype), values.to(queries.dtype), acc, chunk_peak, chunk_total, positions,
-            columns, scale, cap_in, cap_out, window, True, WINDOWED, CAPPED, PRECISION, ROWS, KEYS,
-        )  # fmt: skip
-        if not SPLIT:  # noqa: SIM102
-            if (first + KEYS) % CHUNK == 0:
-                result, peak, total = merge(
-                    result, peak, total, acc, chunk_peak, whole_sum(chunk_total, ROWS), scale
-                )
-                acc = tl.zeros((ROWS, DIM), tl.float32)
-                chunk_peak = tl.full((ROWS,), float("-inf"), tl.float32)
-                chunk_total = tl.zeros((ROWS, 8), tl.float32)
+    for masked in tl.static_range(2):  # blocks that all rows see whole, then those that a mask may cut
+        for first in range(full if masked else low, high if masked else full, KEYS):
+            columns = first + tl.arange(0, KEYS)
+            keys = load_keys(
+                k, table, start, first, context, kv_head, columns, dims, k_stride, HEAD_DIM, PAGED, BLOCK_SIZE, TMA
+            )  # fmt: skip
+            values = load_keys(
+                v, table, start, first, context, kv_head, columns, dims, v_stride, HEAD_DIM, PAGED, BLOCK_SIZE, TMA
+            )  # fmt: skip
+            acc, chunk_peak, chunk_total = block(
+                queries, keys.to(queries.dtype), values.to(queries.dtype), acc, chunk_peak, chunk_total, positions,
+                columns, scale, cap_in, cap_out, window, WINDOWED or masked, WINDOWED, CAPPED, PRECISION, ROWS, KEYS,
+            )  # fmt: skip
+            if not SPLIT:  # noqa: SIM102 - the outer condition is the compiler's
+                if (first + KEYS) % CHUNK == 0:
+                    result, peak, total = merge(
+                        result, peak, total, acc, chunk_peak, whole_sum(chunk_total, ROWS), scale
+                    )
+                    acc = tl.zeros((ROWS, DIM), tl.float32)
+                    chunk_peak = tl.full((ROWS,), float("-inf"), tl.float32)
+                    chunk_total = tl.zeros((ROWS, 8), tl.float32)
     if SPLIT:
         index = (tl.program_id(2).to(tl.int64) * tokens + token) * q_heads + head
         state = part_state + index
