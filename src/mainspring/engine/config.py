@@ -19,7 +19,8 @@ class EngineConfig:
 
     Attributes:
         max_num_seqs: most requests that run at once; never more than `max_num_batched_tokens`, so that
-            a step has room for a token of each. None: 64 on a CPU, 256 on a GPU.
+            a step has room for a token of each. None: 64 on a CPU; on a GPU one for each 960 tokens of its cache, from
+            256 to 1,024.
         max_num_batched_tokens: most tokens in one forward pass, prompt chunks and decodes together; None:
             512 on a CPU (a step stays short enough for the streams beside a long prompt), 8,192 on a GPU.
         block_size: tokens a KV block.

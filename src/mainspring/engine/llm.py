@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
+from mainspring.engine import collector
 from mainspring.engine.admission import make_request
 from mainspring.engine.choices import ChoiceMerger, fan_out
 from mainspring.engine.config import EngineConfig, KVCacheDtype, SchedulingPolicy
@@ -337,16 +338,17 @@ class LLM:
                 for child in fan_out(request):
                     self._processor.add(child, text, output_kind)
                     self.engine.add_request(child)
-            while unfinished:
-                outputs, to_abort = self._processor.process(self.engine.step())
-                for request_id in to_abort:
-                    self.engine.abort(request_id)
-                for output in outputs:
-                    merged = mergers[children[output.request_id].request_id].merge(output)
-                    if merged is not None:
-                        if merged.finished:
-                            unfinished.discard(merged.request_id)
-                        yield merged
+            with collector.spared():
+                while unfinished:
+                    outputs, to_abort = self._processor.process(self.engine.step())
+                    for request_id in to_abort:
+                        self.engine.abort(request_id)
+                    for output in outputs:
+                        merged = mergers[children[output.request_id].request_id].merge(output)
+                        if merged is not None:
+                            if merged.finished:
+                                unfinished.discard(merged.request_id)
+                            yield merged
         finally:
             for request_id in unfinished:
                 for child_id in mergers[request_id].unfinished:
