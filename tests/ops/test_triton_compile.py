@@ -124,6 +124,7 @@ def test_norms_fused_with_rope_sum_a_row_over_threads_as_rms_norm_does(
 ) -> None:
     from mainspring.ops.triton.norm import rms_norm_kernel, row_shape
     from mainspring.ops.triton.norm_rope_cache import norm_rope_cache_kernel
+    from mainspring.ops.triton.qkv_heads import norm_rope_kernel
 
     rows, block, warps = row_shape(d)
     tensors = ("x", "residual", "weight", "out", "total_out")
@@ -144,6 +145,28 @@ def test_norms_fused_with_rope_sum_a_row_over_threads_as_rms_norm_does(
     fused = _summed_layouts(compiled(norm_rope_cache_kernel, types, constants, warps, 3))
     assert len(alone) == 1
     assert fused == 2 * alone
+    types = {n: t for n, t in types.items() if n in norm_rope_kernel.arg_names} | {"k_out": "*bf16"}
+    constants = {n: c for n, c in constants.items() if n in norm_rope_kernel.arg_names}
+    assert _summed_layouts(compiled(norm_rope_kernel, types, constants, warps, 3)) == 2 * alone
+
+
+@pytest.mark.parametrize(("d", "heads", "normed"), [(64, (32, 4), False), (128, (16, 8), True)])
+def test_the_gradient_of_the_heads(d: int, heads: tuple[int, int], normed: bool, tmp_path: Path) -> None:
+    from mainspring.ops.triton.qkv_heads import qkv_gradient_kernel
+
+    types = {
+        **dict.fromkeys(("dq", "dk", "dv", "qkv", "q_weight", "k_weight", "out"), "*bf16"),
+        **dict.fromkeys(("partial", "inv_freq"), "*fp32"), **dict.fromkeys(("positions", "rows"), "*i64"),
+        **dict.fromkeys(("tokens", "dq_stride", "dk_stride", "dv_stride", "qkv_stride"), "i32"),
+        **dict.fromkeys(("rope_scale", "eps"), "fp32"),
+    }  # fmt: skip
+    constants = {
+        "Q_HEADS": heads[0], "Q_PADDED": heads[0], "K_HEADS": heads[1], "K_PADDED": heads[1], "DIM": d,
+        "PAIRS": d // 2, "ROWED": False, "NORM": normed,
+    }  # fmt: skip
+    binary = compiled(qkv_gradient_kernel, types, constants, 4, 3)
+    assert stack_bytes(binary, tmp_path) == 0
+    assert "ld.global.v4" in binary.asm["ptx"]
 
 
 def _summed_layouts(binary: Any) -> list[str]:

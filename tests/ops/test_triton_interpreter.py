@@ -15,7 +15,7 @@ from support.triton_kernels import AVAILABLE, INTERPRETED
 GROUPS = (
     ("attention", "flash", "adamw", "muon"),
     ("linear", "linear_tp_invariant", "grouped_linear", "routing", "decode_inputs"),
-    ("losses", "rope", "rowwise", "sample"),
+    ("losses", "qkv_heads", "rope", "rowwise", "sample"),
 )
 
 

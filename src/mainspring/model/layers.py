@@ -111,10 +111,9 @@ class Attention(nn.Module):
 
     def attend(self, qkv: Tensor, batch: TokenBatch, angles: RopeAngles) -> Tensor:
         """What lies between the two projections. qkv: [T, (H + 2 · Hkv) · D] -> [T, H · D]."""
-        q, k, v = self._heads(qkv)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = ops.rope(q, k, angles, policy=self.policy)
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        split = qkv.unflatten(-1, (heads + 2 * kv_heads, self.head_dim))
+        q, k, v = ops.qkv_heads(split, heads, kv_heads, self.head_norms(), angles, policy=self.policy)
         out = ops.attention(
             q, k, v, batch, layer=self.layer, scale=self.scale, window=self.window, policy=self.policy
         )

@@ -21,6 +21,7 @@ from mainspring.ops.logit_loss import IGNORE_INDEX
 from mainspring.ops.norm import add_rms_norm, rms_norm
 from mainspring.ops.norm_rope_cache import HeadNorms, norm_rope_write_cache
 from mainspring.ops.policy import FAST, LOCKSTEP, Numerics, Policy
+from mainspring.ops.qkv_heads import qkv_heads
 from mainspring.ops.rope import RopeAngles, rope
 from mainspring.ops.rope_cache import rope_write_cache
 from mainspring.ops.routing import Routing, combine, route
@@ -54,6 +55,7 @@ __all__ = [
     "linear_tp_invariant",
     "linear_tp_partial",
     "norm_rope_write_cache",
+    "qkv_heads",
     "rms_norm",
     "rope",
     "rope_write_cache",

@@ -33,12 +33,11 @@ class ContextAttention(nn.Module):
     def attend(self, qkv: Tensor, batch: TokenBatch, angles: RopeAngles) -> Tensor:
         """What lies between the two projections, as `Attention.attend`. All ranks of the group call it together."""
         heads, kv_heads = self.num_heads, self.num_kv_heads
-        q, k, v = qkv.unflatten(-1, (heads + 2 * kv_heads, self.head_dim)).split(
-            (heads, kv_heads, kv_heads), dim=1
-        )
+        split = qkv.unflatten(-1, (heads + 2 * kv_heads, self.head_dim))
+        norms = None
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = ops.rope(q, k, angles, policy=self.policy)
+            norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+        q, k, v = ops.qkv_heads(split, heads, kv_heads, norms, angles, policy=self.policy)
         assert isinstance(batch, ContextBatch)  # `ParallelDecoder.batch` makes one under cp
         if self.method == "ring":
             out = ring_attention(q, k, v, batch, self.group, self.scale, self.window)

@@ -27,7 +27,7 @@ def _weighted(value, scale, factor, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _normed_rotated(
+def normed_rotated(
     source, weight, row, columns, inside, cos, sin, eps, DIM: tl.constexpr, HALF: tl.constexpr
 ):  # fmt: skip
     """Heads `row` of a token, [rows, columns] in fp32, rounded to the source's dtype by whoever stores them."""
@@ -71,7 +71,7 @@ def norm_rope_cache_kernel(
     if group < Q_GROUPS:
         row = group * GROUP + tl.arange(0, GROUP)
         inside = (row < Q_HEADS)[:, None] & (columns < DIM)[None, :]
-        turned = _normed_rotated(
+        turned = normed_rotated(
             q + token * q_stride, q_weight, row, columns, inside, cos, sin, eps, DIM, HALF
         )  # fmt: skip
         target = q_out + token * (Q_HEADS * DIM) + row[:, None] * DIM + columns[None, :]
@@ -82,7 +82,7 @@ def norm_rope_cache_kernel(
             row = (group - Q_GROUPS) * GROUP + tl.arange(0, GROUP)
             inside = (row < K_HEADS)[:, None] & (columns < DIM)[None, :]
             offsets = row[:, None] * DIM + columns[None, :]
-            turned = _normed_rotated(
+            turned = normed_rotated(
                 k + token * k_stride, k_weight, row, columns, inside, cos, sin, eps, DIM, HALF
             )  # fmt: skip
             value = tl.load(v + token * v_stride + offsets, inside, 0.0)
