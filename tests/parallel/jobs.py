@@ -17,12 +17,13 @@ import torch.distributed as dist
 
 from mainspring.errors import CheckpointError, MainspringError
 from mainspring.formats.model_config import ModelConfig
+from mainspring.formats.safetensors_file import CheckpointReader, SafetensorsWriter, TensorSpec
 from mainspring.formats.safetensors_writer import _SliceWriter
 from mainspring.model.checkpoint import load_model
 from mainspring.ops import KVCache, Numerics, Policy, TokenBatch
 from mainspring.parallel import experts
 from mainspring.parallel.balance import take_loads
-from mainspring.parallel.checkpoint import load_weights, stored_weights, write_together
+from mainspring.parallel.checkpoint import NAMES, load_weights, stored_weights, write_together
 from mainspring.parallel.experts import Balance
 from mainspring.parallel.layout import Layout
 from mainspring.parallel.mesh import Mesh
@@ -34,7 +35,8 @@ from mainspring.train.metrics import Progress
 from mainspring.train.packing import MicroBatch
 from mainspring.train.recipe_file import parse_recipe
 from mainspring.train.trainer import Trainer
-from mainspring.train.verify import Run, VerifySettings, micro_batches, run_layout
+from mainspring.train.verify import DTYPES as VERIFY_DTYPES
+from mainspring.train.verify import Run, VerifySettings, gradient_errors, micro_batches, run_layout
 from parallel import faults
 
 
@@ -157,13 +159,40 @@ def balanced(directory: str, layout: str, auxiliary: float, settings: VerifySett
     """Router gradients under the auxiliary loss, and the experts' loads."""
     units = units_of(directory, Layout.parse(layout), Balance(auxiliary))
     Pipeline(units.model, units).run(micro_batches(units.model.config, settings, 0))
-    loads = {number: load.tolist() for number, load in take_loads(units.model).items()}
+    loads = {number: load.slots.tolist() for number, load in take_loads(units.model).items()}
     gradients = {
         (piece.block.name, piece.offset): units.gradient(piece).numpy().copy()
         for piece in units.pieces
         if piece.block.name.endswith("mlp.gate.weight")
     }
     return {"loads": loads, "gradients": gradients}
+
+
+def capped(
+    directory: str, layout: str, capacity: float, settings: VerifySettings, file: str
+) -> dict[str, Any]:
+    """Loss, loads and dropped slots of one step. One device writes its gradients to `file`, others are held to them."""
+    parsed = Layout.parse(layout)
+    config = ModelConfig.from_file(directory)
+    model = load_model(directory, dtype=VERIFY_DTYPES[settings.dtype], numerics="fast").train()
+    share = parallelize(model, parsed, mesh_for(parsed, config), balance=Balance(capacity=capacity))
+    units = Units(share)
+    loss = Pipeline(share, units).run(micro_batches(config, settings, 0))
+    if parsed.world == 1:
+        tensors = {p.block.name: units.gradient(p).view(p.block.shape) for p in units.pieces}
+        specs = {name: TensorSpec(NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
+        with SafetensorsWriter(Path(file).parent, specs) as writer:
+            for name, tensor in tensors.items():
+                writer.write(name, tensor.numpy())
+            writer.finish()
+    errors = gradient_errors(units, CheckpointReader(file))
+    loads = take_loads(share)
+    return {
+        "loss": loss,
+        "error": max(errors.values()),
+        "loads": {number: load.slots.tolist() for number, load in loads.items()},
+        "dropped": {number: load.dropped for number, load in loads.items()},
+    }
 
 
 def rewrite(directory: str, layout: str, target: str) -> None:
@@ -267,7 +296,7 @@ def scores(directory: str, layout: str, count: int) -> list[float]:
 
 def biased_training(directory: str, layout: str, rate: float, steps: int) -> dict[str, Any]:
     """The imbalance of each step, and the biases at the end, when the same batch is computed again and again."""
-    from mainspring.parallel.balance import blocks_by_layer, imbalance, move_biases
+    from mainspring.parallel.balance import blocks_by_layer, move_biases, statistics
 
     units = units_of(directory, Layout.parse(layout), Balance(0.0, rate))
     pipeline = Pipeline(units.model, units)
@@ -277,7 +306,9 @@ def biased_training(directory: str, layout: str, rate: float, steps: int) -> dic
         units.clear()
         loads = take_loads(units.model)
         move_biases(units.model, loads)
-        seen.append(imbalance(loads))
+        found = statistics(loads)
+        assert found is not None
+        seen.append(found.imbalance)
     biases = {number: block.choice_bias.tolist() for number, block in blocks_by_layer(units.model).items()}
     return {"imbalance": seen, "biases": biases}
 
@@ -286,7 +317,6 @@ def muon_error(
     directory: str, layout: str, gradients: str, expected: str, offload: bool
 ) -> tuple[float, float]:
     """(largest difference to the expected weights after two steps of given gradients, largest move of a weight)."""
-    from mainspring.formats.safetensors_file import CheckpointReader
     from mainspring.parallel.checkpoint import read_piece
     from mainspring.train.recipe import OptimizerSection
     from mainspring.train.sharded_optimizer import ShardedOptimizer

@@ -70,6 +70,13 @@ def pieces_of(rank: int, cp: int) -> tuple[int, int]:
     return rank, 2 * cp - 1 - rank
 
 
+def own_pieces(batch: TokenBatch, group: Group) -> tuple[int, ...]:
+    """Tokens of each piece of the stream that this rank holds, in the order of its rows."""
+    if not isinstance(batch, ContextBatch):
+        return (batch.num_tokens,)
+    return tuple(b - a for a, b in (batch.pieces[p] for p in pieces_of(group.rank, group.size)))
+
+
 def cut_stream(lengths: Sequence[int], group: Group, device: torch.device) -> ContextBatch:
     """The rank's part of a stream of whole documents of these lengths."""
     whole = TokenBatch.packed(lengths, device)

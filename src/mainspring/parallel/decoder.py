@@ -14,7 +14,7 @@ from mainspring.model.layers import DecoderLayer, RmsNorm
 from mainspring.model.rope import RotaryEmbedding
 from mainspring.ops import Policy, RopeAngles, TokenBatch
 from mainspring.parallel import recompute
-from mainspring.parallel.context import ContextBatch, cut_stream
+from mainspring.parallel.context import ContextBatch, cut_stream, own_pieces
 from mainspring.parallel.experts import Balance
 from mainspring.parallel.layout import Layout
 from mainspring.parallel.mesh import Mesh, even_bounds
@@ -104,6 +104,7 @@ class ParallelDecoder(nn.Module):
         """x: tokens [T] int64 at the first stage, else the residual stream [rows, H] -> the residual stream; after
         the last stage the hidden states under the final norm. Under tp the rows may be the rank's slice."""
         self.tp.tokens = batch.num_tokens
+        self.balance.pieces = own_pieces(batch, self.mesh.group("cp"))
         if stage == 0:
             assert self.embedding is not None  # the first stage holds it
             residual = embed(x, self.embedding, self.config.vocab_size, self.tp)
@@ -140,7 +141,8 @@ class ParallelDecoder(nn.Module):
         def run(update: Tensor | None, residual: Tensor) -> Stream:
             nonlocal times
             times += 1
-            self.tp.tokens = batch.num_tokens  # another micro-batch may have gone through in between
+            # Another micro-batch may have gone through in between.
+            self.tp.tokens, self.balance.pieces = batch.num_tokens, own_pieces(batch, self.mesh.group("cp"))
             self.balance.recording = times == 1
             try:
                 again: Stream = layer(update, residual, batch, angles)

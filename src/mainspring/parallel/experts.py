@@ -1,9 +1,9 @@
-"""Expert parallelism: each rank holds some experts, and tokens travel to theirs and back by all-to-all, none dropped.
+"""Expert parallelism: each rank holds some experts, and tokens travel to theirs and back by all-to-all.
 
-(GShard, arXiv 2006.16668, without its capacity; MegaBlocks, arXiv 2211.15841.) Under tensor parallelism the experts
-are cut like a dense MLP, and the ranks of a tensor-parallel group send the same tokens, each with its slice of the
-experts. Balance: an auxiliary loss (Switch Transformers, arXiv 2101.03961, equations 4 to 6) or a bias on the choice
-of experts that is moved by the load (Wang et al., arXiv 2408.15664).
+None is dropped (MegaBlocks, arXiv 2211.15841) unless a capacity is set (GShard, arXiv 2006.16668; `capacity.py`).
+Under tensor parallelism the experts are cut like a dense MLP, and the ranks of a tensor-parallel group send the same
+tokens, each with its slice of the experts. Balance: an auxiliary loss (Switch Transformers, arXiv 2101.03961,
+equations 4 to 6) or a bias on the choice of experts that is moved by the load (Wang et al., arXiv 2408.15664).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from mainspring import ops
 from mainspring.model.layers import MixtureOfExperts
 from mainspring.ops import Routing
 from mainspring.ops.precision import accumulator
+from mainspring.parallel.capacity import within_capacity
 from mainspring.parallel.collectives import all_reduce, gather_rows, start_exchange
 from mainspring.parallel.mesh import Group
 from mainspring.parallel.recompute import forget, forgettable_swiglu
@@ -31,14 +32,18 @@ class Balance:
 
     auxiliary: coefficient of the loss E · sum_e f_e P_e, where f_e is the share of a micro-batch's slots that went to
     expert e and P_e its mean probability (1 where all are equal). bias_rate: step of the bias on the choice.
+    capacity: while training, an expert takes capacity / E of a micro-batch's slots and drops the rest; 0: takes all.
     """
 
     auxiliary: float = 0.0
     bias_rate: float = 0.0
+    capacity: float = 0.0
     weight: float = 1.0
     """Of the micro-batch in flight: its tokens over the step's."""
     recording: bool = True
     """Not while a layer is computed again for its backward pass."""
+    pieces: tuple[int, ...] = ()
+    """Tokens of the rank's pieces of the stream that is going through the model now; the decoder sets it."""
     losses: list[Tensor] = field(default_factory=list)
     """Auxiliary losses of the forward pass in flight, times coefficient and weight, one a block."""
 
@@ -52,11 +57,12 @@ class ParallelExperts(nn.Module):
     """The twin of `MixtureOfExperts` with the rank's experts (and its slice of each).
 
     x: [T, H], the rank's tokens (of its rows, if the sequence is sliced) -> the same shape.
-    `load` counts the slots that this rank has given each expert (`balance.take_loads` clears it), [E] float64;
-    `choice_bias` [E] is added to the logits for the choice alone.
+    `load` counts the slots that this rank has given each expert, [E] float64, `dropped` [] those that were too many
+    (`balance.take_loads` clears both); `choice_bias` [E] is added to the logits for the choice alone.
     """
 
     load: Tensor
+    dropped: Tensor
     choice_bias: Tensor
 
     def __init__(
@@ -77,13 +83,14 @@ class ParallelExperts(nn.Module):
         self.router, self.gate_up, self.down = block.router, block.gate_up, block.down
         device = block.gate_up.device
         self.register_buffer("load", torch.zeros(self.num_experts, dtype=torch.float64, device=device), False)
+        self.register_buffer("dropped", torch.zeros((), dtype=torch.float64, device=device), False)
         self.register_buffer("choice_bias", torch.zeros(self.num_experts, device=device), False)
 
     def forward(self, x: Tensor) -> Tensor:
         tp, policy = self.tp, self.tp.policy
         whole: Tensor = _Enter.apply(x, tp) if tp.group.size > 1 else x
         routing = self._route(whole)
-        rows = dispatch(whole, routing, self.experts)
+        rows = dispatch(whole, routing, self.experts, self._taken(routing))
         if rows.sorted.shape[0]:
             gate_up = ops.grouped_linear(rows.sorted, self.gate_up, rows.counts, policy=policy)
             swiglu = forgettable_swiglu if self.recompute else ops.swiglu
@@ -119,6 +126,15 @@ class ParallelExperts(nn.Module):
                 self.balance.losses += [loss] if loss is not None else []
         return routing
 
+    def _taken(self, routing: Routing) -> Tensor | None:
+        """Which of the sorted rows the experts take, [R] bool; None: all."""
+        if not self.balance.capacity or not self.training:
+            return None
+        taken = within_capacity(routing, self.balance.capacity, self.balance.pieces, self.context)
+        if self.balance.recording:
+            self.dropped += (~taken).sum()
+        return taken
+
     def _weights(self, logits: Tensor, experts: Tensor) -> Tensor:
         wide = logits.to(accumulator(logits.dtype))
         if self.normalise:
@@ -149,23 +165,35 @@ class Dispatched:
     sent: list[int]
     received: list[int]
     group: Group
+    slots: Tensor | None
+    """Of the rows that were sent their places among all, where some were dropped."""
+    all_slots: int
 
     def bring_back(self, rows: Tensor) -> Tensor:
-        """The experts' outputs at the ranks of their tokens, in the order in which those were sent."""
-        if self.order is None:
+        """The experts' outputs at the ranks of their tokens, a row for each slot, zeros for what was dropped."""
+        if self.order is not None:
+            back = torch.empty_like(self.order)
+            back[self.order] = torch.arange(self.order.shape[0], device=rows.device)
+            rows = _AllToAll.apply(rows[back], self.received, self.sent, self.group)
+        if self.slots is None:
             return rows
-        back = torch.empty_like(self.order)
-        back[self.order] = torch.arange(self.order.shape[0], device=rows.device)
-        out: Tensor = _AllToAll.apply(rows[back], self.received, self.sent, self.group)
-        return out
+        return rows.new_zeros(self.all_slots, rows.shape[1]).index_copy(0, self.slots, rows)
 
 
-def dispatch(x: Tensor, routing: Routing, group: Group) -> Dispatched:
-    """Sends each of the T · k rows to the rank of its expert."""
-    rows = x[routing.tokens.long()]  # sorted by expert, hence by rank
-    counts = routing.offsets.diff().long()
+def dispatch(x: Tensor, routing: Routing, group: Group, taken: Tensor | None = None) -> Dispatched:
+    """Sends each of the T · k rows, or those that are taken, to the rank of its expert."""
+    tokens, counts = routing.tokens.long(), routing.offsets.diff().long()
+    slots, all_slots = None, tokens.shape[0]
+    if taken is not None:
+        slots = taken.nonzero()[:, 0]
+        expert = torch.arange(counts.shape[0], device=x.device).repeat_interleave(
+            counts, output_size=all_slots
+        )
+        counts = torch.zeros_like(counts).index_add_(0, expert[slots], torch.ones_like(slots))
+        tokens = tokens[slots]
+    rows = x[tokens]  # sorted by expert, hence by rank
     if group.size == 1:
-        return Dispatched(rows, counts.tolist(), None, [], [], group)
+        return Dispatched(rows, counts.tolist(), None, [], [], group, slots, all_slots)
     local = counts.shape[0] // group.size
     theirs = (
         start_exchange(counts, [local] * group.size, [local] * group.size, group)
@@ -178,7 +206,7 @@ def dispatch(x: Tensor, routing: Routing, group: Group) -> Dispatched:
     # They come sorted by sender, then by expert; a stable sort by expert keeps the senders in the order of ranks.
     expert = torch.arange(local, device=x.device).repeat(group.size).repeat_interleave(theirs.flatten())
     order = expert.argsort(stable=True)
-    return Dispatched(arrived[order], theirs.sum(0).tolist(), order, sent, received, group)
+    return Dispatched(arrived[order], theirs.sum(0).tolist(), order, sent, received, group, slots, all_slots)
 
 
 class _AllToAll(torch.autograd.Function):

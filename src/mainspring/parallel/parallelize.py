@@ -44,6 +44,11 @@ def parallelize(
         )
     if getattr(model, "quantised_embedding", None) is not None:
         raise ConfigError("a quantised model cannot be cut over ranks; load it in bfloat16 or float32")
+    if balance is not None and balance.capacity and model.policy.numerics == "lockstep":
+        raise ConfigError(
+            f"an expert capacity of {balance.capacity} drops tokens by what else is in their batch, so a token's "
+            "numbers would depend on it, which lockstep rules out; train with numerics fast, or without a capacity"
+        )
     placement = place(model.config, layout, mesh)
     parameters = dict(model.named_parameters())
     local = {

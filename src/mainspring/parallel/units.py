@@ -75,8 +75,9 @@ class Units:
         self._build()
         for block in blocks_by_layer(model).values():
             if block.load.is_meta:
-                block.load, block.choice_bias = (
-                    torch.zeros_like(b, device=self._device) for b in (block.load, block.choice_bias)
+                block.load, block.dropped, block.choice_bias = (
+                    torch.zeros_like(b, device=self._device)
+                    for b in (block.load, block.dropped, block.choice_bias)
                 )
         self.pieces = [piece for unit in self.units for piece in self._pieces(unit)]
         self.spans, self.span_of_piece = _joined(self.pieces)

@@ -86,8 +86,11 @@ def make_runner(recipe: Recipe, data: PreparedData, resume_from: Path | None, ra
     Raises ConfigError for a layout that does not fit, CheckpointError, and what the model's configuration raises.
     """
     layout = layout_of(recipe.parallel, ranks.world)
-    balance = Balance(recipe.experts.auxiliary_loss, recipe.experts.bias_rate)
-    plain = layout == Layout() and not (balance.auxiliary or balance.bias_rate or recipe.parallel.offload)
+    experts = recipe.experts
+    balance = Balance(experts.auxiliary_loss, experts.bias_rate, experts.capacity_factor)
+    plain = layout == Layout() and not (
+        balance.auxiliary or balance.bias_rate or balance.capacity or recipe.parallel.offload
+    )
     if plain:
         device = usable_device(recipe.training.device)
         single = SingleDevice(_make_model(recipe, data, resume_from, device), recipe.optimizer)

@@ -32,6 +32,10 @@ class StepMetrics:
     """Seconds of training that are left."""
     expert_imbalance: float | None = None
     """Of the last step: the busiest expert's load over the mean, in the worst layer; null where it is not known."""
+    experts_idle: float | None = None
+    """Of the last step: experts that were given nothing, over all, in the worst layer."""
+    slots_dropped: float | None = None
+    """Of the last step: slots beyond an expert's capacity, over all."""
 
 
 class MetricsFile:

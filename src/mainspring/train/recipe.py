@@ -188,6 +188,9 @@ class ExpertsSection:
     """Coefficient of the load-balancing loss; the Hugging Face configuration calls it router_aux_loss_coef."""
     bias_rate: float = _limits(0.0, low=0.0, high=1.0)
     """Step of a bias on the choice of experts that follows the load."""
+    capacity_factor: float = _limits(0.0, low=0.0, high=1000.0)
+    """While training an expert takes so many times its even share of a micro-batch's slots and drops the rest; 0 drops
+    nothing. Needs training.numerics = "fast"."""
 
 
 @dataclass(frozen=True)

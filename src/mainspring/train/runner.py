@@ -16,6 +16,7 @@ from mainspring.errors import ConfigError
 from mainspring.formats.model_config import ModelConfig
 from mainspring.model.decoder import Decoder
 from mainspring.ops import IGNORE_INDEX, TokenBatch
+from mainspring.parallel.balance import ExpertStatistics
 from mainspring.parallel.host_copies import HostCopies
 from mainspring.train.checkpoint import TrainerState, checkpoint_writer, load_optimizer
 from mainspring.train.finite import first_non_finite
@@ -35,8 +36,8 @@ class Runner(Protocol):
     """Ranks that compute."""
     speaks: bool
     """Whether this process reports; one of all ranks does."""
-    expert_imbalance: float | None
-    """Of the last step: the busiest expert's load over the mean, in the worst layer."""
+    experts: ExpertStatistics | None
+    """What the last step's experts were given, where it is known."""
 
     def num_weights(self) -> int:
         """Of the whole model."""
@@ -76,7 +77,7 @@ class SingleDevice:
 
     world = 1
     speaks = True
-    expert_imbalance: float | None = None
+    experts: ExpertStatistics | None = None
 
     def __init__(self, model: Decoder, settings: OptimizerSection) -> None:
         self.model = model.train()

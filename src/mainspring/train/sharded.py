@@ -15,7 +15,13 @@ from mainspring.formats.safetensors_file import CheckpointReader, TensorSpec
 from mainspring.model.checkpoint import saved_config
 from mainspring.model.decoder import Decoder
 from mainspring.ops import IGNORE_INDEX, Policy
-from mainspring.parallel.balance import blocks_by_layer, imbalance, move_biases, take_loads
+from mainspring.parallel.balance import (
+    ExpertStatistics,
+    blocks_by_layer,
+    move_biases,
+    statistics,
+    take_loads,
+)
 from mainspring.parallel.checkpoint import (
     DTYPES,
     Stored,
@@ -76,7 +82,7 @@ class Sharded:
         self._copies = HostCopies()
         self._writers: Group | None = None
         """All ranks again, for the threads that write."""
-        self.expert_imbalance: float | None = None
+        self.experts: ExpertStatistics | None = None
 
     def load_weights(self, directory: Path) -> None:
         """Takes the rank's part of a Hugging Face directory."""
@@ -122,7 +128,7 @@ class Sharded:
         norm = self.optimizer.step(lr_factor, clip_norm)
         loads = take_loads(self._model)
         move_biases(self._model, loads)
-        self.expert_imbalance = imbalance(loads)
+        self.experts = statistics(loads)
         return loss, norm
 
     def first_non_finite(self, micro_batches: Sequence[MicroBatch]) -> str | None:

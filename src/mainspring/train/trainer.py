@@ -208,7 +208,7 @@ class Trainer:
             self._metrics.write(event, values)
 
     def _report(self, window: _Window, factor: float, grad_norm: float) -> None:
-        done, elapsed = self._progress(), self._elapsed()
+        done, elapsed, experts = self._progress(), self._elapsed(), self._runner.experts
         metrics = StepMetrics(
             step=self._step,
             epoch=self._tokens / self._stream.tokens_per_epoch,
@@ -220,7 +220,9 @@ class Trainer:
             mfu=window.flops / window.seconds / self._peak,
             elapsed=elapsed,
             eta=elapsed / done - elapsed,
-            expert_imbalance=self._runner.expert_imbalance,
+            expert_imbalance=experts.imbalance if experts else None,
+            experts_idle=experts.idle if experts else None,
+            slots_dropped=experts.dropped if experts else None,
         )
         self._record("step", as_record(metrics))
         self._show.show(metrics, self._recipe.training.max_steps)

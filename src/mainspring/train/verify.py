@@ -170,7 +170,7 @@ def run_layout(
         losses.append(pipeline.run(micro_batches(config, settings, step)))
         if step == 0:
             errors = gradient_errors(units, CheckpointReader(gradients))
-            loads = {f"layers.{n}": [int(c) for c in load] for n, load in take_loads(share).items()}
+            loads = {f"layers.{n}": [int(c) for c in load.slots] for n, load in take_loads(share).items()}
         norms.append(optimizer.step(1.0, 1.0))
     return Run(losses, norms, loads), errors
 
