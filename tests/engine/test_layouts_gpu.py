@@ -31,7 +31,7 @@ from parallel.models import tiny
 VOCAB = 4096
 CONFIG = {
     "max_model_len": 512,
-    "num_blocks": 90,
+    "num_blocks": 70,
     "max_num_batched_tokens": 200,
     "max_num_seqs": 12,
 }  # tight: prompts are cut, requests preempted

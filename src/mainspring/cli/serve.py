@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import time
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -38,6 +39,12 @@ def serve(
     ] = "lockstep",
     quantized: Annotated[
         bool, typer.Option(help="Keep the weights of a GGUF file quantised: less memory, faster on a CPU.")
+    ] = False,
+    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks: each layer is shared.")] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline-parallel ranks: each has some of the layers.")] = 1,
+    ep: Annotated[int, typer.Option(help="Expert-parallel ranks: each has some of the experts.")] = 1,
+    tp_invariant: Annotated[
+        bool, typer.Option("--tp-invariant", help="The same bits at every tensor-parallel degree.")
     ] = False,
     max_model_len: Annotated[
         int | None, typer.Option(help="Longest sequence in tokens, prompt and answer together.")
@@ -126,6 +133,12 @@ def serve(
     from mainspring.engine.server.serve import run_server
     from mainspring.engine.server.settings import ServerSettings
 
+    layout = _layout(tp=tp, pp=pp, ep=ep, tp_invariant=tp_invariant)
+    if _is_worker(layout, restart):
+        from mainspring.engine.ranks.worker import work
+
+        work("cuda" if device.startswith("cuda") else device)
+        raise typer.Exit(0)
     settings = ServerSettings(
         model=model,
         host=host,
@@ -146,6 +159,7 @@ def serve(
             speculative=_speculative(speculative, speculative_tokens),
             kv_cache_bytes=None if kv_cache_mb is None else kv_cache_mb * 2**20,
         ),
+        layout=layout,
         num_threads=threads,
         max_body_bytes=round(max_body_mb * 2**20),
         drain_seconds=drain_seconds,
@@ -179,6 +193,36 @@ def one_of(name: str, value: str, allowed: tuple[Choice, ...]) -> Choice:
         if value == known:
             return known
     raise ConfigError(f"{name} {value!r} is not one of {', '.join(allowed)}")
+
+
+def _layout(*, tp: int, pp: int, ep: int, tp_invariant: bool) -> str | None:
+    """As `Layout.parse` reads it; None for one process. Raises ConfigError. (Without PyTorch: it is checked against
+    the model by the engine.)"""
+    degrees = {"tp": tp, "pp": pp, "ep": ep}
+    for name, degree in degrees.items():
+        if degree < 1:
+            raise ConfigError(f"--{name} is {degree}, but must be at least 1")
+    degrees["dp"] = ep  # experts are spread over copies of all the rest
+    parts = [f"{name}={degree}" for name, degree in degrees.items() if degree > 1]
+    if tp_invariant:
+        parts.append("tp_invariant=true")
+    return ",".join(parts) or None
+
+
+def _is_worker(layout: str | None, restart: int) -> bool:
+    """Whether torchrun has started this process as another rank than the first. Raises ConfigError."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started == 1:
+        return False
+    if layout is None:
+        raise ConfigError(
+            f"torchrun has started {started} ranks; say how they share the model (--tp {started})"
+        )
+    if restart:
+        raise ConfigError(
+            "--restart does not go with torchrun, which starts its ranks again (--max-restarts)"
+        )
+    return int(os.environ["RANK"]) > 0
 
 
 def _adapters(given: list[str]) -> dict[str, str] | None:

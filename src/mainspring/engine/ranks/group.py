@@ -217,7 +217,7 @@ def _obituary(rank: int, status: int | None) -> str:
 
 def _abort_collectives() -> None:
     """Lets go of the devices that wait in a collective. All at once: one's kernels may stand before another's."""
-    backends = []
+    backends: list[Any] = []
     for group in list(dist.distributed_c10d._world.pg_map):
         with contextlib.suppress(RuntimeError):  # the control group is not one of devices
             backends.append(group._get_backend(torch.device("cuda")))

@@ -34,6 +34,7 @@ def load_message(settings: ServerSettings, path: Path) -> Load:
         config=settings.engine,
         num_threads=settings.num_threads,
         quantized=str(gguf_source(settings.model)) if settings.quantized else None,
+        layout=settings.layout,
     )
 
 

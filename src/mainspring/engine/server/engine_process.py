@@ -40,8 +40,11 @@ from mainspring.errors import InvalidRequestError, MainspringError
 if TYPE_CHECKING:
     from mainspring.engine.core import EngineCore
     from mainspring.engine.messages import EngineRequest
+    from mainspring.engine.served_model import ServedModel
 
 log = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 1.0  # an idle engine looks so often whether the other ranks of its layout live
 
 
 class Channel:
@@ -61,10 +64,10 @@ class Channel:
         """Queues a message to the frontend; never blocks."""
         self._outbox.send(encode(message))
 
-    def receive(self, *, wait: bool) -> list[ToEngine]:
-        """All messages that have come; with `wait`, at least one."""
+    def receive(self, *, wait: bool, seconds: float | None = None) -> list[ToEngine]:
+        """All messages that have come; with `wait`, at least one, or none after so many seconds."""
         messages: list[ToEngine] = []
-        if wait:
+        if wait and self._inbox.poll(None if seconds is None else round(1000 * seconds)):
             messages.append(decode_to_engine(self._inbox.recv()))
         while self._inbox.poll(0):
             messages.append(decode_to_engine(self._inbox.recv()))
@@ -88,7 +91,13 @@ class RequestLoop:
     def run(self) -> None:
         """Until a Shutdown comes: one step after another while there is work, else waits."""
         while True:
-            for message in self._channel.receive(wait=not self._core.has_work()):
+            idle = not self._core.has_work()
+            messages = self._channel.receive(wait=idle, seconds=_LOOK_SECONDS)
+            if idle:
+                self._core.check_ranks()
+                if not messages:
+                    continue
+            for message in messages:
                 match message:
                     case Submit(requests):
                         for request in requests:
@@ -163,20 +172,36 @@ def load_core(message: Load, channel: Channel) -> EngineCore:
     """Loads the model and builds the engine on it; tells the frontend what it does."""
     # PyTorch was imported while the frontend still looked for the model.
     from mainspring.engine.core import EngineCore
+    from mainspring.engine.ranks.layout import serving_layout
+    from mainspring.engine.ranks.lead import LeadModel
     from mainspring.formats.tokenizer import Tokenizer
     from mainspring.model.checkpoint import load_model
     from mainspring.ops.threads import set_num_threads
 
     if message.num_threads is not None:
         set_num_threads(message.num_threads)
-    channel.send(Progress("Loading the weights"))
-    model = load_model(
-        message.quantized or message.model,
-        device=message.device,
-        dtype=message.dtype,
-        numerics=message.numerics,
-        quantized=message.quantized is not None,
-    )
+    model: ServedModel
+    if message.layout is not None:
+        channel.send(Progress(f"Starting the ranks ({message.layout}) and loading the weights"))
+        layout = serving_layout(message.layout)
+        assert layout is not None  # None for one process
+        model = LeadModel(
+            message.model,
+            layout,
+            device=message.device,
+            dtype=message.dtype,
+            numerics=message.numerics,
+            num_threads=message.num_threads,
+        )
+    else:
+        channel.send(Progress("Loading the weights"))
+        model = load_model(
+            message.quantized or message.model,
+            device=message.device,
+            dtype=message.dtype,
+            numerics=message.numerics,
+            quantized=message.quantized is not None,
+        )
     channel.send(Progress("Preparing the engine"))
     # For structured outputs and bad words; the frontend has read the same files.
     core = EngineCore(model, message.config, tokenizer=Tokenizer.from_directory(message.model))
@@ -184,7 +209,8 @@ def load_core(message: Load, channel: Channel) -> EngineCore:
     # What is there now stays: the collector need not look at it again, which would hold the steps up.
     gc.collect()
     gc.freeze()
-    channel.send(Ready(core.limits, core.stats(), str(model.device), dtype, model.num_parameters))
+    where = str(model.device) if message.layout is None else f"{model.device.type} ({message.layout})"
+    channel.send(Ready(core.limits, core.stats(), where, dtype, model.num_parameters))
     return core
 
 
@@ -202,7 +228,11 @@ def main(directory: Path) -> int:
 
         first = channel.receive(wait=True)[0]
         if isinstance(first, Load):
-            RequestLoop(load_core(first, channel), channel).run()
+            core = load_core(first, channel)
+            try:
+                RequestLoop(core, channel).run()
+            finally:
+                core.close()
         return 0
     except MainspringError as error:
         channel.send(Failed(type(error).__name__, str(error)))

@@ -26,6 +26,7 @@ class Load(msgspec.Struct, tag="load", frozen=True):
         dtype: "float32" or "bfloat16"; None: the checkpoint's own.
         num_threads: threads of one operation on a CPU; None: PyTorch's choice.
         quantized: a GGUF file whose quantised blocks are the weights, instead of `model`'s.
+        layout: over several ranks, as `Layout.parse` reads it; None: in one process.
     """
 
     model: str
@@ -35,6 +36,7 @@ class Load(msgspec.Struct, tag="load", frozen=True):
     config: EngineConfig
     num_threads: int | None
     quantized: str | None = None
+    layout: str | None = None
 
 
 class Submit(msgspec.Struct, tag="submit", frozen=True):

@@ -164,8 +164,8 @@ def _application(serve: Any, settings: ServerSettings, replicas: int, extend: Ex
         max_ongoing_requests=10_000,
         graceful_shutdown_timeout_s=settings.drain_seconds,
         ray_actor_options={
-            "num_cpus": settings.num_threads or 1,
-            "num_gpus": 1 if settings.device.startswith("cuda") else 0,
+            "num_cpus": (settings.num_threads or 1) * settings.num_ranks,
+            "num_gpus": settings.num_ranks if settings.device.startswith("cuda") else 0,
         },
     )
     return deployment(ingress(Replica)).bind(settings, extend)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -22,6 +23,7 @@ class ServerSettings:
         served_model_name: the name in the API; None: the model's own.
         dtype: "float32" or "bfloat16"; None: the checkpoint's own.
         quantized: keep the weights of a GGUF file quantised (on the CPU).
+        layout: of the ranks that share the model, as `tp=2,pp=2`; None: one process.
         num_threads: threads of one operation on a CPU; None: PyTorch's choice.
         max_body_bytes: largest request body.
         drain_seconds: how long running requests may go on after SIGTERM.
@@ -51,6 +53,7 @@ class ServerSettings:
     numerics: Literal["lockstep", "fast"] = "lockstep"
     quantized: bool = False
     engine: EngineConfig = field(default_factory=EngineConfig)
+    layout: str | None = None
     num_threads: int | None = None
     max_body_bytes: int = 16 * 2**20
     drain_seconds: float = 30.0
@@ -65,6 +68,12 @@ class ServerSettings:
     open_paths: frozenset[str] = frozenset()
     max_restarts: int = 0
     allowed_hosts: tuple[str, ...] = ()
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that share the model, each with a device."""
+        degrees = dict(part.split("=") for part in (self.layout or "").split(",") if part)
+        return math.prod(int(degrees.get(name, 1)) for name in ("tp", "pp", "dp"))
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -81,6 +90,11 @@ class ServerSettings:
             raise ConfigError(f"template_seconds is {self.template_seconds}, but must be a number above 0")
         if self.pooling not in get_args(Pooling):
             raise ConfigError(f"pooling is {self.pooling!r}, but must be mean or last")
+        if self.layout is not None and self.quantized:
+            raise ConfigError(
+                f"layout {self.layout} was given beside quantised weights, which cannot be cut over ranks; give one of "
+                "them"
+            )
         check_names(self.tool_parser, self.reasoning_parser)
         if self.max_restarts < 0:
             raise ConfigError(f"max_restarts is {self.max_restarts}, but must be at least 0")
