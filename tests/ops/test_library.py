@@ -65,11 +65,11 @@ OPERATORS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "linear without bias": (linear_op, (normal(5, 16), normal(8, 16), None, torch.float32, True)),
     "linear_cross_entropy": (
         linear_cross_entropy_op,
-        (normal(5, 16), normal(11, 16), TARGETS, 1.0, 20.0, 0.1, 1e-3, -100, True, True),
+        (normal(5, 16), normal(11, 16), TARGETS, True, 1.0, 20.0, 0.1, 1e-3, -100, True),
     ),
     "linear_cross_entropy without gradients": (
         linear_cross_entropy_op,
-        (normal(5, 16, grad=False), normal(11, 16, grad=False), TARGETS, 1.0, None, 0.0, 0.0, -100, False, False),
+        (normal(5, 16, grad=False), normal(11, 16, grad=False), TARGETS, False, 1.0, None, 0.0, 0.0, -100, False),
     ),
     "row_cross_entropy": (
         row_cross_entropy_op, (normal(5, 16), normal(11, 16), TARGETS, 1.0, None, 0.0, 1e-3, -100, True),

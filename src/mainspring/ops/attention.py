@@ -8,6 +8,7 @@ of its own, KEY_CHUNK here ("Canonical reduction order" in docs/design.md).
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor
 from mainspring.errors import BackendError
 from mainspring.ops import library
 from mainspring.ops.batch import KVCache, TokenBatch
-from mainspring.ops.canonical_attention import canonical_attention
+from mainspring.ops.canonical_attention import Backend, canonical_attention
 from mainspring.ops.cpu import attention as cpu
 from mainspring.ops.cpu.support import refuses
 from mainspring.ops.cuda.support import CANONICAL_HEAD_SIZES
@@ -286,7 +287,8 @@ def _refuses_flash(call: Call) -> str | None:
     return triton_serves_not(call)
 
 
-def _cuda(
+def _kernels(
+    backend: Backend,
     q: Tensor,
     k: Tensor | None,
     v: Tensor | None,
@@ -299,7 +301,7 @@ def _cuda(
     if batch.cache is not None:
         return paged_attention(q, k, v, batch, layer, scale, window, policy)
     assert k is not None and v is not None  # checked by `attention`
-    return canonical_attention(q, k, v, batch, scale, window, "cuda")
+    return canonical_attention(q, k, v, batch, scale, window, backend)
 
 
 def _refuses_cuda(call: Call) -> str | None:
@@ -310,27 +312,11 @@ def _refuses_cuda(call: Call) -> str | None:
     return cuda_refuses(call)
 
 
-def _triton(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    batch: TokenBatch,
-    layer: int,
-    scale: float,
-    window: int | None,
-    policy: Policy,
-) -> Tensor:
-    if batch.cache is not None:
-        return paged_attention(q, k, v, batch, layer, scale, window, policy)
-    assert k is not None and v is not None  # checked by `attention`
-    return canonical_attention(q, k, v, batch, scale, window, "triton")
-
-
 ATTENTION = Operation(
     "attention",
     Implementation("cpu", _cpu, refuses),
     Implementation("flash", _flash, _refuses_flash),
-    Implementation("cuda", _cuda, _refuses_cuda),
-    Implementation("triton", _triton, triton_refuses),
+    Implementation("cuda", partial(_kernels, "cuda"), _refuses_cuda),
+    Implementation("triton", partial(_kernels, "triton"), triton_refuses),
     Implementation("reference", reference, accepts_all),
 )

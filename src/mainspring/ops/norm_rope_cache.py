@@ -69,10 +69,14 @@ def reference(
     policy: Policy,
 ) -> Tensor:
     """One operation after the other."""
-    if norms is not None:
-        q = rms_norm(q, norms.q, norms.eps, policy=policy)
-        k = rms_norm(k, norms.k, norms.eps, policy=policy)
+    q, k = _normed(q, k, norms, policy)
     return rope_write_cache(q, k, v, angles, batch, layer=layer, policy=policy)
+
+
+def _normed(q: Tensor, k: Tensor, norms: HeadNorms | None, policy: Policy) -> tuple[Tensor, Tensor]:
+    if norms is None:
+        return q, k
+    return rms_norm(q, norms.q, norms.eps, policy=policy), rms_norm(k, norms.k, norms.eps, policy=policy)
 
 
 def _cpu(
@@ -89,10 +93,7 @@ def _cpu(
     assert cache is not None and slots is not None  # checked by the caller
     if cache.k_scale is not None:
         return reference(q, k, v, norms, angles, batch, layer, policy)
-    if norms is not None:
-        q = rms_norm(q, norms.q, norms.eps, policy=policy)
-        k = rms_norm(k, norms.k, norms.eps, policy=policy)
-    q, k = rope(q, k, angles, policy=policy)
+    q, k = rope(*_normed(q, k, norms, policy), angles, policy=policy)
     cpu_write_cache(k, v, slots, cache.k[layer], cache.v[layer])
     return q
 

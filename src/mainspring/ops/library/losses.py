@@ -37,7 +37,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """The sum or mean of ops.cross_entropy.cross_entropy as an operator."""
     result: Tensor = linear_cross_entropy_op(
-        hidden, weight, targets, *_plain(options), mean, any_requires_grad(hidden, weight), policy.numerics,
+        hidden, weight, targets, any_requires_grad(hidden, weight), *_plain(options), mean, policy.numerics,
         policy.backend,
     )[0]  # fmt: skip
     return result
@@ -48,13 +48,13 @@ def linear_cross_entropy_op(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
+    needs_grad: bool,
     temperature: float,
     softcap: float | None,
     label_smoothing: float,
     z_loss: float,
     ignore_index: int,
     mean: bool,
-    needs_grad: bool,
     numerics: str,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -73,17 +73,7 @@ def linear_cross_entropy_op(
 
 @linear_cross_entropy_op.register_fake
 def _(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    temperature: float,
-    softcap: float | None,
-    label_smoothing: float,
-    z_loss: float,
-    ignore_index: int,
-    mean: bool,
-    needs_grad: bool,
-    *_: Any,
+    hidden: Tensor, weight: Tensor, targets: Tensor, needs_grad: bool, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from mainspring.ops.logit_loss import weight_gradient_of
 
