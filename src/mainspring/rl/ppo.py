@@ -13,9 +13,8 @@ bit. How advantages are estimated and what is minimised are arguments: `vc_ppo` 
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -30,8 +29,8 @@ from mainspring.rl.math import kl
 from mainspring.rl.math.advantages import gae
 from mainspring.rl.math.aggregation import mean_over_sequences, mean_over_tokens
 from mainspring.rl.math.policy_loss import clipped_policy_loss
-from mainspring.rl.math.value_loss import explained_variance
 from mainspring.rl.policy_update import MicroBatch, add_sums, mini_batches, policy_gradient
+from mainspring.rl.ppo_metrics import PpoMetrics, ppo_metrics
 from mainspring.rl.rollouts import Rollouts
 from mainspring.rl.trajectories import Packed
 from mainspring.train.optimizer import Optimizer
@@ -72,38 +71,8 @@ class PpoSettings:
     """First steps in which only the critic learns. The policy's schedule begins after them."""
     lockstep_check: Literal["first", "all"] = "first"
     """Hold the first mini-batch's log-probabilities against the engine's, or all of a step's before any update."""
-
-
-@dataclass(frozen=True)
-class PpoMetrics:
-    """Of one step. What the optimizers' steps see is averaged over them; of the policy's, nan while it stays."""
-
-    step: int
-    reward: float
-    """Mean over the answers, without penalties."""
-    length: float
-    """Written tokens of an answer."""
-    finished: float
-    """Share of answers that ended by themselves."""
-    tokens: int
-    """Written in the step's answers."""
-    policy_loss: float
-    entropy: float
-    """Nats a token."""
-    clip_fraction: float
-    kl_old: float
-    """k3 from the policy that wrote to the one that is trained: how far a step has gone."""
-    kl_reference: float
-    """k3 from the policy that wrote to the reference; nan without one."""
-    grad_norm: float
-    value_loss: float
-    value_grad_norm: float
-    explained_variance: float
-    """Of the returns, by the values before the step."""
-    max_delta: float
-    """The largest |trainer's − engine's| log-probability of those compared, in nats."""
-    rollout_seconds: float
-    update_seconds: float
+    carried_checks: int = 4
+    """Unfinished conversations that are checked in each step, while the weights that wrote them are there."""
 
 
 PolicyLoss = Callable[[Experience, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
@@ -132,10 +101,12 @@ def ppo(
     estimate = estimate if estimate is not None else gae_estimate(settings)
     loss = loss if loss is not None else clipped_loss(settings)
     check = LockstepCheck(model, rollouts)
+    rollouts.take_weights(first_step)
     tokens_per_microbatch, clip_norm = settings.tokens_per_microbatch, settings.clip_norm
     for step in range(first_step, settings.max_steps):
-        answers = [answer for group in rollouts.collect() for answer in group]
+        groups = rollouts.collect()
         began = time.monotonic()
+        answers = [answer for group in groups for answer in group]
         experience = judged(
             answers,
             critic,
@@ -147,6 +118,7 @@ def ppo(
             tokens_per_microbatch=tokens_per_microbatch,
         )
         check.begin()
+        check.score(rollouts.carried()[: settings.carried_checks], tokens_per_microbatch)
         if settings.lockstep_check == "all":
             check.score(answers, tokens_per_microbatch)
         policy_learns = step >= settings.warmup_steps
@@ -175,9 +147,9 @@ def ppo(
                 )
                 sums["grad_norm"] = optimizer.step(policy_factor, clip_norm)
             add_sums(totals, sums, mini.batch.num_tokens, step)
-        if policy_learns:
-            rollouts.take_weights(step + 1)
-        yield _metrics(step + 1, experience, totals, policy_learns, check, rollouts, time.monotonic() - began)
+        rollouts.take_weights(step + 1)
+        seconds = time.monotonic() - began
+        yield ppo_metrics(step, groups, experience, totals, policy_learns, check, rollouts.report, seconds)
 
 
 def gae_estimate(settings: PpoSettings) -> Estimate:
@@ -222,41 +194,6 @@ def _learning_rates(settings: PpoSettings, step: int) -> tuple[float, float]:
     own = max(0.0, (step - stays + 0.5) / (settings.max_steps - stays))
     whole = (step + 0.5) / settings.max_steps
     return learning_rate_factor(settings.schedule, whole), learning_rate_factor(settings.schedule, own)
-
-
-def _metrics(
-    step: int,
-    experience: Experience,
-    totals: Mapping[str, float],
-    policy_learns: bool,
-    check: LockstepCheck,
-    rollouts: Rollouts,
-    update_seconds: float,
-) -> PpoMetrics:
-    batch, log_probs = experience.batch, experience.reference_log_probs
-
-    def of_policy(name: str, per: str) -> float:
-        return totals[name] / totals[per] if policy_learns else math.nan
-
-    return PpoMetrics(
-        step=step,
-        reward=float(batch.rewards.mean()),
-        length=float(batch.lengths.double().mean()),
-        finished=float(batch.finished.double().mean()),
-        tokens=batch.num_tokens,
-        policy_loss=of_policy("loss", "mini_batches"),
-        entropy=of_policy("entropy", "tokens"),
-        clip_fraction=of_policy("clipped", "tokens"),
-        kl_old=of_policy("kl_old", "tokens"),
-        kl_reference=math.nan if log_probs is None else float(kl.k3(batch.old_log_probs, log_probs).mean()),
-        grad_norm=of_policy("grad_norm", "mini_batches"),
-        value_loss=totals["value_loss"] / totals["mini_batches"],
-        value_grad_norm=totals["value_grad_norm"] / totals["mini_batches"],
-        explained_variance=float(explained_variance(experience.values, experience.returns)),
-        max_delta=check.max_delta,
-        rollout_seconds=rollouts.report.seconds + rollouts.report.reward_seconds,
-        update_seconds=update_seconds,
-    )
 
 
 def _check(settings: PpoSettings, reference: Decoder | None) -> None:

@@ -21,7 +21,8 @@ from mainspring.rl.math.advantages import decoupled_gae, length_adaptive_lambda
 from mainspring.rl.math.aggregation import mean_over_tokens
 from mainspring.rl.math.segments import spread
 from mainspring.rl.policy_update import MicroBatch
-from mainspring.rl.ppo import PolicyLoss, PpoMetrics, clipped_loss
+from mainspring.rl.ppo import PolicyLoss, clipped_loss
+from mainspring.rl.ppo_metrics import PpoMetrics
 from mainspring.rl.rollouts import Rollouts
 from mainspring.rl.trajectories import Packed
 from mainspring.rl.vc_ppo import VcPpoSettings, decoupled_estimate, vc_ppo

@@ -15,7 +15,8 @@ from torch import Tensor
 from mainspring.model.decoder import Decoder
 from mainspring.rl.critic import Critic, Estimate
 from mainspring.rl.math.advantages import decoupled_gae
-from mainspring.rl.ppo import PolicyLoss, PpoMetrics, PpoSettings, ppo
+from mainspring.rl.ppo import PolicyLoss, PpoSettings, ppo
+from mainspring.rl.ppo_metrics import PpoMetrics
 from mainspring.rl.rollouts import Rollouts
 from mainspring.rl.trajectories import Packed
 from mainspring.train.optimizer import Optimizer
