@@ -16,6 +16,7 @@ from mainspring.cli.doctor import doctor
 from mainspring.cli.generate import generate
 from mainspring.cli.plan import plan
 from mainspring.cli.rag import rag
+from mainspring.cli.rl import rl
 from mainspring.cli.serve import serve
 from mainspring.cli.tensor import tensor
 from mainspring.cli.train import train
@@ -42,6 +43,7 @@ app.command()(doctor)
 app.add_typer(bench)
 app.add_typer(tensor)
 app.add_typer(rag)
+app.add_typer(rl)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,16 +1,11 @@
-"""What a policy is asked, and how its tokens become text and text its tokens."""
+"""What a policy is asked, and how its tokens become text and text its tokens. No PyTorch: reward workers import it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import msgspec
 import numpy as np
-
-from mainspring.errors import ConfigError
-from mainspring.rl.sample_files import read_rows
 
 
 @dataclass(frozen=True)
@@ -32,27 +27,6 @@ class Texts:
     """Without special tokens."""
     ends: tuple[int, ...]
     """Tokens that end an answer (a turn, where there is an environment)."""
-
-
-class _PromptRow(msgspec.Struct):
-    prompt: str
-    reference: str = ""
-
-
-def read_prompts(path: str | Path, encode: Callable[[str], Sequence[int]]) -> list[Prompt]:
-    """Of lines {"prompt": "...", "reference": "..."}; other keys and empty lines are passed over.
-
-    encode: a prompt's text -> all tokens that stand before the answer, a chat template's included. Raises ConfigError
-    naming the first bad line and how many there are, or if the file cannot be read or holds none.
-    """
-
-    def prompt(row: _PromptRow) -> Prompt:
-        tokens = tuple(encode(row.prompt))
-        if not tokens:
-            raise ConfigError("the prompt is empty")
-        return Prompt(tokens, row.prompt, row.reference)
-
-    return read_rows(path, _PromptRow, prompt)
 
 
 def epoch_order(epoch: int, count: int, seed: int) -> list[int]:

@@ -10,6 +10,7 @@ from typing import TypeVar
 import msgspec
 
 from mainspring.errors import ConfigError
+from mainspring.rl.prompts import Prompt
 from mainspring.rl.samples import Pair, Sample
 
 _Row = TypeVar("_Row")
@@ -26,17 +27,25 @@ class TokenRules:
     """The token that ends an answer."""
     begin: Sequence[int] = ()
     """Before every prompt."""
+    prompt: Callable[[str], Sequence[int]] | None = None
+    """How a prompt is encoded, by a chat template for instance; None: as an answer is."""
 
     def sample(self, prompt: str, answer: str) -> Sample:
         """Raises ConfigError for an empty answer, or an empty prompt without `begin`."""
         if not answer:
             raise ConfigError("the answer is empty")
-        return Sample.answer([*self.begin, *self.encode(prompt)], [*self.encode(answer), self.end])
+        encode = self.encode if self.prompt is None else self.prompt
+        return Sample.answer([*self.begin, *encode(prompt)], [*self.encode(answer), self.end])
 
 
 class _SampleRow(msgspec.Struct):
     prompt: str
     answer: str
+
+
+class _PromptRow(msgspec.Struct):
+    prompt: str
+    reference: str = ""
 
 
 class _PairRow(msgspec.Struct):
@@ -62,6 +71,21 @@ def read_pairs(path: str | Path, rules: TokenRules) -> list[Pair]:
         return Pair(rules.sample(row.prompt, row.chosen), rules.sample(row.prompt, row.rejected))
 
     return read_rows(path, _PairRow, pair)
+
+
+def read_prompts(path: str | Path, encode: Callable[[str], Sequence[int]]) -> list[Prompt]:
+    """Of lines {"prompt": "...", "reference": "..."}, the reference "" if there is none. Otherwise as `read_samples`.
+
+    encode: a prompt's text -> all tokens that stand before the answer, a chat template's included.
+    """
+
+    def prompt(row: _PromptRow) -> Prompt:
+        tokens = tuple(encode(row.prompt))
+        if not tokens:
+            raise ConfigError("the prompt is empty")
+        return Prompt(tokens, row.prompt, row.reference)
+
+    return read_rows(path, _PromptRow, prompt)
 
 
 def read_rows(path: str | Path, kind: type[_Row], make: Callable[[_Row], _Read]) -> list[_Read]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mainspring.errors import CheckpointError
+from mainspring.errors import CheckpointError, ConfigError
 from mainspring.formats.files import beside, fsync_directory, replaced_directory, write_json
 from mainspring.formats.safetensors_file import CheckpointReader, SafetensorsWriter, TensorSpec
 from mainspring.model.checkpoint import saved_config, write_checkpoint
@@ -75,7 +75,7 @@ def checkpoint_writer(
     path = output / f"step-{state.step:08d}"
     config = saved_config(model.config, model.dtype)
     weights = _held(model.hf_tensors(), "weight", copies)
-    moments = _held(optimizer.state_tensors(), "state", copies) | _random_states(model.device)
+    moments = _held(optimizer.state_tensors(), "state", copies) | random_states(model.device)
     if copies is not None:
         copies.finish()
 
@@ -84,7 +84,7 @@ def checkpoint_writer(
             write_checkpoint(partial, weights, config)
             tokenizer.save(partial)
             (partial / "optimizer").mkdir()
-            _write_tensors(partial / "optimizer", moments)
+            write_tensors(partial / "optimizer", moments)
             write_json(partial / "optimizer" / "state.json", state_record(state))
         publish(output, path, keep)
         return path
@@ -128,6 +128,25 @@ def checkpoints(output: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def choose_start(output: Path, resume: bool, restart: bool) -> Path | None:
+    """The checkpoint to resume from; None starts anew. restart deletes those that are there. Raises ConfigError."""
+    remove_partial(output)
+    found = checkpoints(output)
+    if resume:
+        if not found:
+            raise ConfigError(f"--resume: there is no checkpoint in {output}; leave the option out to start")
+        return found[-1][1]
+    if found and not restart:
+        raise ConfigError(
+            f"{output} holds a run at step {found[-1][0]}; continue it with --resume, "
+            "delete it with --restart, or set another output"
+        )
+    for _, path in found:
+        shutil.rmtree(path)
+    (output / "latest").unlink(missing_ok=True)
+    return None
+
+
 def read_state(path: Path) -> TrainerState:
     """The state of a checkpoint. Raises CheckpointError if it cannot be read."""
     file = path / "optimizer" / "state.json"
@@ -162,14 +181,16 @@ def load_optimizer(path: Path, optimizer: Optimizer, device: torch.device) -> No
         torch.cuda.set_rng_state(random["random.cuda"].clone(), device)
 
 
-def _random_states(device: torch.device) -> dict[str, Tensor]:
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """PyTorch's, by the names that `load_optimizer` knows."""
     states = {"random.cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["random.cuda"] = torch.cuda.get_rng_state(device)
     return states
 
 
-def _write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file of float32 and uint8 tensors in a directory that is there."""
     specs = {name: TensorSpec(_DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
     with SafetensorsWriter(directory, specs) as writer:
         for name, tensor in tensors.items():

@@ -9,11 +9,12 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from mainspring.errors import RecipeError
 from mainspring.train.recipe import Recipe
 
+_Table = TypeVar("_Table")
 _TYPE_NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 
 
@@ -33,15 +34,26 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(text: str, where: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
     """Like load_recipe, from the TOML text itself; `where` names it in messages."""
+    recipe = build_table(Recipe, parse_toml(text, where, overrides), where)
+    _check_consistency(recipe, where)
+    return recipe
+
+
+def parse_toml(text: str, where: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The tables of a TOML text, with the overrides put in. Raises RecipeError."""
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{where} is not valid TOML: {error}") from error
     for override in overrides:
         _put(table, override)
-    recipe: Recipe = _build(Recipe, table, where, prefix="")
-    _check_consistency(recipe, where)
-    return recipe
+    return table
+
+
+def build_table(cls: type[_Table], table: Mapping[str, Any], where: str) -> _Table:
+    """A frozen dataclass of settings from a TOML table, nested ones from nested tables. Raises RecipeError."""
+    built: _Table = _build(cls, table, where, prefix="")
+    return built
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -134,13 +146,12 @@ def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
             )
         return value
     if origin is tuple:
-        if (
-            not isinstance(value, Sequence)
-            or isinstance(value, str)
-            or not all(isinstance(v, str) for v in value)
-        ):
-            raise RecipeError(f"{where}: {name} = {value!r} must be a list of strings")
-        return tuple(value)
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            items = _TYPE_NAMES[get_args(hint)[0]].split()[-1]
+            raise RecipeError(f"{where}: {name} = {value!r} must be a list of {items}s")
+        return tuple(
+            _convert(get_args(hint)[0], item, where, f"{name}[{number}]") for number, item in enumerate(value)
+        )
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
@@ -163,6 +174,14 @@ def _check_consistency(recipe: Recipe, where: str) -> None:
     if not recipe.data.sources:
         raise RecipeError(
             f"{where}: data.sources is empty; name at least one text file, directory or tar archive"
+        )
+    weights = recipe.data.weights
+    if weights and (
+        len(weights) != len(recipe.data.sources) or not all(0 < weight < math.inf for weight in weights)
+    ):
+        raise RecipeError(
+            f"{where}: data.weights = {list(weights)} must give each of the {len(recipe.data.sources)} data.sources a "
+            "number above 0; leave a source out to have none of it"
         )
     training, model = recipe.training, recipe.model
     if training.tokens_per_micro_batch < training.sequence_length:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,15 +11,15 @@ from typing import Any
 
 import torch
 
-from mainspring.errors import CheckpointError, ConfigError, MainspringError
+from mainspring.errors import CheckpointError, MainspringError
 from mainspring.train.background import BackgroundWriter
-from mainspring.train.checkpoint import TrainerState, checkpoints, read_state, remove_partial
+from mainspring.train.checkpoint import TrainerState, choose_start, read_state
 from mainspring.train.evaluate import Evaluation, evaluate
 from mainspring.train.flops import peak_flops, training_flops
 from mainspring.train.interrupt import StopRequest
 from mainspring.train.make_runner import Ranks, make_runner
 from mainspring.train.metrics import MetricsFile, Progress, StepMetrics, as_record
-from mainspring.train.packing import DataPosition, PackedStream
+from mainspring.train.packing import DataPosition
 from mainspring.train.prepare import prepare
 from mainspring.train.recipe import Recipe
 from mainspring.train.recipe_file import recipe_to_dict
@@ -80,7 +79,7 @@ class Trainer:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         with ranks.first_alone():  # looks, deletes and prepares; the others then find all done
-            resume_from = _choose_start(self._output, resume, restart and ranks.speaks)
+            resume_from = choose_start(self._output, resume, restart and ranks.speaks)
             self._data = prepare(recipe, self._output / "data", self._show.say)
         state = read_state(resume_from) if resume_from is not None else None
         self._check_state(state)
@@ -91,8 +90,7 @@ class Trainer:
         self._step = state.step if state else 0
         self._tokens = state.tokens if state else 0
         self._elapsed_before = state.elapsed if state else 0.0
-        self._stream = PackedStream(
-            self._data.train,
+        self._stream = self._data.stream(
             settings.sequence_length,
             settings.tokens_per_micro_batch,
             recipe.seed,
@@ -333,22 +331,3 @@ class Trainer:
                 "the texts or the tokenizer's settings have changed since the checkpoint was written; "
                 "put them back to resume, or start anew with --restart"
             )
-
-
-def _choose_start(output: Path, resume: bool, restart: bool) -> Path | None:
-    """The checkpoint to resume from; None starts anew."""
-    remove_partial(output)
-    found = checkpoints(output)
-    if resume:
-        if not found:
-            raise ConfigError(f"--resume: there is no checkpoint in {output}; leave the option out to start")
-        return found[-1][1]
-    if found and not restart:
-        raise ConfigError(
-            f"{output} holds a run at step {found[-1][0]}; continue it with --resume, "
-            "delete it with --restart, or set another output"
-        )
-    for _, path in found:
-        shutil.rmtree(path)
-    (output / "latest").unlink(missing_ok=True)
-    return None

@@ -1,0 +1,108 @@
+"""Checkpoints of a post-training run: Hugging Face directories, with what resuming needs beside the weights.
+
+    OUTPUT/step-00000100/            config.json, model.safetensors, tokenizer.json: a model to serve or train on
+    OUTPUT/step-00000100/optimizer/  optimizer state, and state.json: the step, the recipe, the rollouts' state
+    OUTPUT/step-00000100/critic/     the value model and its optimizer's state, where there is one
+
+A checkpoint appears whole or not at all; names and links are those of pretraining's (`train.checkpoint`).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mainspring.errors import CheckpointError
+from mainspring.formats.files import replaced_directory, write_json
+from mainspring.formats.tokenizer import Tokenizer
+from mainspring.model.checkpoint import save_model
+from mainspring.model.decoder import Decoder
+from mainspring.rl.conversation import Written
+from mainspring.rl.critic import Critic
+from mainspring.rl.rollouts import RolloutState
+from mainspring.rl.value_model import ValueModel
+from mainspring.train.checkpoint import load_optimizer, publish, random_states, write_tensors
+from mainspring.train.optimizer import Optimizer
+from mainspring.train.recipe import OptimizerSection
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RlState:
+    """Where a run stands, apart from its tensors."""
+
+    step: int
+    elapsed: float
+    """Seconds of training so far, over all sittings."""
+    rollouts: RolloutState
+    recipe: dict[str, Any]
+
+
+def save_run(
+    output: Path,
+    model: Decoder,
+    optimizer: Optimizer,
+    critic: Critic | None,
+    tokenizer: Tokenizer,
+    state: RlState,
+    keep: int,
+) -> Path:
+    """Writes OUTPUT/step-N, points OUTPUT/latest at it, deletes all but the newest `keep`. Returns its path."""
+    path = output / f"step-{state.step:08d}"
+    with replaced_directory(path) as partial:
+        save_model(model, partial, tokenizer=tokenizer)
+        (partial / "optimizer").mkdir()
+        write_tensors(partial / "optimizer", optimizer.state_tensors() | random_states(model.device))
+        if critic is not None:
+            critic.model.save(partial / "critic")
+            (partial / "critic" / "optimizer").mkdir()
+            moments = critic.optimizer.state_tensors() | random_states(model.device)
+            write_tensors(partial / "critic" / "optimizer", moments)
+        write_json(partial / "optimizer" / "state.json", {"version": _VERSION, **asdict(state)})
+    publish(output, path, keep)
+    return path
+
+
+def read_run_state(path: Path) -> RlState:
+    """The state of a checkpoint. Raises CheckpointError if it cannot be read, or is not a post-training run's."""
+    file = path / "optimizer" / "state.json"
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        version = record["version"]
+        if version != _VERSION:
+            raise CheckpointError(f"{file} has version {version}; this release reads version {_VERSION}")
+        carried = tuple(
+            tuple(Written(**_tuples(conversation)) for conversation in group)
+            for group in record["rollouts"]["carried"]
+        )
+        rollouts = RolloutState(record["rollouts"]["position"], carried)
+        return RlState(record["step"], record["elapsed"], rollouts, record["recipe"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"cannot read the state of a post-training run from {file}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def load_run_optimizers(path: Path, optimizer: Optimizer, critic: Critic | None, model: Decoder) -> None:
+    """Puts the optimizers' states back. Raises CheckpointError where they do not fit."""
+    load_optimizer(path, optimizer, model.device)
+    if critic is not None:
+        load_optimizer(path / "critic", critic.optimizer, model.device)
+
+
+def load_critic(path: Path, model: Decoder, settings: OptimizerSection) -> Critic:
+    """The critic of a checkpoint, with an optimizer whose state is not loaded yet. Raises CheckpointError."""
+    if not (path / "critic").is_dir():
+        raise CheckpointError(f"{path} has no critic; it was written by another algorithm")
+    values = ValueModel.load(
+        path / "critic", device=model.device, dtype=model.dtype, numerics=model.policy.numerics
+    )
+    return Critic(values, Optimizer(values, settings))
+
+
+def _tuples(record: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists only."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}

@@ -1,0 +1,351 @@
+"""A post-training run: from a recipe to a checkpoint, validated, logged, interruptible and resumable at every step.
+
+OUTPUT/metrics.jsonl    one line a step: rewards, losses, max |delta log-prob|, tokens per second of each phase
+OUTPUT/rollouts.jsonl   every group: the prompt, its answers, their rewards and advantages (`mainspring rl view`)
+OUTPUT/step-N           checkpoints (`rl.checkpoint`)
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mainspring.engine.config import EngineConfig
+from mainspring.engine.sampling_params import SamplingParams
+from mainspring.errors import CheckpointError, ConfigError
+from mainspring.formats.named_models import resolve
+from mainspring.formats.tokenizer import Tokenizer
+from mainspring.model.checkpoint import load_model
+from mainspring.model.decoder import Decoder
+from mainspring.rl import materials
+from mainspring.rl.checkpoint import RlState, load_critic, load_run_optimizers, read_run_state, save_run
+from mainspring.rl.critic import Critic
+from mainspring.rl.dpo import DpoMetrics, DpoSettings, dpo, judge, reference_log_probs
+from mainspring.rl.grpo import GrpoMetrics, grpo
+from mainspring.rl.ppo import ppo
+from mainspring.rl.ppo_metrics import PpoMetrics
+from mainspring.rl.prompts import Prompt, Texts
+from mainspring.rl.recipe import RlRecipe, rl_recipe_to_dict
+from mainspring.rl.rewards import RewardWorker
+from mainspring.rl.rollouts import Rollouts, RolloutState
+from mainspring.rl.sample_files import read_pairs, read_samples
+from mainspring.rl.samples import Pair, Sample
+from mainspring.rl.sft import SftMetrics, sft, sft_loss
+from mainspring.rl.trajectories import Group
+from mainspring.rl.value_model import ValueModel
+from mainspring.rl.vapo import vapo
+from mainspring.rl.vc_ppo import vc_ppo
+from mainspring.train.checkpoint import choose_start
+from mainspring.train.interrupt import StopRequest
+from mainspring.train.metrics import MetricsFile, Progress
+from mainspring.train.optimizer import Optimizer
+from mainspring.train.runner import usable_device
+
+Metrics = SftMetrics | DpoMetrics | GrpoMetrics | PpoMetrics
+
+
+@dataclass(frozen=True)
+class RlResult:
+    """How a run ended."""
+
+    checkpoint: Path
+    step: int
+    interrupted: bool
+    validation: float | None
+    """Mean reward of the held-out prompts' answers (sft, dpo: the loss); None if nothing is held out."""
+
+
+class RlRun:
+    """One sitting of a run. `run` trains to the end, or until Ctrl-C, and leaves a checkpoint either way."""
+
+    def __init__(
+        self, recipe: RlRecipe, *, resume: bool = False, restart: bool = False, show: Progress | None = None
+    ) -> None:
+        """Reads data and model, builds engine and optimizer.
+
+        resume continues from the newest checkpoint in recipe.output; restart deletes what a former run left there.
+        Raises ConfigError for data with a bad line (named) and settings that do not fit, and what loading a model,
+        a tokenizer and a checkpoint raises.
+        """
+        self._recipe = recipe
+        self._show = show or Progress()
+        self._output = Path(recipe.output).expanduser()
+        self._resources = ExitStack()
+        if recipe.model.threads is not None:
+            torch.set_num_threads(recipe.model.threads)
+        device = usable_device(recipe.model.device)
+        start = choose_start(self._output, resume, restart)
+        state = None if start is None else read_run_state(start)
+        if state is not None and state.recipe["algorithm"] != recipe.algorithm:
+            raise CheckpointError(
+                f"{start} was written by algorithm = {state.recipe['algorithm']!r}, not {recipe.algorithm!r}; "
+                "set another output, or start anew with --restart"
+            )
+        source = recipe.model.path if start is None else start
+        directory = resolve(source, recipe.model.dtype).path
+        self._tokenizer = Tokenizer.from_directory(directory)
+        self._model = load_model(
+            directory, device=device, dtype=recipe.model.dtype, numerics=recipe.model.numerics
+        )
+        self._texts = materials.texts_of(self._tokenizer, self._model, recipe.data)
+        self._samples: tuple[list[Sample], list[Sample]] = ([], [])
+        self._pairs: tuple[list[Pair], list[Pair]] = ([], [])
+        self._held_out: list[Prompt] = []
+        self._rollouts = self._read_data()
+        self._optimizer = Optimizer(self._model, recipe.optimizer)
+        self._critic = self._make_critic(start)
+        self._reference = self._make_reference()
+        self._step = 0
+        self._elapsed = 0.0
+        if state is not None and start is not None:
+            load_run_optimizers(start, self._optimizer, self._critic, self._model)
+            self._step, self._elapsed = state.step, state.elapsed
+            if self._rollouts is not None:
+                self._rollouts.restore(state.rollouts)
+            self._show.say(f"resuming from {start}")
+        resume_at = self._step if state is not None else None
+        self._metrics = MetricsFile(self._output / "metrics.jsonl", resume_at)
+        self._log = MetricsFile(self._output / "rollouts.jsonl", resume_at)
+
+    def run(self) -> RlResult:
+        """Trains. Raises what the algorithm raises; the last checkpoint stays."""
+        recipe = self._recipe
+        began = time.monotonic() - self._elapsed
+        self._metrics.write("start", {"step": self._step, "recipe": rl_recipe_to_dict(recipe)})
+        with self._resources, StopRequest() as stop:
+            try:
+                if self._step == 0:
+                    self._validate()
+                for metrics in self._steps():
+                    self._step = metrics.step
+                    self._elapsed = time.monotonic() - began
+                    self._report(metrics)
+                    over = self._step == recipe.settings.max_steps
+                    if recipe.validation.every and self._step % recipe.validation.every == 0 and not over:
+                        self._validate()
+                    if stop.requested:
+                        break
+                    if recipe.checkpoint.every and self._step % recipe.checkpoint.every == 0 and not over:
+                        self._save()
+                interrupted = self._step < recipe.settings.max_steps
+                path = self._save()
+                if interrupted:
+                    self._show.say(
+                        f"stopped at step {self._step}; continue with --resume. Checkpoint: {path}"
+                    )
+                    return RlResult(path, self._step, True, None)
+                found = self._validate()
+                self._show.say(f"{self._step} steps, {self._elapsed:.0f} s. Checkpoint: {path}")
+                return RlResult(path, self._step, False, found)
+            finally:
+                self._metrics.close()
+                self._log.close()
+
+    def _read_data(self) -> Rollouts | None:
+        """What is held out and what is learnt from; the rollouts that ask the prompts, if there are any."""
+        recipe, texts = self._recipe, self._texts
+        data = recipe.data
+        if recipe.algorithm == "sft":
+            rules = materials.token_rules(texts, self._tokenizer, data)
+            held_out = read_samples(data.validation, rules) if data.validation else []
+            self._samples = read_samples(data.train, rules), held_out
+            return None
+        if recipe.algorithm == "dpo":
+            rules = materials.token_rules(texts, self._tokenizer, data)
+            pairs = read_pairs(data.validation, rules) if data.validation else []
+            self._pairs = read_pairs(data.train, rules), pairs
+            return None
+        encode = materials.prompt_encoder(texts, self._tokenizer, data)
+        prompts, self._held_out = materials.read_all_prompts(data, encode)
+        return self._make_rollouts(prompts, texts)
+
+    def _make_rollouts(self, prompts: Sequence[Prompt], texts: Texts) -> Rollouts:
+        recipe = self._recipe
+        scorer = self._resources.enter_context(
+            RewardWorker(
+                materials.reward_function(recipe.reward),
+                timeout=recipe.reward.timeout,
+                max_failures=recipe.reward.max_failures,
+            )
+        )
+        self._scorer = scorer
+        engine = recipe.engine
+        return Rollouts(
+            self._model,
+            prompts,
+            texts,
+            scorer,
+            recipe.rollouts,
+            sampling=SamplingParams(temperature=engine.temperature),
+            engine=EngineConfig(
+                max_num_seqs=engine.max_num_seqs,
+                max_num_batched_tokens=engine.max_num_batched_tokens,
+                kv_cache_bytes=engine.kv_cache_bytes,
+                max_model_len=_longest(prompts, self._held_out, recipe.rollouts.max_tokens, self._model)
+                if not recipe.reward.environment
+                else None,
+            ),
+            environment=materials.environment_factory(recipe.reward),
+            snapshot=engine.snapshot,
+        )
+
+    def _make_critic(self, start: Path | None) -> Critic | None:
+        recipe = self._recipe
+        if recipe.algorithm not in ("ppo", "vc_ppo", "vapo"):
+            return None
+        if start is not None:
+            return load_critic(start, self._model, recipe.critic)
+        values = ValueModel.of(self._model)
+        return Critic(values, Optimizer(values, recipe.critic))
+
+    def _make_reference(self) -> Decoder | None:
+        """The model as the recipe names it, where a setting needs it."""
+        recipe = self._recipe
+        settings = recipe.settings
+        wanted = getattr(settings, "kl_loss", 0.0) or getattr(settings, "kl_reward", 0.0)
+        if not (wanted or recipe.algorithm == "dpo"):
+            return None
+        directory = resolve(recipe.model.path, recipe.model.dtype).path
+        model = load_model(
+            directory, device=self._model.device, dtype=recipe.model.dtype, numerics=recipe.model.numerics
+        )
+        return model.requires_grad_(False)
+
+    def _steps(self) -> Iterator[Metrics]:
+        recipe, model, optimizer, first = self._recipe, self._model, self._optimizer, self._step
+        if recipe.algorithm == "sft":
+            return sft(model, optimizer, self._samples[0], recipe.sft, first_step=first)
+        if recipe.algorithm == "dpo":
+            anchors = self._anchors(self._pairs[0])
+            return dpo(model, optimizer, self._pairs[0], anchors, recipe.dpo, first_step=first)
+        rollouts, critic, reference = self._rollouts, self._critic, self._reference
+        assert rollouts is not None
+        if critic is None:
+            return grpo(model, optimizer, rollouts, recipe.grpo, reference=reference, first_step=first)
+        if recipe.algorithm == "ppo":
+            return ppo(model, optimizer, critic, rollouts, recipe.ppo, reference=reference, first_step=first)
+        if recipe.algorithm == "vc_ppo":
+            return vc_ppo(
+                model, optimizer, critic, rollouts, recipe.vc_ppo, reference=reference, first_step=first
+            )
+        return vapo(model, optimizer, critic, rollouts, recipe.vapo, reference=reference, first_step=first)
+
+    def _anchors(self, pairs: Sequence[Pair]) -> torch.Tensor:
+        assert self._reference is not None  # of dpo
+        settings: DpoSettings = self._recipe.dpo
+        return reference_log_probs(
+            self._reference, pairs, settings.tokens_per_microbatch, mean=settings.mean_log_probs
+        )
+
+    def _report(self, metrics: Metrics) -> None:
+        record = _flat(metrics)
+        record["elapsed"] = self._elapsed
+        rollouts = self._rollouts
+        if rollouts is not None and isinstance(metrics, GrpoMetrics | PpoMetrics):
+            record["reward_failures"] = self._scorer.failures
+            record["rollout_tokens_per_second"] = _rate(metrics.tokens, metrics.rollout_seconds)
+            record["update_tokens_per_second"] = _rate(metrics.tokens, metrics.update_seconds)
+            if isinstance(metrics, GrpoMetrics):
+                self._log_groups(metrics.groups, metrics.advantages)
+            else:
+                self._log_groups(rollouts.collected, None)
+        self._metrics.write("step", record)
+        shown = ("loss", "policy_loss", "reward", "length", "entropy", "grad_norm", "max_delta")
+        parts = [f"{name} {record[name]:.4g}" for name in shown if record.get(name) is not None]
+        self._show.say(f"step {self._step}/{self._recipe.settings.max_steps}  " + "  ".join(parts))
+
+    def _log_groups(self, groups: Sequence[Group], advantages: Sequence[float] | None) -> None:
+        assert self._rollouts is not None  # groups are of rollouts
+        left = iter(advantages) if advantages is not None else None
+        for group in groups:
+            prompt = self._rollouts.prompts[group[0].prompt]
+            answers = [
+                {
+                    "text": self._texts.decode(t.tokens[len(prompt.tokens) :]),
+                    "reward": t.reward,
+                    "advantage": None if left is None else next(left),
+                    "tokens": t.num_written,
+                    "finished": t.finished,
+                    "versions": [t.versions[0], t.versions[-1]],
+                }
+                for t in group
+            ]
+            record = {"step": self._step, "prompt": prompt.text, "reference": prompt.reference}
+            self._log.write("group", {**record, "answers": answers})
+
+    def _validate(self) -> float | None:
+        """Of what is held out: the mean reward, or the loss."""
+        recipe = self._recipe
+        record: dict[str, Any] = {"step": self._step}
+        if recipe.algorithm == "sft" and self._samples[1]:
+            record["loss"] = sft_loss(self._model, self._samples[1], recipe.sft.tokens_per_microbatch)
+        elif recipe.algorithm == "dpo" and self._pairs[1]:
+            held_out = self._pairs[1]
+            judged = judge(self._model, held_out, self._anchors(held_out), recipe.dpo.tokens_per_microbatch)
+            record |= {"loss": judged.loss, "margin": judged.margin, "accuracy": judged.accuracy}
+        elif self._rollouts is not None and self._held_out:
+            settings = recipe.validation
+            groups = self._rollouts.answer(
+                self._held_out, samples=settings.samples, temperature=settings.temperature
+            )
+            answers = [answer for group in groups for answer in group]
+            if answers:
+                record["reward"] = sum(answer.reward for answer in answers) / len(answers)
+                record["length"] = sum(answer.num_written for answer in answers) / len(answers)
+                record["answers"] = len(answers)
+        if len(record) == 1:
+            return None
+        self._metrics.write("validation", record)
+        self._show.say("validation: " + "  ".join(f"{k} {v:.4g}" for k, v in record.items()))
+        return float(record.get("reward", record.get("loss", math.nan)))
+
+    def _save(self) -> Path:
+        rollouts = RolloutState() if self._rollouts is None else self._rollouts.state
+        state = RlState(self._step, self._elapsed, rollouts, rl_recipe_to_dict(self._recipe))
+        path = save_run(
+            self._output,
+            self._model,
+            self._optimizer,
+            self._critic,
+            self._tokenizer,
+            state,
+            self._recipe.checkpoint.keep,
+        )
+        self._metrics.write("checkpoint", {"step": self._step, "path": str(path)})
+        return path
+
+
+def _longest(train: Sequence[Prompt], held_out: Sequence[Prompt], max_tokens: int, model: Decoder) -> int:
+    """The engine's longest sequence: held-out prompts must fit too. Raises ConfigError."""
+    longest = max(len(prompt.tokens) for prompt in (*train, *held_out)) + max_tokens
+    if longest > model.config.max_position_embeddings:
+        raise ConfigError(
+            f"the longest prompt and rollouts.max_tokens = {max_tokens} make {longest} tokens, but the model's "
+            f"context is {model.config.max_position_embeddings}; leave longer prompts out or lower max_tokens"
+        )
+    return longest
+
+
+def _flat(metrics: object) -> dict[str, Any]:
+    """Plain values by name, nested ones beside the others; what is not a number is null, as JSON knows no nan."""
+    record: dict[str, Any] = {}
+    for entry in fields(metrics):  # type: ignore[arg-type]  # one of the dataclasses of `Metrics`
+        value = getattr(metrics, entry.name)
+        if entry.name in ("groups", "advantages"):
+            continue
+        if hasattr(value, "__dataclass_fields__"):
+            record |= _flat(value)
+        else:
+            record[entry.name] = None if isinstance(value, float) and not math.isfinite(value) else value
+    return record
+
+
+def _rate(tokens: int, seconds: float) -> float:
+    return tokens / max(seconds, 1e-9)
