@@ -231,11 +231,11 @@ def test_bad_data_leaves_nothing_behind() -> None:
 
 def test_shards_are_made_once_for_the_same_texts() -> None:
     _run("output=out", "training.max_steps=1")
-    made = Path("out/data/train.tokens").stat().st_mtime_ns
+    made = Path("out/data/train-00000.tokens").stat().st_mtime_ns
     _run("output=out", "training.max_steps=2", resume=True)
-    assert Path("out/data/train.tokens").stat().st_mtime_ns == made
+    assert Path("out/data/train-00000.tokens").stat().st_mtime_ns == made
     _run("output=out", "training.max_steps=1", "tokenizer.vocab_size=310", restart=True)
-    assert Path("out/data/train.tokens").stat().st_mtime_ns != made
+    assert Path("out/data/train-00000.tokens").stat().st_mtime_ns != made
 
 
 def test_ctrl_c_stops_the_command_with_a_checkpoint() -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from mainspring.train.packing import MicroBatch
 from mainspring.train.runner import Runner
+from mainspring.train.shard_set import ShardSet
 from mainspring.train.shards import TokenShard
 
 _IGNORED = -100
@@ -37,8 +38,8 @@ class _Window:
 
 def evaluate(
     runner: Runner,
-    train: TokenShard,
-    holdout: TokenShard,
+    train: TokenShard | ShardSet,
+    holdout: TokenShard | ShardSet,
     holdout_bytes: int,
     *,
     sequence_length: int,
@@ -82,7 +83,9 @@ def _joined(windows: list[_Window]) -> MicroBatch:
     )
 
 
-def _windows(train: TokenShard, holdout: TokenShard, sequence_length: int, stride: int) -> list[_Window]:
+def _windows(
+    train: TokenShard | ShardSet, holdout: TokenShard | ShardSet, sequence_length: int, stride: int
+) -> list[_Window]:
     windows = []
     for index in range(holdout.num_documents):
         head, tail = train.document(index), holdout.document(index)

@@ -11,6 +11,7 @@ Everything is a function of (seed, epoch): a run resumes at (epoch, index of the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mainspring.errors import RecipeError
+from mainspring.train.shard_set import ShardSet
 from mainspring.train.shards import TokenShard
 
 _OPEN_BATCHES = 32
@@ -44,45 +46,44 @@ class DataPosition:
 
 
 class PackedStream:
-    """An endless, resumable stream of micro-batches of at most `tokens_per_batch` tokens over a shard.
+    """An endless, resumable stream of micro-batches of at most `tokens_per_batch` tokens over a corpus.
 
+    windows: an epoch's, in the order in which they come, where they are not all of the corpus (`blending.py`).
     Raises RecipeError if no document has two tokens.
     """
 
     def __init__(
         self,
-        shard: TokenShard,
+        shard: TokenShard | ShardSet,
         sequence_length: int,
         tokens_per_batch: int,
         seed: int,
         position: DataPosition = DataPosition(),
+        windows: Callable[[int], NDArray[np.int64]] | None = None,
     ) -> None:
-        self._shard = shard
+        self._shard, self._windows = shard, windows
         self._sequence_length = sequence_length
         self._tokens_per_batch = tokens_per_batch
         self._seed = seed
         self.position = position
         self._plan_epoch = -1
         self._plan: list[NDArray[np.int64]] = []
-        self.tokens_per_epoch = int(np.maximum(np.diff(shard.offsets.astype(np.int64)) - 1, 0).sum())
+        self.tokens_per_epoch = targets_of(shard.offsets.astype(np.int64))
         if self.tokens_per_epoch == 0:
             raise RecipeError(f"{shard.path}: no document has two tokens; there is nothing to predict")
 
     def __next__(self) -> MicroBatch:
         if self._plan_epoch != self.position.epoch:
-            self._plan = plan_epoch(
-                self._shard, self._sequence_length, self._tokens_per_batch, self._seed, self.position.epoch
-            )
+            self._plan = self._plan_of(self.position.epoch)
             self._plan_epoch = self.position.epoch
         windows = self._plan[self.position.index]
         if self.position.index + 1 < len(self._plan):
             self.position = DataPosition(self.position.epoch, self.position.index + 1)
         else:
             self.position = DataPosition(self.position.epoch + 1, 0)
-        tokens = np.concatenate([self._shard.tokens[start : start + length] for start, length in windows])
-        targets = np.concatenate(
-            [self._shard.tokens[start + 1 : start + length + 1] for start, length in windows]
-        )
+        pieces = [self._shard.read(int(start), int(length) + 1) for start, length in windows]
+        tokens = np.concatenate([piece[:-1] for piece in pieces])
+        targets = np.concatenate([piece[1:] for piece in pieces])
         return MicroBatch(
             tokens.astype(np.int64), targets.astype(np.int64), tuple(int(n) for n in windows[:, 1])
         )
@@ -90,17 +91,27 @@ class PackedStream:
     def __iter__(self) -> PackedStream:
         return self
 
+    def _plan_of(self, epoch: int) -> list[NDArray[np.int64]]:
+        if self._windows is not None:
+            return _pack(self._windows(epoch), self._tokens_per_batch)
+        return plan_epoch(self._shard, self._sequence_length, self._tokens_per_batch, self._seed, epoch)
+
+
+def targets_of(offsets: NDArray[np.int64]) -> int:
+    """Tokens of the documents that are targets: all but the first of each."""
+    return int(np.maximum(np.diff(offsets) - 1, 0).sum())
+
 
 def plan_epoch(
-    shard: TokenShard, sequence_length: int, tokens_per_batch: int, seed: int, epoch: int
+    shard: TokenShard | ShardSet, sequence_length: int, tokens_per_batch: int, seed: int, epoch: int
 ) -> list[NDArray[np.int64]]:
     """One epoch's micro-batches, each [windows, 2]: (first token in the shard, length)."""
     random = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, epoch))))
-    windows = _cut_windows(shard.offsets.astype(np.int64), sequence_length, random)
+    windows = cut_windows(shard.offsets.astype(np.int64), sequence_length, random)
     return _pack(windows[random.permutation(len(windows))], tokens_per_batch)
 
 
-def _cut_windows(
+def cut_windows(
     offsets: NDArray[np.int64], sequence_length: int, random: np.random.Generator
 ) -> NDArray[np.int64]:
     """All windows [W, 2] of the documents whose offsets are given."""

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mainspring.errors import RecipeError
 from mainspring.formats.files import new_directory, write_json
-from mainspring.train.recipe import Recipe
-from mainspring.train.shards import ShardWriter, TokenShard
+from mainspring.train.blending import Source, blended_windows
+from mainspring.train.packing import DataPosition, PackedStream
+from mainspring.train.recipe import DataSection, Recipe
+from mainspring.train.shard_set import ShardSet, ShardSetWriter
 from mainspring.train.sources import Corpus, Document
 from mainspring.train.text_tokenizer import TextTokenizer
 
@@ -26,11 +32,23 @@ class PreparedData:
     """What training reads. Document i of `holdout` continues document i of `train`."""
 
     tokenizer: TextTokenizer
-    train: TokenShard
-    holdout: TokenShard
+    train: ShardSet
+    holdout: ShardSet
     train_bytes: int
     holdout_bytes: int
     fingerprint: str
+    """Of the texts and of how they are blended: a run that resumes has the same."""
+    blend: tuple[Source, ...] = ()
+    """The sources with their weights; empty: every text once an epoch."""
+
+    def stream(
+        self, sequence_length: int, tokens_per_batch: int, seed: int, position: DataPosition
+    ) -> PackedStream:
+        """The micro-batches to train on, from a position on. Raises RecipeError where there are none."""
+        windows = None
+        if self.blend:
+            windows = partial(blended_windows, self.train.offsets, self.blend, sequence_length, seed)
+        return PackedStream(self.train, sequence_length, tokens_per_batch, seed, position, windows)
 
 
 def prepare(recipe: Recipe, directory: Path, say: Callable[[str], None]) -> PreparedData:
@@ -53,9 +71,9 @@ def prepare(recipe: Recipe, directory: Path, say: Callable[[str], None]) -> Prep
         say("encoding the texts")
         if directory.exists():
             shutil.rmtree(directory)
-        with new_directory(directory) as partial:
-            _write(corpus, tokenizer, partial, fingerprint)
-    prepared = _open(directory)
+        with new_directory(directory) as folder:
+            _write(corpus, tokenizer, folder, fingerprint, recipe.data.shard_tokens)
+    prepared = _open(directory, recipe.data)
     say(
         f"{prepared.train.num_documents} documents: {prepared.train.num_tokens:,} tokens to train on "
         f"({prepared.train_bytes:,} bytes), {prepared.holdout.num_tokens:,} held out "
@@ -69,27 +87,48 @@ def _recorded_fingerprint(directory: Path) -> str | None:
         recorded = json.loads((directory / "data.json").read_text())
     except (OSError, ValueError):
         return None
-    return str(recorded.get("fingerprint"))
+    return str(recorded.get("fingerprint")) if "shards" in recorded else None
 
 
-def _open(directory: Path) -> PreparedData:
+def _open(directory: Path, data: DataSection) -> PreparedData:
     record = json.loads((directory / "data.json").read_text())
+    train, holdout = (
+        ShardSet([directory / file for file in record["shards"][name]]) for name in ("train", "holdout")
+    )
+    fingerprint: str = record["fingerprint"]
+    blend: tuple[Source, ...] = ()
+    if data.weights:
+        fingerprint = f"{fingerprint}:{','.join(map(repr, data.weights))}"
+        blend = _blend(data, record, train.num_documents)
     return PreparedData(
         tokenizer=TextTokenizer.read(directory),
-        train=TokenShard(directory / "train.tokens"),
-        holdout=TokenShard(directory / "holdout.tokens"),
+        train=train,
+        holdout=holdout,
         train_bytes=record["train_bytes"],
         holdout_bytes=record["holdout_bytes"],
-        fingerprint=record["fingerprint"],
+        fingerprint=fingerprint,
+        blend=blend,
     )
 
 
-def _write(corpus: Corpus, tokenizer: TextTokenizer, directory: Path, fingerprint: str) -> None:
+def _blend(data: DataSection, record: dict[str, Any], documents: int) -> tuple[Source, ...]:
+    ends = list(accumulate(record["source_documents"]))
+    assert ends[-1] == documents  # written together
+    return tuple(
+        Source(name, first, last, weight)
+        for name, first, last, weight in zip(data.sources, [0, *ends], ends, data.weights, strict=False)
+    )
+
+
+def _write(
+    corpus: Corpus, tokenizer: TextTokenizer, directory: Path, fingerprint: str, shard_tokens: int
+) -> None:
     train_bytes = holdout_bytes = 0
+    source_documents: Counter[int] = Counter()
     end = np.asarray([tokenizer.end_of_text], dtype=np.int64)
     with ExitStack() as stack:
         train, holdout = (
-            stack.enter_context(ShardWriter(directory / f"{name}.tokens", tokenizer.vocab_size))
+            stack.enter_context(ShardSetWriter(directory, name, tokenizer.vocab_size, shard_tokens))
             for name in ("train", "holdout")
         )
         for documents in _in_batches(corpus):
@@ -99,12 +138,19 @@ def _write(corpus: Corpus, tokenizer: TextTokenizer, directory: Path, fingerprin
                 # A text whose tail is held out does not end where its training part does.
                 train.add(np.concatenate([end, head, end[len(tail) > 0 :]]))
                 holdout.add(tail)
+                source_documents[document.source] += 1
                 train_bytes += document.text_bytes
                 holdout_bytes += document.holdout_bytes
     if train_bytes == 0:
         raise RecipeError("data.sources: all texts are empty; there is nothing to train on")
     tokenizer.save(directory)
-    record = {"fingerprint": fingerprint, "train_bytes": train_bytes, "holdout_bytes": holdout_bytes}
+    record = {
+        "fingerprint": fingerprint,
+        "train_bytes": train_bytes,
+        "holdout_bytes": holdout_bytes,
+        "shards": {"train": train.names, "holdout": holdout.names},
+        "source_documents": [source_documents[number] for number in sorted(source_documents)],
+    }
     write_json(directory / "data.json", record)
 
 

@@ -21,11 +21,16 @@ class DataSection:
 
     sources: tuple[str, ...] = ()
     """Files, directories, or tar archives (.tar, .tar.gz, .tgz, .tar.xz, .tar.bz2), seen from the working directory."""
+    weights: tuple[float, ...] = ()
+    """Of the sources, one each: their shares of the tokens that are trained on (small sources come again, large ones
+    are seen in part); empty: every text once an epoch."""
     members: str = "*.txt"
     """Glob on the path inside a directory or archive (`*` also crosses `/`); plain files are always taken."""
     encoding: str = "utf-8"
     holdout_fraction: float = _limits(0.0, low=0.0, high=0.5)
     """The last part of every text, by bytes, that is never trained on (nor seen by the tokenizer's training)."""
+    shard_tokens: int = _limits(1 << 30, low=1)
+    """Most tokens of one of the files that the texts are made into (a longer text has a file of its own)."""
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,10 @@ class TokenShard:
     def num_tokens(self) -> int:
         return len(self.tokens)
 
+    def read(self, start: int, length: int) -> NDArray[np.unsignedinteger]:
+        """Tokens start to start + length: a view of the file."""
+        return self.tokens[start : start + length]
+
     def document(self, index: int) -> NDArray[np.unsignedinteger]:
         """The tokens of one document: a view of the file."""
         return self.tokens[int(self.offsets[index]) : int(self.offsets[index + 1])]

@@ -25,6 +25,8 @@ class Document:
     text_bytes: int
     """Raw bytes of the training part, as they stand in the file; so below for the tail."""
     holdout_bytes: int
+    source: int
+    """Which of the recipe's sources it is from."""
 
 
 class Corpus:
@@ -39,25 +41,25 @@ class Corpus:
         self._data = data
 
     def __iter__(self) -> Iterator[Document]:
-        for name, content in self._files():
-            yield _split_document(name, content, self._data.encoding, self._data.holdout_fraction)
+        for source, name, content in self._files():
+            yield _split_document(name, content, self._data.encoding, self._data.holdout_fraction, source)
 
     def fingerprint(self, *settings: object) -> str:
         """A hash of all files' names and bytes and of the settings that shape tokens made from them."""
         digest = hashlib.sha256(repr((self._data.encoding, self._data.holdout_fraction, settings)).encode())
-        for name, content in self._files():
+        for _, name, content in self._files():
             for part in (name.encode("utf-8", "surrogateescape"), content):
                 digest.update(len(part).to_bytes(8, "little"))
                 digest.update(part)
         return digest.hexdigest()
 
-    def _files(self) -> Iterator[tuple[str, bytes]]:
-        for source in self._data.sources:
+    def _files(self) -> Iterator[tuple[int, str, bytes]]:
+        for number, source in enumerate(self._data.sources):
             found = False
             try:
-                for file in _read_source(Path(source).expanduser(), self._data.members):
+                for name, content in _read_source(Path(source).expanduser(), self._data.members):
                     found = True
-                    yield file
+                    yield number, name, content
             except FileNotFoundError as error:
                 raise RecipeError(
                     f"data.sources: {source!r} does not exist (looked in {Path.cwd()}); "
@@ -88,7 +90,9 @@ def _read_source(path: Path, members: str) -> Iterator[tuple[str, bytes]]:
         yield path.name, path.read_bytes()
 
 
-def _split_document(name: str, content: bytes, encoding: str, holdout_fraction: float) -> Document:
+def _split_document(
+    name: str, content: bytes, encoding: str, holdout_fraction: float, source: int
+) -> Document:
     """Cuts off the last `holdout_fraction` of the bytes, at the nearest earlier start of a character."""
     try:
         text = content.decode(encoding)
@@ -102,11 +106,11 @@ def _split_document(name: str, content: bytes, encoding: str, holdout_fraction: 
         ) from None
     wanted = int(len(content) * holdout_fraction)
     if wanted == 0:
-        return Document(name, text, "", len(content), 0)
+        return Document(name, text, "", len(content), 0, source)
     for cut in range(len(content) - wanted, max(len(content) - wanted - 8, -1), -1):
         try:
             head, tail = content[:cut].decode(encoding), content[cut:].decode(encoding)
         except UnicodeDecodeError:
             continue
-        return Document(name, head, tail, cut, len(content) - cut)
+        return Document(name, head, tail, cut, len(content) - cut, source)
     raise RecipeError(f"{name}: data.holdout_fraction cannot cut text in {encoding!r}; convert it to utf-8")
