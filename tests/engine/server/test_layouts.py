@@ -69,27 +69,9 @@ def test_a_layout_that_does_not_divide_the_model_is_refused_with_numbers(
 def test_ranks_that_torchrun_starts_serve_and_end_together(tiny_model: Path, tmp_path: Path) -> None:
     output = tmp_path / "output.txt"
     source = Path(__file__).parents[3] / "src"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-addr",
-        "127.0.0.1",
-    ]
-    command += [
-        "--master-port",
-        "0",
-        "-m",
-        "mainspring",
-        "serve",
-        str(tiny_model),
-        "--tp",
-        "2",
-        "--port",
-        "0",
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
+    command += ["-m", "mainspring", "serve", str(tiny_model), "--tp", "2", "--port", "0"]
     environment = {**os.environ, "PYTHONPATH": str(source), "GLOO_SOCKET_IFNAME": "lo", "COLUMNS": "200"}
     with output.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)

@@ -91,9 +91,7 @@ def test_what_listens_is_the_loopback_address(replicas: tuple[subprocess.Popen[b
             address = ipaddress.ip_address(connection.laddr.ip.removeprefix("::ffff:"))
             if connection.status == psutil.CONN_LISTEN and not address.is_loopback:
                 open_to_others.add(child.name())
-    # Ray Serve binds each replica's port for calls between deployments to every address, and asks callers for the
-    # cluster's token.
-    assert open_to_others <= {"ray::ServeReplica:mainspring:replica", "ray::ServeRepli"}
+    assert open_to_others == set()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,9 @@ def free_memory(shard: Shard) -> int:
 
 def work(kind: str) -> None:
     """What a rank that torchrun has started does: joins, works, and leaves when rank 0 stops."""
+    # torchrun signals all its ranks; rank 0 finishes what runs, and needs the others for it.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     join(0, 0, kind, None)
     Worker(control_channel(), local_device(kind)).run()
     dist.destroy_process_group()

@@ -59,10 +59,12 @@ class Replica:
 
     # Ray awaits a constructor that is a coroutine function; Python and its types know none.
     async def __init__(  # type: ignore[misc]
-        self, settings: ServerSettings, extend: Extend | None
+        self, settings: ServerSettings, extend: Extend | None, on_loopback: bool
     ) -> None:
         from mainspring.engine.server.model_source import resolve_model
 
+        if on_loopback:
+            _listen_on_loopback_only()
         reporter = LogReporter()
         self._supervisor = EngineSupervisor(reporter, settings.max_restarts)
         try:
@@ -140,7 +142,11 @@ def run_replicas(
     try:
         serve.start(http_options={"host": settings.host, "port": settings.port})
         reporter.step(f"Starting {replicas} replicas")
-        serve.run(_application(serve, settings, replicas, extend), name=APPLICATION, route_prefix="/")
+        serve.run(
+            _application(serve, settings, replicas, extend, address is None),
+            name=APPLICATION,
+            route_prefix="/",
+        )
         reporter.note(
             f"{replicas} replicas serve http://{settings.host}:{settings.port}/v1; Ctrl-C stops them."
         )
@@ -154,7 +160,24 @@ def run_replicas(
         ray.shutdown()
 
 
-def _application(serve: Any, settings: ServerSettings, replicas: int, extend: Extend | None) -> Any:
+def _listen_on_loopback_only() -> None:
+    """In a replica's process: its port for calls between deployments, which no other machine needs here.
+
+    Ray Serve binds it to every address and has no option for that; it looks up this function after the replica's
+    constructor has run. Without it (in another version of Ray) the port stays where Ray puts it.
+    """
+    from ray.serve._private import replica
+
+    bind = getattr(replica, "add_port_to_grpc_server", None)
+    if bind is not None:
+        replica.add_port_to_grpc_server = lambda server, address: bind(  # type: ignore[attr-defined]
+            server, address.replace("[::]", "127.0.0.1")
+        )
+
+
+def _application(
+    serve: Any, settings: ServerSettings, replicas: int, extend: Extend | None, on_loopback: bool
+) -> Any:
     """The application as Ray Serve knows it."""
     ingress: Callable[[type[Replica]], Any] = serve.ingress()
     deployment = serve.deployment(
@@ -168,7 +191,7 @@ def _application(serve: Any, settings: ServerSettings, replicas: int, extend: Ex
             "num_gpus": settings.num_ranks if settings.device.startswith("cuda") else 0,
         },
     )
-    return deployment(ingress(Replica)).bind(settings, extend)
+    return deployment(ingress(Replica)).bind(settings, extend, on_loopback)
 
 
 def _wait_for_signal() -> None:
