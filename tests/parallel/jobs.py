@@ -21,7 +21,7 @@ from mainspring.formats.safetensors_file import CheckpointReader, SafetensorsWri
 from mainspring.formats.safetensors_writer import _SliceWriter
 from mainspring.model.checkpoint import load_model
 from mainspring.ops import KVCache, Numerics, Policy, TokenBatch
-from mainspring.parallel import experts
+from mainspring.parallel import experts, tensor
 from mainspring.parallel.balance import take_loads
 from mainspring.parallel.checkpoint import NAMES, load_weights, stored_weights, write_together
 from mainspring.parallel.experts import Balance
@@ -57,6 +57,23 @@ def verify_with_fault(
 ) -> tuple[Run, dict[str, float]]:
     with getattr(faults, fault)():
         return verify(directory, layout, settings, gradients)
+
+
+def verify_and_count_overlaps(
+    directory: str, layout: str, settings: VerifySettings, gradients: str
+) -> tuple[Run, dict[str, float], int]:
+    """However short the products are; also how many ran beside their gather."""
+    count = 0
+    whole = tensor.gathered_product
+
+    def counting(*arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        return whole(*arguments)
+
+    with patch.object(tensor, "OVERLAP_ROWS", 0), patch.object(tensor, "gathered_product", counting):
+        run, errors = verify(directory, layout, settings, gradients)
+    return run, errors, count
 
 
 def verify_and_count_empty(

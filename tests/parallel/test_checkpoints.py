@@ -148,6 +148,28 @@ def test_one_device_reads_a_layouts_checkpoint_and_the_other_way_round(
     assert done[0]["step"] == 6
 
 
+def test_a_blend_of_sources_goes_on_exactly_under_another_number_of_replicas(
+    pool: Pool, recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "b.txt").write_text("".join(f"{i} und {i * 3 % 11}\n" for i in range(60)))
+    sources = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    overrides = [f"data.sources={sources}", "data.weights=[1, 4]", "training.log_every=1"]
+    pool.run("jobs:train", 2, recipe(), [*overrides, f"output='{whole}'"])
+    pool.run("jobs:train", 2, recipe(), [*overrides, f"output='{parts}'", "training.max_steps=3"])
+    again = pool.run("jobs:train", 4, recipe(), [*overrides, f"output='{parts}'", "parallel.zero=2"], True)
+    assert again[0]["step"] == 6
+    losses = [
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+         if '"event": "step"' in line]
+        for folder in (whole, parts)
+    ]  # fmt: skip
+    assert len(losses[0]) == 6
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    with pytest.raises(AssertionError, match="settings have changed"):
+        pool.run("jobs:train", 4, recipe(), [*overrides, f"output='{parts}'", "data.weights=[1, 1]"], True)
+
+
 @pytest.mark.parametrize(("failing", "every"), [(0, 3), (1, 3), (0, 1), (1, 1)])
 def test_a_full_disk_on_one_rank_is_an_error_on_all_and_leaves_the_old_checkpoint_whole(
     pool: Pool, recipe: Callable[..., str], tmp_path: Path, failing: int, every: int

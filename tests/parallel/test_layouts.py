@@ -137,3 +137,20 @@ def test_bfloat16_keeps_float32_masters_under_a_layout(
     pool: Pool, reference: Callable[..., Reference]
 ) -> None:
     hold(pool, reference, "dense:dp=2,zero=3", VerifySettings(steps=3, dtype="bfloat16"))
+
+
+@pytest.mark.parametrize(
+    "case", ["biased:tp=2", "tied:tp=2,pp=2,recompute=full", "moe:tp=2,cp=2", "biased:tp=4"]
+)
+def test_products_that_run_beside_their_gather_equal_one_device(
+    pool: Pool, reference: Callable[..., Reference], case: str
+) -> None:
+    kind, _, layout = case.partition(":")
+    known = reference(kind, DOUBLE)
+    results = pool.run(
+        "jobs:verify_and_count_overlaps", Layout.parse(layout).world,
+        str(known.directory), layout, DOUBLE, str(known.gradients),
+    )  # fmt: skip
+    for run, errors, count in results:
+        assert not judge(known.run, run, errors, DOUBLE).problems
+        assert count > 0

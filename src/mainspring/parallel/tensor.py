@@ -4,7 +4,8 @@ Megatron-LM (Shoeybi et al., arXiv 1909.08053), with its sequence parallelism (K
 between the layers each rank holds a slice of the tokens, which a column-parallel layer gathers and the row-parallel
 one after it sums and cuts again. Communication runs beside the product that does not need it.
 
-    forward    column: gather x, y = x Wᵀ                     row: partial = x Wᵀ, sum the rows
+    forward    column: gather x beside y = x Wᵀ of the        row: partial = x Wᵀ, sum the rows
+               own rows, then of the others'
     backward   column: gather x beside dx = g W,              row: gather g, dx = g W, dW = gᵀ x
                then dW = gᵀ x beside the sum of dx
 """
@@ -31,6 +32,9 @@ from mainspring.parallel.collectives import (
     start_sum_rows,
 )
 from mainspring.parallel.mesh import Group, even_bounds
+
+OVERLAP_ROWS = 1024
+"""Own rows from which a gather runs beside their product: smaller products are too short to be cut in three."""
 
 
 @dataclass
@@ -152,6 +156,8 @@ class _ColumnProduct(torch.autograd.Function):
         tp = layer.tp
         ctx.layer, ctx.tokens = layer, tp.tokens
         ctx.save_for_backward(x, weight)  # a slice of x: the whole is gathered again
+        if tp.sliced and tp.policy.numerics == "fast" and x.shape[0] >= OVERLAP_ROWS:
+            return gathered_product(x, weight, bias, tp)
         whole = gather_rows(x, tp.tokens, tp.group) if tp.sliced else x
         return ops.linear(whole, weight, bias, policy=tp.policy)
 
@@ -184,6 +190,32 @@ class _RowProduct(torch.autograd.Function):
         d_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
         grad = gather_rows(grad, ctx.tokens, tp.group) if tp.sliced else grad
         return grad @ weight, weight_gradient(ctx.layer.weight, grad, x, tp), d_bias, None
+
+
+def gathered_product(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
+    """x Wᵀ + b of all ranks' rows: the product of the own rows runs while the others' are on their way.
+
+    x: [n, in], the rank's piece of `tp.tokens` rows -> [tokens, out]. Each piece is written where it belongs; the GEMM
+    may cut its sums otherwise for pieces than for the whole, so this is for fast numerics. Without a gradient.
+    """
+    total, size, rank = tp.tokens, tp.group.size, tp.group.rank
+    bounds = even_bounds(total, size)
+    begin, end = bounds[rank], bounds[rank + 1]
+    gather = start_gather_rows(x, total, tp.group)
+    out = x.new_empty(total, weight.shape[0])
+    _product_into(out[begin:end], x, weight, bias)
+    whole = gather()
+    for first, last in ((0, begin), (end, total)):
+        if first < last:
+            _product_into(out[first:last], whole[first:last], weight, bias)
+    return out
+
+
+def _product_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
 
 
 def row_product(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:

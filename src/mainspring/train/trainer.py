@@ -328,6 +328,6 @@ class Trainer:
     def _check_state(self, state: TrainerState | None) -> None:
         if state is not None and state.fingerprint != self._data.fingerprint:
             raise CheckpointError(
-                "the texts or the tokenizer's settings have changed since the checkpoint was written; "
+                "the texts, their weights or the tokenizer's settings have changed since the checkpoint was written; "
                 "put them back to resume, or start anew with --restart"
             )
