@@ -172,6 +172,7 @@ def main() -> None:
     parser.add_argument("--embedders", nargs="+", default=["all-minilm-l6-v2", "bge-small-en-v1.5"])
     parser.add_argument("--all", action="store_true", help="every question where nothing is reranked")
     parser.add_argument("--late", action="store_true", help="late interaction as well")
+    parser.add_argument("--threads", type=int, help="of the cross-encoder (default: every core)")
     options = parser.parse_args()
     deadline = time.monotonic() + options.seconds
     task, cache = load_squad(options.squad), StageCache(options.cache)
@@ -205,7 +206,7 @@ def main() -> None:
             for part in (sample, tuning)
         )
     console.log("reranking")
-    rerankers: dict[str, Reranker] = {"ms-marco-minilm-l12-v2": CrossEncoder()}
+    rerankers: dict[str, Reranker] = {"ms-marco-minilm-l12-v2": CrossEncoder(threads=options.threads)}
     if options.late:
         rerankers["answerai-colbert-small-v1"] = LateInteraction()
     for label, reranker in rerankers.items():

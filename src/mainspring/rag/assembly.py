@@ -19,7 +19,7 @@ from mainspring.rag.ranking.cross_encoder import CrossEncoder
 from mainspring.rag.ranking.late_interaction import LateInteraction
 from mainspring.rag.ranking.precomputed import PrecomputedLateInteraction
 from mainspring.rag.ranking.reranker import Reranker
-from mainspring.rag.retrieval.lexical import LexicalIndex
+from mainspring.rag.retrieval.lexical import Lexical, LexicalIndex, StoreLexical
 from mainspring.rag.search.cached_parts import Recorder
 from mainspring.rag.search.evaluator import PipelineEvaluator
 from mainspring.rag.search.stage_cache import StageCache
@@ -80,7 +80,7 @@ def open_pipeline(
     parts = Parts(
         embedder=loaded,
         store=opened,
-        lexical=LexicalIndex.open(directory / "bm25", opened),
+        lexical=_open_lexical(directory, strategy, opened),
         reranker=reranker,
         attributor=attributor,
         summariser=make_summariser(strategy, loaded, model),
@@ -88,6 +88,12 @@ def open_pipeline(
         classifier=QueryClassifier.load(directory, loaded) if strategy.retrieve.classify else None,
     )
     return Pipeline(strategy, parts)
+
+
+def _open_lexical(directory: Path, strategy: Strategy, store: VectorStore) -> Lexical:
+    if strategy.retrieve.lexical == "store":
+        return StoreLexical(store)
+    return LexicalIndex.open(directory / "bm25", store)
 
 
 def open_evaluator(

@@ -88,7 +88,7 @@ class Pipeline:
         """
         if not question.strip():
             raise ConfigError("the question is empty")
-        if not self.parts.lexical.ids:
+        if len(self.parts.lexical) == 0:
             raise EmptyCorpusError("the index is empty: run `mainspring rag index FOLDER` first")
         steps = self.strategy
         count = k if k is not None else steps.context.passages

@@ -26,6 +26,7 @@ from mainspring.rag.retrieval.fusion import PAPER_ALPHA
 Chunking = Literal["sentences", "tokens", "small-to-big", "sliding-window"]
 QueryForm = Literal["original", "rewrite", "decompose", "hyde", "hyde-with-query"]
 Method = Literal["bm25", "dense", "hybrid"]
+Lexical = Literal["postings", "store"]
 Fusion = Literal["weighted", "reciprocal-rank"]
 RerankMethod = Literal["none", "cross-encoder", "late-interaction", "precomputed"]
 Order = Literal["forward", "reverse", "sides"]
@@ -71,6 +72,7 @@ class IndexStep:
 class RetrieveStep:
     """What is asked for, by which method; `alpha` weighs sparse scores in the fusion S = alpha · sparse + dense.
 
+    `lexical`: BM25 by postings of our own in memory, or by the store's full text (LanceDB), for corpora beyond memory.
     `classify`: questions that need no document are answered without (`mainspring rag classify` trains what decides).
     """
 
@@ -80,6 +82,7 @@ class RetrieveStep:
     alpha: float = _bounded(1.0, 0)
     candidates: int = _bounded(50, 1, 1000)
     classify: bool = False
+    lexical: Lexical = "postings"
 
 
 @dataclass(frozen=True)

@@ -122,16 +122,15 @@ class CachedLexical:
     corpus: str
     recorder: Recorder
 
-    @property
-    def ids(self) -> list[str]:
-        return self.lexical.ids
+    def __len__(self) -> int:
+        return len(self.lexical)
 
     @property
     def version(self) -> str:
         return self.lexical.version
 
     def search(self, query: str, k: int, where: Filter = ()) -> list[Hit]:
-        inputs = [self.corpus, query, k, repr(tuple(where))]
+        inputs = [type(self.lexical).__name__, self.corpus, query, k, repr(tuple(where))]
         rows = self.recorder.call("bm25", inputs, lambda: _rows(self.lexical.search(query, k, where)))
         return [Hit(chunk_id, score) for chunk_id, score in rows]
 

@@ -67,7 +67,7 @@ def make_app(live: LivePipeline, host: str = "127.0.0.1") -> FastAPI:
     @app.get("/health")
     def health() -> dict[str, Any]:
         pipeline = live.current()
-        return {"chunks": len(pipeline.parts.lexical.ids), "embedder": pipeline.parts.embedder.name}
+        return {"chunks": len(pipeline.parts.lexical), "embedder": pipeline.parts.embedder.name}
 
     @app.post("/v1/search")
     def search(request: SearchRequest) -> dict[str, Any]:

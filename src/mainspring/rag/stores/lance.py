@@ -1,13 +1,14 @@
 """The default store: LanceDB, embedded, in a directory. Every write is one atomic new version of a table.
 
-Small tables are searched exactly, by one matrix product over vectors in memory; from `index_from` rows on by an HNSW
-graph with vectors of 8 bits (recall and times: docs/results/rag.md).
+Vectors are searched exactly, by a scan over 8-bit copies in memory whose best are looked at again in float32; from
+`index_from` rows on by an HNSW graph with vectors of 8 bits (recall and times: docs/results/rag.md).
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,29 +17,43 @@ import lancedb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from lancedb.index import HnswSq
+from lancedb.index import FTS, BTree, HnswSq
+from lancedb.query import FullTextOperator, MultiMatchQuery
 
 from mainspring.errors import StoreError
 from mainspring.rag.chunking.chunk import Chunk
 from mainspring.rag.embedding.embedder import Vectors
-from mainspring.rag.retrieval.hits import best
-from mainspring.rag.stores.store import COLUMNS, Condition, Filter, Hit, chunk_of, row_of
+from mainspring.rag.stores.field_columns import FieldColumns
+from mainspring.rag.stores.store import COLUMNS, FIELDS, Filter, Hit, chunk_of, row_of
+from mainspring.rag.stores.vector_scan import VectorScan
 
 _TABLE = "chunks"
 _INTEGERS = {"first", "last", "context_first", "tokens"}
 _KEPT = timedelta(hours=1)  # readers that opened an old version have so long
 _SCAN = 4096  # rows at once
+_TEXTS = ["text", "header"]  # what is searched by words
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What searching one version takes: chunk ids in the order of storage, where each stands, vectors, fields."""
+
+    version: int
+    ids: list[str]
+    position: dict[str, int]
+    scan: VectorScan
+    fields: FieldColumns
 
 
 class LanceStore:
-    """A table in `directory`. Implements `VectorStore`; reads may come from several threads."""
+    """A table in `directory`. Implements `VectorStore` and `TextStore`; reads may come from several threads."""
 
-    def __init__(self, directory: Path, dimension: int, *, index_from: int = 50_000) -> None:
+    def __init__(self, directory: Path, dimension: int, *, index_from: int = 300_000) -> None:
         """Opens or creates the table. Raises StoreError if it is damaged or has vectors of another size."""
         self._dimension = dimension
         self._index_from = index_from
         self._lock = threading.Lock()
-        self._memory: tuple[int, list[str], Vectors, list[dict[str, str]]] | None = None
+        self._memory: _Memory | None = None
         try:
             database = lancedb.connect(directory, read_consistency_interval=timedelta(0))
             self._table = _open_table(database, dimension)
@@ -82,14 +97,31 @@ class LanceStore:
             found = self._guarded(lambda: query.select(["id", "_distance"]).limit(k).to_arrow())
             distances = found["_distance"].to_pylist()
             return [Hit(i, 1 - d) for i, d in zip(found["id"].to_pylist(), distances, strict=True)]
-        ids, vectors, fields = self._in_memory()
-        allowed = np.array([_holds(row, where) for row in fields], dtype=np.bool_) if where else None
-        ranking = best(vectors @ vector, k, allowed)
-        return [Hit(ids[p], float(s)) for p, s in zip(ranking.positions, ranking.scores, strict=True)]
+        memory = self._in_memory()
+        ranking = memory.scan.search(vector, k, memory.fields.allowed(where))
+        return [Hit(memory.ids[p], float(s)) for p, s in zip(ranking.positions, ranking.scores, strict=True)]
+
+    def search_text(self, query: str, k: int, where: Filter = ()) -> list[Hit]:
+        """At most k chunks by LanceDB's own BM25 over text and headings (English stems, no stop words).
+
+        Chunks that were written after the last `optimise` are found too, by reading them.
+        """
+        if not self._has_index("text"):
+            return []  # nothing was ever optimised: there is no chunk
+        search: Any = self._table.search(
+            MultiMatchQuery(query, _TEXTS, boosts=None, operator=FullTextOperator.OR), query_type="fts"
+        )
+        if where:
+            search = search.where(_sql(where), prefilter=True)
+        found = self._guarded(lambda: search.select(["id", "_score"]).limit(k).to_arrow())
+        return [Hit(i, s) for i, s in zip(found["id"].to_pylist(), found["_score"].to_pylist(), strict=True)]
 
     def get(self, ids: Sequence[str]) -> list[Chunk]:
         if not ids:
             return []
+        found = self._taken(ids)
+        if found is not None:
+            return [found[i] for i in ids if i in found]
         names = ", ".join(_quoted(i) for i in ids)
         rows = self._guarded(
             lambda: (
@@ -110,30 +142,59 @@ class LanceStore:
                 yield chunk_of(row)
 
     def optimise(self) -> None:
-        """Joins small files, drops versions older than an hour, and builds or extends the graph."""
+        """Joins small files, drops versions older than an hour, and builds or extends what searches use."""
         self._guarded(lambda: self._table.optimize(cleanup_older_than=_KEPT))
+        if self.count() == 0:
+            return
+        for column in _TEXTS:
+            if not self._has_index(column):
+                words = FTS(stem=True, remove_stop_words=True, lower_case=True)
+                self._guarded(lambda c=column, w=words: self._table.create_index(c, config=w))
         if self.count() >= self._index_from and not self._is_indexed():
-            config = HnswSq(distance_type="cosine")
-            self._guarded(lambda: self._table.create_index("vector", config=config))
+            graph = HnswSq(distance_type="cosine")
+            self._guarded(lambda: self._table.create_index("id", config=BTree()))
+            self._guarded(lambda: self._table.create_index("vector", config=graph))
 
     def close(self) -> None:
         with self._lock:
             self._memory = None
 
     def _is_indexed(self) -> bool:
-        return any("vector" in index.columns for index in self._guarded(self._table.list_indices))
+        return self._has_index("vector")
 
-    def _in_memory(self) -> tuple[list[str], Vectors, list[dict[str, str]]]:
-        """(ids, vectors [N, D], filterable fields) of the current version, read once."""
+    def _has_index(self, column: str) -> bool:
+        return any(column in index.columns for index in self._guarded(self._table.list_indices))
+
+    def _in_memory(self) -> _Memory:
+        """The current version's, read once."""
         with self._lock:
             version = int(self._guarded(lambda: self._table.version))
-            if self._memory is None or self._memory[0] != version:
-                rows = self._rows(["id", "file", "kind", "title", "vector"])
+            if self._memory is None or self._memory.version != version:
+                rows = self._rows(["id", *FIELDS, "vector"])
                 flat = rows["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
                 vectors = flat.astype(np.float32, copy=False).reshape(-1, self._dimension)
-                fields = rows.select(["file", "kind", "title"]).to_pylist()
-                self._memory = (version, rows["id"].to_pylist(), vectors, fields)
-            return self._memory[1:]
+                ids = rows["id"].to_pylist()
+                self._memory = _Memory(
+                    version,
+                    ids,
+                    {chunk_id: place for place, chunk_id in enumerate(ids)},
+                    VectorScan(vectors),
+                    FieldColumns([rows[field].to_pylist() for field in FIELDS]),
+                )
+            return self._memory
+
+    def _taken(self, ids: Sequence[str]) -> dict[str, Chunk] | None:
+        """Chunks by their places in the version in memory; None where none is, or it is no longer the current one."""
+        memory = self._memory
+        if memory is None or int(self._guarded(lambda: self._table.version)) != memory.version:
+            return None
+        places = [memory.position[i] for i in ids if i in memory.position]
+        if not places:
+            return {}
+        rows = self._guarded(lambda: self._table.take_offsets(places).select(list(COLUMNS)).to_arrow())
+        found = {row["id"]: chunk_of(row) for row in rows.to_pylist()}
+        wanted = {memory.ids[place] for place in places}
+        return found if set(found) == wanted else None  # a writer came in between
 
     def _rows(self, columns: list[str]) -> pa.Table:
         """All rows, in the order of their storage."""
@@ -177,10 +238,6 @@ def _sql(where: Filter) -> str:
         f"starts_with({c.field}, {_quoted(c.value)})" if c.prefix else f"{c.field} = {_quoted(c.value)}"
         for c in where
     )
-
-
-def _holds(row: dict[str, str], where: Sequence[Condition]) -> bool:
-    return all(row[c.field].startswith(c.value) if c.prefix else row[c.field] == c.value for c in where)
 
 
 def _quoted(text: str) -> str:

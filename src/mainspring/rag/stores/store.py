@@ -99,6 +99,14 @@ class VectorStore(Protocol):
     def close(self) -> None: ...
 
 
+class TextStore(Protocol):
+    """A store that finds chunks by words as well, with an index of its own."""
+
+    def search_text(self, query: str, k: int, where: Filter = ()) -> list[Hit]:
+        """At most k chunks by BM25; chunks that share no word with the query are none of them."""
+        ...
+
+
 def kind_of(file: str) -> str:
     """A file's suffix without the dot, in lower case."""
     return PurePosixPath(file).suffix.lower().removeprefix(".")
