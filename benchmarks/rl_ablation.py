@@ -1,0 +1,200 @@
+"""VAPO without each of its parts, on sorting digits, over several seeds: `python benchmarks/rl_ablation.py`.
+
+    python benchmarks/rl_ablation.py run --out runs/ablation.jsonl --seeds 6 --seconds 3000
+    python benchmarks/rl_ablation.py table runs/*.jsonl
+
+Every variant starts from the same partly trained model (107,648 parameters) and has as many answers a step and as many
+steps of the policy; value pretraining comes before them. A run ends with four sampled answers to each of 200 held-out
+prompts. Runs go seed by seed through all variants, so that stopping early leaves equal numbers; with --share i/n a
+process takes every n-th of them. The table gives means over seeds, and of each variant's difference from full VAPO at
+the same seed a 95% interval (Student's t).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the task stands among the tests
+
+from mainspring.model.checkpoint import load_model, save_model
+from mainspring.model.decoder import Decoder
+from mainspring.ops.threads import set_num_threads
+from mainspring.rl.vapo import VapoSettings, vapo
+from rl import sorting_runs
+
+ANSWERS = 128  # of a step
+POLICY_STEPS, PRETRAINING = 100, 20
+# Answers have 5 to 8 tokens: alpha = 1 gives them a λ of 0.8 to 0.875.
+FULL = VapoSettings(
+    max_steps=PRETRAINING + POLICY_STEPS,
+    warmup_steps=PRETRAINING,
+    mini_batches=2,
+    schedule=sorting_runs.WARM,
+    alpha=1.0,
+    shortest_lam=0.5,
+)
+WITHOUT_PRETRAINING = {"warmup_steps": 0, "max_steps": POLICY_STEPS}
+VARIANTS: dict[str, VapoSettings] = {
+    "VAPO": FULL,
+    "without value pretraining": replace(FULL, **WITHOUT_PRETRAINING),  # type: ignore[arg-type]
+    "without decoupled GAE": replace(FULL, critic_lam=FULL.lam),
+    "without length-adaptive GAE": replace(FULL, alpha=None),
+    "without clip-higher": replace(FULL, clip_high=0.2),
+    "without token-level loss": replace(FULL, loss_mean="sequences"),
+    "without positive NLL": replace(FULL, positive_nll=0.0),
+    "without group sampling": FULL,
+    "PPO (without all but group sampling)": replace(
+        FULL,
+        **WITHOUT_PRETRAINING,  # type: ignore[arg-type]
+        critic_lam=FULL.lam,
+        alpha=None,
+        clip_high=0.2,
+        loss_mean="sequences",
+        positive_nll=0.0,
+    ),
+}
+FULL_NAME = next(iter(VARIANTS))
+# Student's t at 0.975, for 1 to 15 degrees of freedom.
+T_975 = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run")
+    run.add_argument("--out", type=Path, required=True)
+    run.add_argument("--seeds", type=int, default=6)
+    run.add_argument("--first-seed", type=int, default=0)
+    run.add_argument("--share", default="0/1")
+    run.add_argument("--seconds", type=float, default=math.inf, help="begin no run that would end later")
+    run.add_argument(
+        "--base", type=Path, help="directory of the partly trained model; made if it is not there"
+    )
+    run.add_argument("--numerics", choices=("lockstep", "fast"), default="lockstep")
+    table = commands.add_parser("table")
+    table.add_argument("files", type=Path, nargs="+")
+    arguments = parser.parse_args()
+    if arguments.command == "table":
+        show([json.loads(line) for file in arguments.files for line in file.read_text().splitlines()])
+        return
+    set_num_threads(1)
+    torch.set_num_threads(1)
+    run_all(arguments)
+
+
+def run_all(arguments: argparse.Namespace) -> None:
+    began = time.monotonic()
+    base = arguments.base or arguments.out.parent / "base"
+    if not base.exists():
+        save_model(sorting_runs.partly_trained(), base)
+    share, shares = map(int, arguments.share.split("/"))
+    jobs = [
+        (seed, name)
+        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+        for name in VARIANTS
+    ]
+    longest = 0.0
+    with arguments.out.open("a") as out:
+        for seed, name in jobs[share::shares]:
+            started = time.monotonic()
+            if started - began + 1.05 * longest > arguments.seconds:
+                break
+            model = load_model(base, numerics=arguments.numerics)
+            row = one(model, name, seed) | {"numerics": arguments.numerics}
+            longest = max(longest, time.monotonic() - started)
+            row["seconds"] = round(time.monotonic() - started, 1)
+            print(json.dumps(row), file=out, flush=True)
+
+
+def one(model: Decoder, name: str, seed: int) -> dict[str, object]:
+    """A whole run of a variant."""
+    settings = replace(VARIANTS[name], seed=seed)
+    group = 1 if name == "without group sampling" else 8
+    source = sorting_runs.rollouts(model, seed, prompts_per_step=ANSWERS // group, group_size=group)
+    critic = sorting_runs.critic_of(model, lr=1e-3)
+    steps = list(vapo(model, sorting_runs.optimizer(model, lr=5e-4), critic, source, settings))
+    trained = [m for m in steps if m.step > settings.warmup_steps]
+    return {
+        "variant": name,
+        "seed": seed,
+        "accuracy": sorting_runs.accuracy(source, samples=4),
+        "start": mean(m.reward for m in steps[:3]),
+        "rewards": [round(m.reward, 4) for m in trained],
+        "explained_variance": [round(m.explained_variance, 3) for m in steps],
+        "entropy": [round(m.entropy, 3) for m in trained],
+        "max_delta": max(m.max_delta for m in steps),
+    }
+
+
+def show(rows: Sequence[dict[str, object]]) -> None:
+    """The table, of the seeds that every variant has."""
+    found = {(str(r["variant"]), int(str(r["seed"]))): r for r in rows}
+    seeds = sorted(
+        seed for seed in {seed for _, seed in found} if all((name, seed) in found for name in VARIANTS)
+    )
+    if len(seeds) < 2:
+        raise SystemExit(f"there are {len(seeds)} seeds of which all variants are done; a table needs two")
+    table = Table(title=f"{len(seeds)} seeds, {POLICY_STEPS} policy steps of {ANSWERS} answers")
+    for column in (
+        "variant",
+        "held-out accuracy",
+        "less full VAPO [95%]",
+        "mean training reward",
+        "less full VAPO [95%]",
+    ):
+        table.add_column(column)
+    for name in VARIANTS:
+        cells = []
+        for key in ("accuracy", "rewards"):
+            values = [_value(found[name, seed], key) for seed in seeds]
+            differences = [
+                v - _value(found[FULL_NAME, seed], key) for v, seed in zip(values, seeds, strict=True)
+            ]
+            cells.append(f"{mean(values):.3f}")
+            cells.append("" if name == FULL_NAME else _interval(differences))
+        table.add_row(name, *cells)
+    Console(width=150).print(table)
+
+
+def _value(row: dict[str, object], key: str) -> float:
+    value = row[key]
+    return mean(value) if isinstance(value, list) else float(str(value))
+
+
+def _interval(differences: Sequence[float]) -> str:
+    half = T_975[min(len(differences) - 1, 15) - 1] * stdev(differences) / math.sqrt(len(differences))
+    return f"{mean(differences):+.3f} [{mean(differences) - half:+.3f}, {mean(differences) + half:+.3f}]"
+
+
+if __name__ == "__main__":
+    main()
