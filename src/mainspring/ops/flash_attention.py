@@ -15,9 +15,10 @@ from torch import Tensor
 from mainspring.errors import BackendError
 from mainspring.ops import flash_reference
 from mainspring.ops.cuda.support import refuses as cuda_refuses
+from mainspring.ops.library.support import is_traced
 from mainspring.ops.policy import FAST, Policy
 from mainspring.ops.precision import accumulator
-from mainspring.ops.registry import Call, Implementation, Operation, accepts_all
+from mainspring.ops.registry import Call, Implementation, Operation, accepts_all, any_requires_grad
 from mainspring.ops.triton.support import refuses as triton_refuses
 
 ORDERED_KEYS = 2048  # of a sequence
@@ -67,12 +68,17 @@ def flash_attention(
         BackendError: a dtype, shape or option that no backend takes.
     """
     _check(q, k, v, cu_q, cu_k, scale, window, softcap)
-    out, _ = flash_attention_op(
-        q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, window or 0, softcap or 0.0, deterministic,
-        policy.backend,
+    arguments = (
+        q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, window or 0, softcap or 0.0, deterministic, policy.backend,
     )  # fmt: skip
-    result: Tensor = out
-    return result
+    if is_traced():
+        result: Tensor = flash_attention_op(*arguments)[0]
+        return result
+    # The operator's dispatch costs the host a quarter of a millisecond each way, more than many a kernel takes.
+    if any_requires_grad(q, k, v):
+        result = _FlashAttention.apply(*arguments)
+        return result
+    return _forward(*arguments)[0]
 
 
 @torch.library.custom_op("mainspring::flash_attention", mutates_args=())
@@ -92,8 +98,9 @@ def flash_attention_op(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """(out [T, Hq, D], lse [Hq, T] float32 or wider); window and softcap are 0 for none."""
-    run = FLASH_ATTENTION.select(q, Policy("fast", backend), size=q.shape[2])
-    return run(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, window, softcap)
+    return _forward(
+        q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, window, softcap, deterministic, backend
+    )  # fmt: skip
 
 
 @flash_attention_op.register_fake
@@ -124,15 +131,8 @@ def flash_attention_backward_op(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, from the result and the logarithms of its sums."""
-    call = Call(q.device.type, q.dtype, FAST, True, q.shape[2])
-    # Triton's two kernels keep no order among blocks and are the faster ones in most cases; CUDA C++'s blocks, which
-    # add in order, are up to 1.3 times as fast for long causal sequences of narrow heads (H100, docs/results).
-    ordered_wins = causal and q.shape[2] <= 64 and max_k >= ORDERED_KEYS
-    if backend is None and deterministic and not ordered_wins and triton_refuses(call) is None:
-        backend = "triton"
-    run = FLASH_ATTENTION_BACKWARD.select(q, Policy("fast", backend), size=q.shape[2])
-    return run(
-        grad.contiguous(), q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale, causal, window, softcap, deterministic
+    return _backward(
+        grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale, causal, window, softcap, deterministic, backend
     )  # fmt: skip
 
 
@@ -162,6 +162,49 @@ def _gradient(ctx: Any, grad: Tensor | None, _lse: None) -> tuple[Tensor | None,
 
 
 flash_attention_op.register_autograd(_gradient, setup_context=_keep)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float,
+    causal: bool, window: int, softcap: float, deterministic: bool, backend: str | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    run = FLASH_ATTENTION.select(q, Policy("fast", backend), size=q.shape[2])
+    return run(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, window, softcap)
+
+
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
+    max_q: int, max_k: int, scale: float, causal: bool, window: int, softcap: float, deterministic: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    call = Call(q.device.type, q.dtype, FAST, True, q.shape[2])
+    # Triton's two kernels keep no order among blocks and are the faster ones in most cases; CUDA C++'s blocks, which
+    # add in order, are up to 1.3 times as fast for long causal sequences of narrow heads (H100, docs/results).
+    ordered_wins = causal and q.shape[2] <= 64 and max_k >= ORDERED_KEYS
+    if backend is None and deterministic and not ordered_wins and triton_refuses(call) is None:
+        backend = "triton"
+    run = FLASH_ATTENTION_BACKWARD.select(q, Policy("fast", backend), size=q.shape[2])
+    return run(
+        grad.contiguous(), q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale, causal, window, softcap, deterministic
+    )  # fmt: skip
+
+
+class _FlashAttention(torch.autograd.Function):
+    """What the two operators do, without their dispatch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *options: Any
+    ) -> Tensor:
+        out, lse = _forward(q, k, v, cu_q, cu_k, *options)
+        ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
+        ctx.options = options
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grads = _backward(grad, *ctx.saved_tensors, *ctx.options)
+        return (*grads, *(None,) * 10)
 
 
 def _check(
