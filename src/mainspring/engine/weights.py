@@ -10,12 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mainspring.errors import CheckpointError
+from mainspring.model.checksum import digest_of_sums, sum_of_bits
 from mainspring.model.decoder import Decoder
-
-_CHUNK = 1 << 24  # elements that are widened to 64 bits at a time
-_FACTOR = 0x9E3779B97F4A7C15 - (
-    1 << 64
-)  # odd, so that no factor below is even and each bit of a value counts
 
 
 @torch.no_grad()
@@ -72,28 +68,7 @@ def weights_checksum(model: Decoder) -> str:
     Each tensor is summed up in 64-bit integers, each element times an odd factor of its own, so that the sum has no
     order and moving, swapping or changing an element changes it.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.hf_tensors().items()):
-        total = sum_of_bits(tensor)
-        digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype), int(total))).encode())
-    return digest.hexdigest()
-
-
-def sum_of_bits(tensor: Tensor, *, first: int = 0, width: int | None = None) -> Tensor:
-    """An element's bits times its place's factor, summed: an int64 scalar. Of a part of a larger tensor its term.
-
-    first: the place of tensor's first element; width: the row length of the whole, if it is longer than tensor's.
-    """
-    words = (
-        tensor.contiguous().view(-1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
+    return digest_of_sums(
+        (name, tuple(tensor.shape), tensor.dtype, int(sum_of_bits(tensor)))
+        for name, tensor in model.hf_tensors().items()
     )
-    columns = tensor.shape[-1] if tensor.dim() > 1 else 1
-    gap = 0 if width is None else width - columns  # elements of the whole between two rows of the part
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for start in range(0, words.numel(), _CHUNK):
-        chunk = words[start : start + _CHUNK].to(torch.int64)
-        place = torch.arange(start, start + chunk.numel(), device=tensor.device)
-        if gap:
-            place = place + gap * torch.div(place, columns, rounding_mode="floor")
-        total += (chunk * (2 * (first + place) * _FACTOR + 1)).sum()
-    return total

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mainspring.engine.weights import sum_of_bits
 from mainspring.formats.model_config import ModelConfig
 from mainspring.formats.safetensors_file import CheckpointReader
 from mainspring.model.checkpoint import stored_tensor
+from mainspring.model.checksum import digest_of_sums, sum_of_bits
 from mainspring.model.decoder import Decoder
 from mainspring.ops import Policy
 from mainspring.parallel.checkpoint import check_names
@@ -81,10 +80,9 @@ def checksum(model: ParallelDecoder, parameters: Mapping[str, Tensor]) -> str:
                     block.view(parameters[parameter]), first=first, width=width
                 )
     all_reduce(sums, model.mesh.group("world"))
-    digest = hashlib.blake2b(digest_size=16)
-    for name, total in zip(places, sums.tolist(), strict=True):
-        digest.update(repr((name, shapes[name], str(model.dtype), int(total))).encode())
-    return digest.hexdigest()
+    return digest_of_sums(
+        (name, shapes[name], model.dtype, total) for name, total in zip(places, sums.tolist(), strict=True)
+    )
 
 
 def _counts(model: ParallelDecoder, block: Block) -> bool:
