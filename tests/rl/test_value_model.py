@@ -136,7 +136,9 @@ def test_a_reward_model_learns_to_rank_held_out_answers_and_scores_conversations
     conversations = [(3, 1, 10, 1, 3, 11), (9, 7, 8, 10, 7, 8, 9, 11), (4, 10, 11)]
     completions = [Completion("", "", "", tokens) for tokens in conversations]
     expected = judge.scores(conversations).tolist()
-    assert ModelRewards(judge, tokens_per_microbatch=8).score(completions) == pytest.approx(expected, rel=1e-4)
+    assert ModelRewards(judge, tokens_per_microbatch=8).score(completions) == pytest.approx(
+        expected, rel=1e-4
+    )
     with pytest.raises(ConfigError, match="a completion has none"):
         ModelRewards(judge).score([Completion("3", "3", "3")])
 

@@ -247,30 +247,26 @@ class RlRun:
     def _report(self, metrics: Metrics) -> None:
         record = _flat(metrics)
         record["elapsed"] = self._elapsed
-        rollouts = self._rollouts
-        if rollouts is not None and isinstance(metrics, GrpoMetrics | PpoMetrics):
+        if isinstance(metrics, GrpoMetrics | PpoMetrics):
             record["reward_failures"] = self._scorer.failures
             record["rollout_tokens_per_second"] = _rate(metrics.tokens, metrics.rollout_seconds)
             record["update_tokens_per_second"] = _rate(metrics.tokens, metrics.update_seconds)
-            if isinstance(metrics, GrpoMetrics):
-                self._log_groups(metrics.groups, metrics.advantages)
-            else:
-                self._log_groups(rollouts.collected, None)
+            self._log_groups(metrics.groups, metrics.advantages)
         self._metrics.write("step", record)
-        shown = ("loss", "policy_loss", "reward", "length", "entropy", "grad_norm", "max_delta")
+        shown = ("loss", "reward", "length", "entropy", "grad_norm", "max_delta")
         parts = [f"{name} {record[name]:.4g}" for name in shown if record.get(name) is not None]
         self._show.say(f"step {self._step}/{self._recipe.settings.max_steps}  " + "  ".join(parts))
 
-    def _log_groups(self, groups: Sequence[Group], advantages: Sequence[float] | None) -> None:
+    def _log_groups(self, groups: Sequence[Group], advantages: Sequence[float]) -> None:
         assert self._rollouts is not None  # groups are of rollouts
-        left = iter(advantages) if advantages is not None else None
+        left = iter(advantages)
         for group in groups:
             prompt = self._rollouts.prompts[group[0].prompt]
             answers = [
                 {
                     "text": self._texts.decode(t.tokens[len(prompt.tokens) :]),
                     "reward": t.reward,
-                    "advantage": None if left is None else next(left),
+                    "advantage": next(left),
                     "tokens": t.num_written,
                     "finished": t.finished,
                     "versions": [t.versions[0], t.versions[-1]],
