@@ -99,8 +99,8 @@ def length_adaptive_lambda(
 def whitened(advantages: Tensor, eps: float = 1e-8) -> Tensor:
     """(A − mean) / sqrt(variance + eps) over all of a step's actions, [W] -> [W], the variance with W − 1 as verl's.
 
-    It keeps the policy's step from depending on the rewards' scale (Engstrom et al., arXiv 2005.12729, list such
-    normalisations among PPO's code-level optimisations). One advantage alone becomes 0.
+    It keeps the policy's step from depending on the rewards' scale (as verl's `masked_whiten` after GAE). One
+    advantage alone becomes 0.
     """
     if advantages.shape[0] < 2:
         return torch.zeros_like(advantages)

@@ -20,7 +20,7 @@ def dpo_loss(margins: Tensor, *, beta: float = 0.1) -> Tensor:
 def conservative_dpo_loss(margins: Tensor, *, beta: float = 0.1, flipped: float = 0.1) -> Tensor:
     """−(1 − ε) log σ(β h) − ε log σ(−β h), where ε of the labels are the wrong way round; bounded below.
 
-    Least at σ(β h) = 1 − ε (Mitchell, "A note on DPO with noisy preferences and relationship to IPO", 2023).
+    Least at σ(β h) = 1 − ε (Mitchell, "A note on DPO with noisy preferences and relationship to IPO", 2023, eq. 3).
     Raises ConfigError.
     """
     _check_beta(beta)

@@ -13,8 +13,9 @@ def clipped_value_loss(
 ) -> tuple[Tensor, Tensor]:
     """(½ max((V − R)², (V_old + clamp(V − V_old, ±clip) − R)²), whether the clip took the gradient), each [T].
 
-    values: [T] with gradients. The pessimistic form of PPO's published code (Engstrom et al., arXiv 2005.12729,
-    section 3, "value function clipping"); `clip=None` leaves the plain square. Raises ConfigError.
+    values: [T] with gradients. The pessimistic form of PPO's published code ("value function clipping", the first of
+    its code-level optimizations in Engstrom et al., arXiv 2005.12729); `clip=None` leaves the plain square. Raises
+    ConfigError.
     """
     plain = (values - returns).square()
     if clip is None:
