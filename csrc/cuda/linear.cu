@@ -4,8 +4,11 @@
 //
 // A producer warp keeps a ring of stages of shared memory full by bulk tensor copies; one or two warpgroups of 64 rows
 // each multiply. Tiles are so narrow (8 to 256 columns) that a product of few rows still fills the chip in one wave:
-// then the time is that of reading W once. Defines: MAINSPRING_TYPE, MAINSPRING_GROUPS, MAINSPRING_COLUMNS,
-// MAINSPRING_PANELS; MAINSPRING_SEGMENTED: a block sums all chunks itself and joins them by a binary tree.
+// then the time is that of reading W once. A tile at the edge of x or W copies what there is of it and no more: rows
+// that the copy engine has to fill with zeros take longer than rows that exist.
+//
+// Defines: MAINSPRING_TYPE, MAINSPRING_GROUPS, MAINSPRING_COLUMNS, MAINSPRING_PANELS; MAINSPRING_SEGMENTED: a block
+// sums all chunks itself and joins them by a binary tree.
 #include "linear_tile.cuh"
 #include "wgmma.cuh"
 
@@ -21,6 +24,7 @@ struct LinearArguments {
   int all_steps;   // steps of K
   int stages;
   int x_rows;      // rows of x in a stage: fewer than a warpgroup has when m is small
+  int x_edge_rows, w_edge_rows;  // rows that the last tiles copy, of x and of W
   int chunks;      // of K: the blocks of a cluster
   int prefetch;    // steps of W to bring into the L2 cache before the kernels ahead of this one have ended
   bool tree;       // the chunks are added by a binary tree instead of one after the other
@@ -129,7 +133,8 @@ constexpr int kThreads = Groups * 128 + (Segmented ? 128 : 32);
 
 template <typename T, int Groups, int Columns, int Panels, bool Segmented>
 __global__ void __launch_bounds__(kThreads<Groups, Segmented>, 1)
-    linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
+    linear_kernel(const __grid_constant__ CUtensorMap x_whole, const __grid_constant__ CUtensorMap x_edge,
+                  const __grid_constant__ CUtensorMap w_whole, const __grid_constant__ CUtensorMap w_edge,
                   const __grid_constant__ LinearArguments p) {
   extern __shared__ uint8_t unaligned[];
   __shared__ uint64_t full[kMaxStages], empty[kMaxStages];
@@ -139,11 +144,13 @@ __global__ void __launch_bounds__(kThreads<Groups, Segmented>, 1)
   const int row = blockIdx.x * (kGroupRows * Groups), column = blockIdx.y * Columns;
   const int first_step = blockIdx.z * p.steps;
   const int steps = Segmented ? p.all_steps : min(p.steps, p.all_steps - first_step);
+  const bool is_last_row = row + p.x_rows > p.target.m, is_last_column = column + Columns > p.target.n;
+  const int groups = min(Groups, (p.target.m - row + kGroupRows - 1) / kGroupRows);  // that have rows
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < p.stages; ++s) {
       barrier_init(&full[s], 1);
-      barrier_init(&empty[s], Groups);
+      barrier_init(&empty[s], groups);
     }
     fence_barrier_init();
   }
@@ -153,36 +160,40 @@ __global__ void __launch_bounds__(kThreads<Groups, Segmented>, 1)
   if (group == Groups) {
     if constexpr (Segmented) registers_decrease<24>();
     if (warp == Groups * 4 && threadIdx.x % 32 == 0) {
-      prefetch_tensor_map(&x_map);
-      prefetch_tensor_map(&w_map);
+      const CUtensorMap* const x_map = is_last_row ? &x_edge : &x_whole;
+      const CUtensorMap* const w_map = is_last_column ? &w_edge : &w_whole;
+      const int bytes = Panels * kRowBytes * ((is_last_row ? p.x_edge_rows : p.x_rows) +
+                                              (is_last_column ? p.w_edge_rows : Columns));
+      prefetch_tensor_map(x_map);
+      prefetch_tensor_map(w_map);
       // Weights may come into the L2 cache before the kernels ahead of this one end; values are read after that.
       for (int i = 0; i < min(p.prefetch, steps) * Panels; ++i) {
-        tma_prefetch(&w_map, (first_step * Panels + i) * kPanel, column);
+        tma_prefetch(w_map, (first_step * Panels + i) * kPanel, column);
       }
       wait_for_predecessors();
       if (!p.late) let_successors_start();
       int stage = 0, parity = 1;
       for (int step = first_step; step < first_step + steps; ++step) {
         barrier_wait(&empty[stage], parity);
-        barrier_expect(&full[stage], stage_bytes);
+        barrier_expect(&full[stage], bytes);
         uint8_t* const x_to = ring + stage * stage_bytes;
         uint8_t* const w_to = x_to + Panels * x_panel;
 #pragma unroll
         for (int panel = 0; panel < Panels; ++panel) {
           const int k = (step * Panels + panel) * kPanel;
-          tma_load(w_to + panel * Columns * kRowBytes, &w_map, &full[stage], k, column);
+          tma_load(w_to + panel * Columns * kRowBytes, w_map, &full[stage], k, column);
         }
 #pragma unroll
         for (int panel = 0; panel < Panels; ++panel) {
           const int k = (step * Panels + panel) * kPanel;
-          tma_load(x_to + panel * x_panel, &x_map, &full[stage], k, row);
+          tma_load(x_to + panel * x_panel, x_map, &full[stage], k, row);
         }
         if (++stage == p.stages) stage = 0, parity ^= 1;
       }
       if (p.late) let_successors_start();
     }
     __syncwarp();
-  } else {
+  } else if (group < groups) {
     if constexpr (Segmented) registers_increase<240>();
     wait_for_predecessors();
     const uint64_t x_start = matrix_descriptor(shared_address(ring) + group * kGroupRows * kRowBytes, 0, 1024);
@@ -271,8 +282,17 @@ extern "C" int mainspring_linear(const void* x, int64_t x_stride, const void* we
   if (chunks > 1 && (chunk % kDepth || chunks > kMaxChunks)) return cudaErrorInvalidValue;
   if (tree && (chunks & (chunks - 1) || k % chunk)) return cudaErrorInvalidValue;
   const int x_rows = m < kGroupRows && Groups == 1 ? (m + 7) / 8 * 8 : kGroupRows * Groups;
-  CUtensorMap x_map, w_map;
-  if (!map_rows<T>(&x_map, x, m, k, x_stride, x_rows) || !map_rows<T>(&w_map, weight, n, k, weight_stride, Columns)) {
+  // Whole groups of 8 rows, after which the swizzle repeats.
+  const auto edge = [](int size, int tile) { return size % tile ? (size % tile + 7) / 8 * 8 : tile; };
+  const int x_edge_rows = edge(m, x_rows), w_edge_rows = edge(n, Columns);
+  CUtensorMap x_whole, x_edge, w_whole, w_edge;
+  if (!map_rows<T>(&x_whole, x, m, k, x_stride, x_rows) ||
+      !map_rows<T>(&w_whole, weight, n, k, weight_stride, Columns)) {
+    return cudaErrorInvalidValue;
+  }
+  x_edge = x_whole, w_edge = w_whole;
+  if ((x_edge_rows != x_rows && !map_rows<T>(&x_edge, x, m, k, x_stride, x_edge_rows)) ||
+      (w_edge_rows != Columns && !map_rows<T>(&w_edge, weight, n, k, weight_stride, w_edge_rows))) {
     return cudaErrorInvalidValue;
   }
   LinearArguments p{};
@@ -282,6 +302,7 @@ extern "C" int mainspring_linear(const void* x, int64_t x_stride, const void* we
   p.steps = chunks > 1 ? chunk / kDepth : p.all_steps;
   if (kSegmented) chunks = 1;
   p.x_rows = x_rows, p.chunks = chunks;
+  p.x_edge_rows = x_edge_rows, p.w_edge_rows = w_edge_rows;
   p.prefetch = programmatic > 1 ? programmatic - 1 : 0;
   // A warpgroup multiplies 64 rows even where the ring has fewer: what it reads past them must be shared memory too.
   const int spare = 1024 + (kGroupRows * Groups - x_rows) * kRowBytes;
@@ -320,5 +341,5 @@ extern "C" int mainspring_linear(const void* x, int64_t x_stride, const void* we
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
-  return cudaLaunchKernelEx(&config, kernel, x_map, w_map, p);
+  return cudaLaunchKernelEx(&config, kernel, x_whole, x_edge, w_whole, w_edge, p);
 }

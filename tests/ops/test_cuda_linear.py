@@ -31,7 +31,7 @@ def test_every_m_has_the_bits_of_triton(dtype: torch.dtype, n: int, k: int) -> N
     bias = random_tensor(2, n, dtype=dtype)
     whole = ops.linear(x, weight, bias, policy=TRITON)
     wide = ops.linear(x, weight, bias, out_dtype=torch.float32, policy=TRITON)
-    for m in (1, 3, 8, 17, 64, 65, 128, 200, 333, 512, 1024, 2048, 4096):
+    for m in (1, 3, 8, 17, 64, 65, 128, 129, 200, 333, 512, 1024, 2048, 4096):
         assert_same_bits(ops.linear(x[:m], weight, bias, policy=CUDA), whole[:m])
         got = ops.linear(x[:m], weight, bias, out_dtype=torch.float32, policy=CUDA)
         assert_same_bits(got, wide[:m])

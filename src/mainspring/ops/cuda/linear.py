@@ -42,30 +42,39 @@ class Tile:
 
 
 TILES = (
-    Tile(2, 32, 2), Tile(2, 48, 2), Tile(2, 64, 2), Tile(2, 96, 1), Tile(2, 128, 1), Tile(2, 192, 1), Tile(2, 256, 1),
-    Tile(1, 16, 4), Tile(1, 24, 4), Tile(1, 32, 4), Tile(1, 48, 2), Tile(1, 64, 2), Tile(1, 96, 1), Tile(1, 128, 1),
-    Tile(1, 192, 1), Tile(1, 256, 1),
+    Tile(2, 32, 2), Tile(2, 48, 2), Tile(2, 64, 2), Tile(2, 96, 1), Tile(2, 128, 1), Tile(2, 192, 1), Tile(2, 224, 1),
+    Tile(2, 256, 1), Tile(1, 16, 4), Tile(1, 24, 4), Tile(1, 32, 4), Tile(1, 48, 2), Tile(1, 64, 2), Tile(1, 96, 1),
+    Tile(1, 128, 1), Tile(1, 192, 1), Tile(1, 224, 1), Tile(1, 256, 1),
 )  # fmt: skip
 # Of the kernel whose blocks join the segments of K themselves: four sums of this size fit its registers.
 SEGMENTED = Tile(2, 96, 1)
 
 
-def _cost(tile: Tile, m: int, n: int, chunks: int, processors: int) -> float:
-    """The time of a step of k in a simple model, in rows of operands (figures of an H200).
+def _cost(tile: Tile, m: int, n: int, chunk: int, chunks: int, processors: int) -> float:
+    """The time of a step of k in a simple model, in rows of operands (1.3 ns on an H100).
 
     A tile takes the longer of what its operands take to arrive (a multiprocessor takes in so many bytes a cycle) and
-    what its products take, times the waves of blocks.
+    what its products take, times the waves of blocks. Of some 1,300 products that were timed in all tiles (M 8 to 640,
+    the layers of Qwen3-0.6B and Llama-3.1-8B) its choice is 0.3 % behind the fastest on average.
     """
     rows = GROUP_ROWS * tile.groups
     blocks = -(-m // rows) * -(-n // tile.columns) * chunks
-    arriving = (min(rows, -(-m // 8) * 8) if tile.groups == 1 else rows) + tile.columns
-    lone = 20 if tile.groups == 1 and tile.columns > 64 else 0  # nothing runs while one warpgroup waits
-    return -(-blocks // processors) * (16 + max(arriving + lone, rows * tile.columns / 77))
+    arriving: float = (min(rows, -(-m // 8) * 8) if tile.groups == 1 else rows) + tile.columns
+    if tile.groups == 1 and tile.columns > 64:
+        arriving += 800 * GROUP_ROWS / chunk - 10  # nothing runs while a lone warpgroup stores its tile
+    return -(-blocks // processors) * (16 + max(arriving, rows * tile.columns / 60))
 
 
 def _best(m: int, n: int, chunk: int, chunks: int, processors: int) -> Tile | None:
-    fitting = [t for t in TILES if chunks == 1 or chunk % (GROUP_ROWS * t.panels) == 0]
-    return min(fitting, key=lambda t: _cost(t, m, n, chunks, processors), default=None)
+    def fits(tile: Tile) -> bool:
+        if chunks > 1 and chunk % (GROUP_ROWS * tile.panels):
+            return False
+        # Of tiles of one warpgroup only single waves were timed where rows are many.
+        blocks = -(-m // GROUP_ROWS) * -(-n // tile.columns) * chunks
+        return tile.groups > 1 or m <= 2 * GROUP_ROWS or blocks <= processors
+
+    fitting = filter(fits, TILES)
+    return min(fitting, key=lambda t: _cost(t, m, n, chunk, chunks, processors), default=None)
 
 
 @lru_cache(maxsize=4096)
@@ -79,7 +88,7 @@ def choose_tile(m: int, n: int, k: int, chunk: int, processors: int) -> Tile | N
     few = blocks <= processors or (m <= 1024 and blocks <= 2 * processors)
     if chunks > 1:  # a cluster needs its multiprocessors side by side: halves of them are easier to find
         return replace(tile, blocks=2) if few else None
-    return tile if m <= GROUP_ROWS or few else None
+    return tile if m <= 4 * GROUP_ROWS or few else None
 
 
 def defines_of(
