@@ -29,18 +29,18 @@ from training.peers import step_of
 from training.shapes import CASES, Case
 from training.timing import Row, measure, print_profile
 
-_RUNS = "1.1b,1.1b:peer,1.1b-16,qwen3-0.6b,1.1b-8,moe"
-_DRY = "tiny,tiny:peer,tiny-qwen,tiny-moe"
+_RUNS = "1.1b,1.1b:graph,1.1b:peer,1.1b-16:graph,qwen3-0.6b,qwen3-0.6b:graph,1.1b-8:graph,moe:graph"
+_DRY = "tiny,tiny:graph,tiny:free,tiny:peer,tiny-qwen:graph,tiny-moe:graph"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--runs", help=f"shape or shape:kind, see _row, in order; default {_RUNS}")
     parser.add_argument(
-        "--runs", help=f"shape, shape:peer or shape:free (see below), in order; default {_RUNS}"
+        "--profile", default="1.1b:graph,qwen3-0.6b:graph,moe:graph", help="which are profiled as well"
     )
-    parser.add_argument("--profile", default="1.1b,qwen3-0.6b,moe", help="which are profiled as well")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--json", type=Path, help="write the rows here too, after each")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, everything profiled")
@@ -61,7 +61,7 @@ def main() -> None:
             continue
         rows.append(row)
         print(row.text(), flush=True)
-        if not kind:
+        if kind != "peer":
             bytes_planned = estimate(
                 case.config, Layout(), Batch(1, case.tokens, dtype.itemsize), _memory(device)
             )
@@ -75,13 +75,14 @@ def main() -> None:
 def _row(
     run: str, kind: str, case: Case, peak: float, device: torch.device, arguments: argparse.Namespace
 ) -> Row:
-    """kind "": ours, with deterministic kernels as the trainer has them; "free": ours without; "peer"."""
-    torch.use_deterministic_algorithms(device.type == "cuda" and kind == "")
+    """kind "": ours, with deterministic kernels as the trainer has them; "free": ours without; "graph" and
+    "free-graph": likewise, passes replayed from a CUDA graph; "peer"."""
+    torch.use_deterministic_algorithms(device.type == "cuda" and kind in ("", "graph"))
     make: Callable[[], Step]
     if kind == "peer":
         make = partial(step_of, "alone", case.config, case.length, device)
     else:
-        make = partial(on_one_device, case.config, device)
+        make = partial(on_one_device, case, device, captured="graph" in kind)
     flops = training_flops(case.config, [case.length] * case.sequences)
     profiled = arguments.dry_run or run in arguments.profile.split(",")
     return measure(

@@ -12,10 +12,12 @@ from mainspring.ops import FAST
 from mainspring.parallel.experts import Balance
 from mainspring.parallel.layout import Layout
 from mainspring.parallel.mesh import Mesh
+from mainspring.train.captured import CapturedPass
 from mainspring.train.packing import MicroBatch
 from mainspring.train.recipe import ModelSection, OptimizerSection
 from mainspring.train.runner import SingleDevice
 from mainspring.train.sharded import Sharded
+from training.shapes import Case
 
 Step = Callable[[Sequence[MicroBatch]], float]
 """One optimizer step over micro-batches; the loss."""
@@ -29,7 +31,9 @@ def dtype_for(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def on_one_device(config: ModelConfig, device: torch.device) -> Step:
+def on_one_device(case: Case, device: torch.device, *, captured: bool = False) -> Step:
+    """captured: passes are replayed from a CUDA graph."""
+    config = case.config
     name = "bfloat16" if device.type == "cuda" else "float32"
     model = create_model(config, device=device, dtype=name, numerics="fast")
     with torch.no_grad():  # the benchmark's bits need not be a recipe's: drawn on the device
@@ -39,7 +43,8 @@ def on_one_device(config: ModelConfig, device: torch.device) -> Step:
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(std=0.02)
-    runner = SingleDevice(model, OPTIMIZER)
+    graphs = CapturedPass(model, case.tokens, case.length) if captured else None
+    runner = SingleDevice(model, OPTIMIZER, graphs)
     return lambda batches: runner.train_step(batches, 1.0, CLIP)[0]
 
 

@@ -21,6 +21,7 @@ from mainspring.parallel.experts import Balance
 from mainspring.parallel.launch import local_rank
 from mainspring.parallel.layout import Layout
 from mainspring.parallel.mesh import Mesh
+from mainspring.train.captured import CapturedPass
 from mainspring.train.initialise import initialise
 from mainspring.train.prepare import PreparedData
 from mainspring.train.recipe import ParallelSection, Recipe
@@ -93,7 +94,12 @@ def make_runner(recipe: Recipe, data: PreparedData, resume_from: Path | None, ra
     )
     if plain:
         device = usable_device(recipe.training.device)
-        single = SingleDevice(_make_model(recipe, data, resume_from, device), recipe.optimizer)
+        model = _make_model(recipe, data, resume_from, device)
+        settings = recipe.training
+        captured = None
+        if settings.cuda_graph:
+            captured = CapturedPass(model, settings.tokens_per_micro_batch, settings.sequence_length)
+        single = SingleDevice(model, recipe.optimizer, captured)
         if resume_from is not None:
             single.load_optimizer(resume_from)
         return single
@@ -141,6 +147,10 @@ def _make_sharded(
     recipe: Recipe, data: PreparedData, resume_from: Path | None, layout: Layout, balance: Balance
 ) -> Sharded:
     settings = recipe.training
+    if settings.cuda_graph:
+        raise ConfigError(
+            "training.cuda_graph serves one device without a layout, balanced experts or offload; turn it off"
+        )
     source = resume_from
     if source is None and recipe.model.init_from is not None:
         source = Path(recipe.model.init_from).expanduser()

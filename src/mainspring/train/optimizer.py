@@ -73,15 +73,18 @@ class Optimizer:
             self._weights[name] if self._has_masters else None,
         )
 
-    def accumulate(self) -> None:
-        """Takes the gradients of a backward pass over and clears them."""
+    def accumulate(self, *, borrowed: bool = False) -> None:
+        """Takes the gradients of a backward pass over and clears them.
+
+        borrowed: their memory will be written again before `step`; the first ones are copied then.
+        """
         for name, parameter in self._parameters.items():
             gradient, parameter.grad = parameter.grad, None
             if gradient is None:
                 continue
             held = self._gradients.get(name)
             if held is None:
-                self._gradients[name] = gradient
+                self._gradients[name] = gradient.to(torch.float32, copy=True) if borrowed else gradient
             else:
                 self._gradients[name] = held.to(torch.float32).add_(gradient)
 

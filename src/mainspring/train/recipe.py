@@ -101,6 +101,8 @@ class TrainingSection:
     """bfloat16: forward and backward in bfloat16, master weights and optimizer state in float32."""
     device: Literal["cpu", "cuda"] = "cpu"
     numerics: Literal["lockstep", "fast"] = "fast"
+    cuda_graph: bool = False
+    """Replay forward and backward passes from CUDA graphs: for models whose kernels are shorter than their launches."""
     threads: int | None = _limits(None, low=1)
     """PyTorch's CPU threads; None leaves PyTorch's choice. Resuming is exact with an equal number."""
     log_every: int = _limits(10, low=1)

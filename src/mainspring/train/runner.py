@@ -18,6 +18,7 @@ from mainspring.model.decoder import Decoder
 from mainspring.ops import IGNORE_INDEX, TokenBatch
 from mainspring.parallel.balance import ExpertStatistics
 from mainspring.parallel.host_copies import HostCopies
+from mainspring.train.captured import CapturedPass
 from mainspring.train.checkpoint import TrainerState, checkpoint_writer, load_optimizer
 from mainspring.train.finite import first_non_finite
 from mainspring.train.optimizer import Optimizer
@@ -79,8 +80,12 @@ class SingleDevice:
     speaks = True
     experts: ExpertStatistics | None = None
 
-    def __init__(self, model: Decoder, settings: OptimizerSection) -> None:
+    def __init__(
+        self, model: Decoder, settings: OptimizerSection, captured: CapturedPass | None = None
+    ) -> None:
+        """captured: of this model, where passes are to be replayed from CUDA graphs."""
         self.model = model.train()
+        self._captured = captured
         self.config, self.dtype, self.device = model.config, model.dtype, model.device
         self._optimizer = Optimizer(model, settings)
         self._copies = HostCopies()
@@ -99,14 +104,21 @@ class SingleDevice:
         step_loss = torch.zeros((), device=self.device)
         for micro in micro_batches:
             # Each micro-batch's mean weighs by its tokens: the sum is the mean over the whole step.
-            loss = self._loss(micro) * (len(micro.tokens) / total)
-            loss.backward()
-            self._optimizer.accumulate()
+            share = len(micro.tokens) / total
+            if self._captured is None:
+                loss = self._loss(micro) * share
+                loss.backward()
+                self._optimizer.accumulate()
+            else:
+                loss = self._captured.run(micro, share)
+                self._optimizer.accumulate(borrowed=len(micro_batches) > 1)
             step_loss += loss.detach()
         norm = self._optimizer.step(lr_factor, clip_norm)
         return float(step_loss), norm
 
     def first_non_finite(self, micro_batches: Sequence[MicroBatch]) -> str | None:
+        if self._captured is not None:
+            self._captured.forget()  # the passes that follow need the memory
         return first_non_finite(self.model, lambda: [self._loss(micro) for micro in micro_batches])
 
     @torch.no_grad()
