@@ -96,7 +96,7 @@ def serve(
     tool_parser: Annotated[
         str,
         typer.Option(
-            help="Format of tool calls: auto (by the template), hermes, llama3_json, pythonic, none."
+            help="Format of tool calls: auto (by the template), none, hermes, llama3_json, pythonic, qwen3_coder, glm45"
         ),
     ] = "auto",
     reasoning_parser: Annotated[

@@ -184,6 +184,37 @@ def test_other_formats_of_calls_refuse_a_form_beside_tools(with_text: Ask) -> No
     with_text("a", scenario, tool_parser="llama3_json")
 
 
+def test_a_strict_function_is_held_to_its_schema_where_the_model_may_also_talk(with_text: Ask) -> None:
+    strict: list[Any] = [{**TOOLS[0], "function": {**TOOLS[0]["function"], "strict": True}}, TOOLS[1]]
+
+    async def scenario(app: Scripted) -> None:
+        await chat(tools=strict)(app)
+        await chat(tools=TOOLS)(app)
+        held, free = (request.params.structured_outputs for request in app.engine.requests)
+        assert held is not None
+        assert held.grammar is not None
+        assert '"city"' in held.grammar
+        assert free is None
+
+    with_text("a", scenario)
+
+    async def refusal(app: Scripted) -> None:
+        with pytest.raises(openai.BadRequestError, match="'get_weather' is strict") as refused:
+            await chat(tools=strict)(app)
+        assert refused.value.param == "tools"
+
+    with_text("a", refusal, tool_parser="pythonic")
+
+
+def test_calls_in_tags_are_found_and_typed(with_text: Ask) -> None:
+    text = (
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\n42\n</parameter>\n</function>\n</tool_call>"
+    )
+    answer = with_text(text, chat(tools=TOOLS), tool_parser="qwen3_coder")
+    assert calls_of(answer.choices[0].message) == [["get_weather", '{"city": "42"}']]
+    assert answer.choices[0].finish_reason == "tool_calls"
+
+
 @pytest.mark.parametrize("special", [True, False])
 def test_marks_that_are_special_tokens_are_seen(special: bool) -> None:
     marks = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<end>"]

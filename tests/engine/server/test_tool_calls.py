@@ -19,10 +19,12 @@ from mainspring.engine.server.tool_calls.hermes import HermesParser
 from mainspring.engine.server.tool_calls.pythonic import PythonicParser
 from mainspring.engine.server.tool_calls.reasoning import ReasoningParser, prompt_opens_reasoning
 from mainspring.engine.server.tool_calls.schema import calls_schema
+from mainspring.engine.server.tool_calls.tagged import GLM45, QWEN3_CODER, TaggedParser
 from mainspring.engine.server.tool_calls.text import NamedCall, PlainText
 from mainspring.errors import ConfigError
 
 NAMES = ("f", "get_weather", "get")
+FUNCTIONS = dict.fromkeys(NAMES)
 # Delimiters of every format inside strings are what a parser may stumble over.
 TRICKY = st.sampled_from(
     [
@@ -106,13 +108,22 @@ def test_calls_are_found_whole_however_the_text_is_cut(
 FRAGMENTS = st.sampled_from(
     ["<tool_call>", "</tool_call>", "<tool", "_call>", '{"name": "f", "arguments": ', '{"name": "f"}', "{", "}", "[",
      "]", '"', "\\", ", ", "; ", "\n", " ", "a", '{"a": 1}', "null}", "<think>", "</think>", "<|python_tag|>", "[f(",
-     "f(a=1)", "get(", "b='", ")", "'", "]]"]
+     "f(a=1)", "get(", "b='", ")", "'", "]]", "<function=", "f>", "<parameter=a>", "</parameter>", "</function>", "f\n",
+     "<arg_key>a</arg_key>", "<arg_value>", "</arg_value>"]
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("opened", [False, True])
 @pytest.mark.parametrize(
-    "inner", [HermesParser, lambda: BareJsonParser(NAMES), lambda: PythonicParser(NAMES), PlainText]
+    "inner",
+    [
+        HermesParser,
+        lambda: BareJsonParser(NAMES),
+        lambda: PythonicParser(NAMES),
+        lambda: TaggedParser(QWEN3_CODER, FUNCTIONS),
+        lambda: TaggedParser(GLM45, FUNCTIONS),
+        PlainText,
+    ],
 )
 @given(text=st.lists(FRAGMENTS, max_size=14).map("".join), cuts=st.lists(st.integers(0, 500), max_size=8))
 @settings(max_examples=60, deadline=None)
@@ -130,7 +141,8 @@ def test_any_text_means_the_same_in_pieces_and_as_a_whole(
 @given(text=st.lists(st.one_of(FRAGMENTS, st.text(max_size=3)), max_size=10).map("".join))
 @settings(max_examples=100, deadline=None)
 def test_text_without_a_call_is_content_to_the_letter(text: str) -> None:
-    for parser in (HermesParser(), BareJsonParser(NAMES), PythonicParser(NAMES)):
+    tagged = (TaggedParser(QWEN3_CODER, FUNCTIONS), TaggedParser(GLM45, FUNCTIONS))
+    for parser in (HermesParser(), BareJsonParser(NAMES), PythonicParser(NAMES), *tagged):
         answer = parse_whole(parser, text)
         if not answer.calls:
             assert answer.content == text
@@ -243,8 +255,12 @@ def test_the_format_is_read_off_the_template() -> None:
     assert llama.tools == "llama3_json"
     plain = detect("{{ messages }}", "auto", "auto")
     assert (plain.tools, plain.reasons, plain.presents_tools) == (None, False, False)
-    for tagged in ("<tool_call>\n<function=name>", "<tool_call>name\n<arg_key>"):
-        assert detect(tagged, "auto", "auto").tools is None
+    for source, tools in (
+        ("<tool_call>\n<function=name>\n<parameter=key>", "qwen3_coder"),
+        ("<tool_call>name\n<arg_key>", "glm45"),
+        ("<tool_call>\n<function=name>{", None),
+    ):
+        assert detect(source, "auto", "auto").tools == tools
     assert detect(None, "pythonic", "think").tools == "pythonic"
     assert not detect("<tool_call><think>", "none", "none").reasons
     for names in (("qwen", "auto"), ("auto", "deep")):
@@ -254,10 +270,12 @@ def test_the_format_is_read_off_the_template() -> None:
 
 def test_a_plan_makes_the_parser_of_its_mode() -> None:
     assert isinstance(AnswerPlan().parser(), PlainText)
-    assert isinstance(AnswerPlan(mode="auto", names=NAMES, tools="hermes").parser(), HermesParser)
-    assert isinstance(AnswerPlan(mode="named", names=("f",)).parser(), NamedCall)
-    assert isinstance(AnswerPlan(mode="required", names=NAMES, reasons=True).parser(), ReasoningParser)
-    answer = parse_whole(AnswerPlan(mode="named", names=("f",)).parser(), '{"a": 1}')
+    assert isinstance(AnswerPlan(mode="auto", functions=FUNCTIONS, tools="hermes").parser(), HermesParser)
+    assert isinstance(AnswerPlan(mode="named", functions={"f": None}).parser(), NamedCall)
+    assert isinstance(
+        AnswerPlan(mode="required", functions=FUNCTIONS, reasons=True).parser(), ReasoningParser
+    )
+    answer = parse_whole(AnswerPlan(mode="named", functions={"f": None}).parser(), '{"a": 1}')
     assert [(call.name, call.arguments) for call in answer.calls] == [("f", '{"a": 1}')]
 
 

@@ -85,7 +85,8 @@ class ChatMessage(Body):
 class FunctionDefinition(Body):
     """A function that the model may call. `parameters`: the JSON schema of its arguments.
 
-    Under tool_choice "required" or by name a grammar holds the model to the schema, `strict` or not.
+    Under tool_choice "required" or by name a grammar holds the model to the schema, `strict` or not; under "auto" it
+    does if `strict`.
     """
 
     name: Annotated[str, Field(pattern=FUNCTION_NAME)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from mainspring.engine.server.tool_calls.schema import (
     calls_or_answer_grammar,
     calls_schema,
 )
+from mainspring.engine.server.tool_calls.strict import StrictFunction, strict_grammar
 from mainspring.errors import InvalidRequestError
 
 
@@ -137,9 +138,11 @@ async def make_prompt(service: Service, chat: Conversation) -> ChatPrompt:
         InvalidRequestError: the tools do not go together with the rest, or with this model.
         ChatTemplateError, TokenizerError.
     """
-    mode, names, structured = _calls(chat, service.answer_format)
-    tools = [_described(function) for function in chat.tools] if mode != "text" else None
     tokenizer = service.llm.tokenizer
+    tokens = (tokenizer.id_to_token(token_id) for token_id in tokenizer.special_token_ids)
+    special = {token for token in tokens if token}
+    mode, names, structured = _calls(chat, service.answer_format, special)
+    tools = [_described(function) for function in chat.tools] if mode != "text" else None
     text = await asyncio.to_thread(
         tokenizer.apply_chat_template,
         chat.turns,
@@ -152,18 +155,17 @@ async def make_prompt(service: Service, chat: Conversation) -> ChatPrompt:
     form = service.answer_format
     plan = AnswerPlan(
         mode=mode,
-        names=names,
+        functions={function.name: function.parameters for function in chat.tools if function.name in names},
         tools=form.tools,
         # JSON begins at once: there is no room for thoughts.
         reasons=form.reasons and (structured is None or not _is_json(structured)),
         opened=prompt_opens_reasoning(text),
     )
-    special = {tokenizer.id_to_token(token_id) for token_id in tokenizer.special_token_ids}
     return ChatPrompt(token_ids, plan, structured, keep_special_tokens=not special.isdisjoint(plan.marks))
 
 
 def _calls(
-    chat: Conversation, form: AnswerFormat
+    chat: Conversation, form: AnswerFormat, special: Collection[str]
 ) -> tuple[Literal["text", "auto", "required", "named"], tuple[str, ...], StructuredOutputsParams | None]:
     """How calls are to be read, the functions that may be called, and what holds the model to a form."""
     names = tuple(function.name for function in chat.tools)
@@ -193,6 +195,8 @@ def _calls(
                 "start the server with --tool-parser",
                 "tools",
             )
+        if chat.structured is None and any(function.strict for function in chat.tools):
+            return "auto", names, _strict(chat, form, special)
         if chat.structured is None or not _is_json(chat.structured):
             return "auto", names, chat.structured
         return "auto", names, _calls_or_json(chat, functions, form)
@@ -208,6 +212,16 @@ def _calls(
     raise InvalidRequestError(
         f"tool_choice names {wanted!r}, but the tools are {', '.join(map(repr, names))}", "tool_choice"
     )
+
+
+def _strict(chat: Conversation, form: AnswerFormat, special: Collection[str]) -> StructuredOutputsParams:
+    """Free text, in which calls are held to the schemas of the strict functions."""
+    functions = [StrictFunction(f.name, f.parameters, bool(f.strict)) for f in chat.tools]
+    try:
+        grammar = strict_grammar(form.tools, functions, parallel=chat.parallel_calls, special=special)
+    except RecursionError as error:
+        raise InvalidRequestError("the parameters of a tool are nested too deeply", "tools") from error
+    return StructuredOutputsParams(grammar=grammar)
 
 
 def _calls_or_json(

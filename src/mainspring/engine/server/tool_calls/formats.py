@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias, get_args
 
-from mainspring.engine.server.tool_calls import bare_json, hermes, reasoning
+from mainspring.engine.server.tool_calls import bare_json, hermes, reasoning, tagged
 from mainspring.engine.server.tool_calls.bare_json import BareJsonParser
 from mainspring.engine.server.tool_calls.events import Parser
 from mainspring.engine.server.tool_calls.hermes import HermesParser
 from mainspring.engine.server.tool_calls.pythonic import PythonicParser
 from mainspring.engine.server.tool_calls.reasoning import ReasoningParser, prompt_opens_reasoning
+from mainspring.engine.server.tool_calls.tagged import TaggedParser
 from mainspring.engine.server.tool_calls.text import NamedCall, PlainText
 from mainspring.errors import ConfigError
 
-ToolFormat: TypeAlias = Literal["hermes", "llama3_json", "pythonic"]
+ToolFormat: TypeAlias = Literal["hermes", "llama3_json", "pythonic", "qwen3_coder", "glm45"]
 TOOL_FORMATS: tuple[ToolFormat, ...] = get_args(ToolFormat)
-
-
-# Formats that put something else than JSON into the same tags (Qwen3-Coder's, GLM's).
-_OTHER_TAGGED = ("<function=", "<arg_key>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +66,12 @@ def detect(template: str | None, tool_parser: str, reasoning_parser: str) -> Ans
 
 def _of_template(source: str) -> ToolFormat | None:
     """What the template tells the model to write."""
-    if hermes.OPEN in source and not any(mark in source for mark in _OTHER_TAGGED):
+    # These put something else than JSON into the tags of Hermes.
+    if tagged.QWEN3_CODER.name_open in source and tagged.QWEN3_CODER.key_open in source:
+        return "qwen3_coder"
+    if tagged.GLM45.key_open in source:
+        return "glm45"
+    if hermes.OPEN in source and "<function=" not in source:
         return "hermes"
     if bare_json.PYTHON_TAG in source or '"parameters":' in source:
         return "llama3_json"
@@ -83,12 +85,12 @@ class AnswerPlan:
     Attributes:
         mode: look for no calls, for calls in the model's own format, for a list of them that a grammar
             enforces, or take all text as the arguments of one named call.
-        names: the functions that may be called.
+        functions: what may be called, by name: the schema of each function's parameters.
         reasons: look for reasoning first; `opened`: the prompt has opened it already.
     """
 
     mode: Literal["text", "auto", "required", "named"] = "text"
-    names: tuple[str, ...] = ()
+    functions: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
     tools: ToolFormat | None = None
     reasons: bool = False
     opened: bool = False
@@ -97,11 +99,7 @@ class AnswerPlan:
     def marks(self) -> tuple[str, ...]:
         """What the parser looks for. Where these are special tokens, the text must keep them."""
         marks: tuple[str, ...] = (reasoning.OPEN, reasoning.CLOSE) if self.reasons else ()
-        if self.mode == "auto" and self.tools == "hermes":
-            marks += (hermes.OPEN, hermes.CLOSE)
-        if self.mode == "auto" and self.tools == "llama3_json":
-            marks += (bare_json.PYTHON_TAG,)
-        return marks
+        return marks + (marks_of(self.tools) if self.mode == "auto" else ())
 
     def parser(self) -> Parser:
         """A fresh parser."""
@@ -113,23 +111,42 @@ class AnswerPlan:
             case "text":
                 return PlainText()
             case "named":
-                return NamedCall(self.names[0])
+                return NamedCall(next(iter(self.functions)))
             case "required":
-                return BareJsonParser(self.names)
+                return BareJsonParser(self.functions)
             case "auto":
-                return _parser_of(self.tools, self.names)
+                return _parser_of(self.tools, self.functions)
 
 
-def _parser_of(tools: ToolFormat | None, names: Collection[str]) -> Parser:
+def marks_of(tools: ToolFormat | None) -> tuple[str, ...]:
+    """What a format's parser looks for."""
+    match tools:
+        case "hermes":
+            return (hermes.OPEN, hermes.CLOSE)
+        case "llama3_json":
+            return (bare_json.PYTHON_TAG,)
+        case "qwen3_coder":
+            return tagged.QWEN3_CODER.all
+        case "glm45":
+            return tagged.GLM45.all
+        case _:
+            return ()
+
+
+def _parser_of(tools: ToolFormat | None, functions: Mapping[str, Mapping[str, Any] | None]) -> Parser:
     match tools:
         case None:
             return PlainText()
         case "hermes":
             return HermesParser()
         case "llama3_json":
-            return BareJsonParser(names)
+            return BareJsonParser(functions)
         case "pythonic":
-            return PythonicParser(names)
+            return PythonicParser(functions)
+        case "qwen3_coder":
+            return TaggedParser(tagged.QWEN3_CODER, functions)
+        case "glm45":
+            return TaggedParser(tagged.GLM45, functions)
 
 
 __all__ = [
@@ -139,5 +156,6 @@ __all__ = [
     "ToolFormat",
     "check_names",
     "detect",
+    "marks_of",
     "prompt_opens_reasoning",
 ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from enum import Enum, auto
 
 from mainspring.engine.server.tool_calls.call_object import CallObject
-from mainspring.engine.server.tool_calls.events import CallArguments, CallBegin, Content, Event, EventList
+from mainspring.engine.server.tool_calls.events import CallArguments, CallBegin, Event, EventList
+from mainspring.engine.server.tool_calls.spaced_content import SpacedContent
 from mainspring.engine.server.tool_calls.tag_finder import TagFinder
 
 OPEN = "<tool_call>"
@@ -32,11 +33,11 @@ class HermesParser:
         self._tag = TagFinder(OPEN)
         self._close = TagFinder(CLOSE)
         self._call = CallObject(None)
-        self._spaces: list[str] = []  # white space that may turn out to stand before a call
         self._raw: list[str] = []  # the text of the call being read, until its name is known
         self._may_be_list = False
         self._count = 0
         self._found = EventList()
+        self._content = SpacedContent(self._found)
 
     def push(self, text: str) -> list[Event]:
         """The events of these further characters."""
@@ -49,9 +50,9 @@ class HermesParser:
         if self._in is _In.CALL and self._call.name is None:
             self._give_up()
         if self._in is _In.TEXT:
-            self._content(self._tag.flush())
+            self._content.write(self._tag.flush())
             if self._count == 0:
-                self._found.add(Content("".join(self._spaces)))
+                self._content.keep_spaces()
         elif self._in is _In.BROKEN:
             self._found.add(CallArguments(self._count - 1, self._close.flush()))
         return self._found.take()
@@ -59,7 +60,7 @@ class HermesParser:
     def _step(self, character: str) -> None:
         match self._in:
             case _In.TEXT:
-                self._content(self._tag.push(character))
+                self._content.write(self._tag.push(character))
                 if self._tag.found:
                     self._begin_call(OPEN)
             case _In.CALL:
@@ -86,7 +87,7 @@ class HermesParser:
         arguments = self._call.push(character)
         if not known and self._call.name is not None:
             self._raw = []
-            self._spaces = []
+            self._content.drop_spaces()
             self._found.add(CallBegin(self._count, self._call.name))
             self._count += 1
         if arguments:
@@ -106,7 +107,7 @@ class HermesParser:
         """What was read is no call: it is text."""
         self._in, self._tag = _In.TEXT, TagFinder(OPEN)
         raw, self._raw = "".join(self._raw), []
-        self._content(raw)
+        self._content.write(raw)
 
     def _after_call(self, character: str) -> None:
         """White space, the closing tag, or a further call of a list."""
@@ -125,12 +126,3 @@ class HermesParser:
             self._in, self._tag = _In.TEXT, TagFinder(OPEN)
             for item in rest:
                 self._step(item)
-
-    def _content(self, text: str) -> None:
-        """Gives content; white space waits for more, and is dropped if a call comes."""
-        for character in text:
-            if character.isspace():
-                self._spaces.append(character)
-            else:
-                self._found.add(Content("".join(self._spaces) + character))
-                self._spaces = []

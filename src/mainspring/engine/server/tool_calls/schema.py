@@ -10,9 +10,11 @@ _DEFINITIONS = ("$defs", "definitions")
 
 
 def calls_schema(
-    functions: Sequence[tuple[str, Mapping[str, Any] | None]], *, parallel: bool
+    functions: Sequence[tuple[str, Mapping[str, Any] | None]], *, parallel: bool, arguments: str = "arguments"
 ) -> dict[str, Any]:
     """A list of at least one call of these functions, each a name and the schema of its parameters.
+
+    arguments: the key of the arguments in a call.
 
     Each function's own definitions move to the root of the whole, under a name of their own, and its
     references with them. Without `parallel` the list holds exactly one call.
@@ -32,8 +34,8 @@ def calls_schema(
         choices.append(
             {
                 "type": "object",
-                "properties": {"name": {"const": name}, "arguments": _with_references(schema, renamed)},
-                "required": ["name", "arguments"],
+                "properties": {"name": {"const": name}, arguments: _with_references(schema, renamed)},
+                "required": ["name", arguments],
                 "additionalProperties": False,
             }
         )
@@ -54,15 +56,15 @@ def calls_or_answer_grammar(
     one = {**call["items"], "$defs": call.get("$defs", {})}
     lines = [
         "start: answer | calls",
-        f"answer: %json {_spaced(answer)}",
+        f"answer: %json {spaced(answer)}",
         'calls: call ("\\n" call)*' if parallel else "calls: call",
         'call: "<tool_call>\\n" object "\\n</tool_call>"',
-        f"object: %json {_spaced(one)}",
+        f"object: %json {spaced(one)}",
     ]
     return "\n".join(lines)
 
 
-def _spaced(schema: Mapping[str, Any]) -> str:
+def spaced(schema: Mapping[str, Any]) -> str:
     """The schema's JSON, with white space between the parts of what follows it, but not for ever."""
     return json.dumps({**schema, "x-guidance": {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}"}})
 
