@@ -97,3 +97,13 @@ def test_an_expert_does_not_see_its_neighbours_rows() -> None:
     assert x.grad[177:].isfinite().all()
     assert weight.grad[0].isfinite().all()
     assert weight.grad[2].isfinite().all()
+
+
+def test_gathered_rows_weigh_in_the_weights_gradient_with_the_bits_of_triton() -> None:
+    from mainspring.ops.cuda import grouped_linear as cuda
+    from mainspring.ops.triton import grouped_linear as triton
+
+    x, _, grad, offsets = _inputs(COUNTS[3], 1408, 1024, torch.bfloat16)
+    index = torch.randint(0, 700, (x.shape[0],), device="cuda", dtype=torch.int32)
+    got = cuda.grouped_weight_gradient(x[:700], grad, offsets, index)
+    assert_same_bits(got, triton.grouped_weight_gradient(x[:700], grad, offsets, index))
