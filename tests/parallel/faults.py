@@ -98,8 +98,8 @@ def ring_without_gradients_of_earlier_keys() -> AbstractContextManager[Any]:
 
 
 def positions_that_begin_anew_on_each_context_rank() -> AbstractContextManager[Any]:
-    def anew(lengths: Sequence[int], group: Group, device: torch.device) -> ContextBatch:
-        batch = cut_stream(lengths, group, device)
+    def anew(lengths: Sequence[int], group: Group, device: torch.device, rope: Any) -> ContextBatch:
+        batch = cut_stream(lengths, group, device, rope)
         return replace(batch, positions=torch.arange(batch.num_tokens))
 
     return patch.object(decoder, "cut_stream", anew)

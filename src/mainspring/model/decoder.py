@@ -166,18 +166,22 @@ class Decoder(nn.Module):
         return list(parts(self.config))
 
     def _check_sequences(self, sequences: Sequence[Sequence[int]], temperature: float) -> None:
-        if not temperature > 0:
-            raise InvalidRequestError(f"temperature must be above 0, got {temperature}", "temperature")
-        vocab = self.config.vocab_size
-        for i, sequence in enumerate(sequences):
-            if len(sequence) == 0:
-                raise InvalidRequestError(f"sequence {i} is empty; give it at least one token", "sequences")
-            if min(sequence) < 0 or max(sequence) >= vocab:
-                raise InvalidRequestError(
-                    f"sequence {i} has token ids from {min(sequence)} to {max(sequence)}; "
-                    f"the vocabulary is 0 to {vocab - 1}",
-                    "sequences",
-                )
+        check_sequences(sequences, temperature, self.config.vocab_size)
+
+
+def check_sequences(sequences: Sequence[Sequence[int]], temperature: float, vocab_size: int) -> None:
+    """Raises InvalidRequestError unless every sequence has a token, all of them in the vocabulary."""
+    if not temperature > 0:
+        raise InvalidRequestError(f"temperature must be above 0, got {temperature}", "temperature")
+    for i, sequence in enumerate(sequences):
+        if len(sequence) == 0:
+            raise InvalidRequestError(f"sequence {i} is empty; give it at least one token", "sequences")
+        if min(sequence) < 0 or max(sequence) >= vocab_size:
+            raise InvalidRequestError(
+                f"sequence {i} has token ids from {min(sequence)} to {max(sequence)}; "
+                f"the vocabulary is 0 to {vocab_size - 1}",
+                "sequences",
+            )
 
 
 def _refuse_quantised(model: Decoder) -> None:

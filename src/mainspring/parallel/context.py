@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mainspring.ops import TokenBatch
+from mainspring.parallel.collectives import all_reduce
 from mainspring.parallel.mesh import Group, even_bounds
 
 
@@ -77,9 +78,11 @@ def own_pieces(batch: TokenBatch, group: Group) -> tuple[int, ...]:
     return tuple(b - a for a, b in (batch.pieces[p] for p in pieces_of(group.rank, group.size)))
 
 
-def cut_stream(lengths: Sequence[int], group: Group, device: torch.device) -> ContextBatch:
+def cut_stream(
+    lengths: Sequence[int], group: Group, device: torch.device, rope_lengths: Sequence[int] | None = None
+) -> ContextBatch:
     """The rank's part of a stream of whole documents of these lengths."""
-    whole = TokenBatch.packed(lengths, device)
+    whole = TokenBatch.packed(lengths, device, rope_lengths)
     bounds = even_bounds(whole.num_tokens, 2 * group.size)
     pieces = tuple(pairwise(bounds))
     documents = list(pairwise(accumulate(lengths, initial=0)))
@@ -134,3 +137,24 @@ def rectangles(batch: ContextBatch, rank: int, source: int, cp: int) -> list[Rec
             key_begin += kb - ka
         query_begin += qb - qa
     return found
+
+
+def whole_values(own: Tensor, index: Tensor, total: int, group: Group) -> Tensor:
+    """[total] on every rank from each rank's own values and their places, 0 where nobody has one; differentiable.
+
+    Each rank then computes the same of them, so the gradient of a rank's values is its own.
+    """
+    out: Tensor = _WholeValues.apply(own, index, total, group)
+    return out
+
+
+class _WholeValues(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, index: Tensor, total: int, group: Group) -> Tensor:
+        ctx.save_for_backward(index)
+        return all_reduce(own.new_zeros(total).index_copy_(0, index, own), group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (index,) = ctx.saved_tensors
+        return grad[index], None, None, None

@@ -9,14 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from mainspring.errors import ConfigError
 from mainspring.formats.model_config import ModelConfig
+from mainspring.model.decoder import check_sequences
 from mainspring.model.layers import DecoderLayer, RmsNorm
 from mainspring.model.rope import RotaryEmbedding
 from mainspring.ops import Policy, RopeAngles, TokenBatch
 from mainspring.parallel import recompute
-from mainspring.parallel.context import ContextBatch, cut_stream, own_pieces
+from mainspring.parallel.context import ContextBatch, cut_stream, own_pieces, whole_values
 from mainspring.parallel.experts import Balance
 from mainspring.parallel.layout import Layout
+from mainspring.parallel.log_probs import token_log_probs, token_log_probs_and_entropy
 from mainspring.parallel.mesh import Mesh, even_bounds
 from mainspring.parallel.placement import Placement
 from mainspring.parallel.tensor import TensorParallel, whole_stream
@@ -80,11 +83,11 @@ class ParallelDecoder(nn.Module):
         assert weight is not None  # asked of the last stage only
         return weight
 
-    def batch(self, lengths: Sequence[int]) -> TokenBatch:
+    def batch(self, lengths: Sequence[int], rope_lengths: Sequence[int] | None = None) -> TokenBatch:
         """The rank's part of a stream of whole documents of these lengths."""
         if self.layout.cp > 1:
-            return cut_stream(lengths, self.mesh.group("cp"), self.device)
-        return TokenBatch.packed(lengths, self.device)
+            return cut_stream(lengths, self.mesh.group("cp"), self.device, rope_lengths)
+        return TokenBatch.packed(lengths, self.device, rope_lengths)
 
     def own(self, tokens: Tensor, batch: TokenBatch) -> Tensor:
         """Of a tensor over the whole stream [T, ...], what belongs to the rank's context [T / cp, ...]."""
@@ -167,3 +170,62 @@ class ParallelDecoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [N, hidden] -> [N, vocab] float32 on every rank. Without a gradient."""
         return whole_logits(hidden, self.output_weight, self.config.vocab_size, self.tp)
+
+    def token_log_probs(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+        """hidden: [M, H], rows of what `forward` gave; targets: [M] -> log p(target) [M] float32, differentiable."""
+        return token_log_probs(
+            hidden, self.output_weight, targets, self.config.vocab_size, temperature, self.tp
+        )
+
+    def token_log_probs_and_entropy(
+        self, hidden: Tensor, targets: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """(`token_log_probs` to the same bits, entropies in nats [M] float32), both differentiable."""
+        return token_log_probs_and_entropy(
+            hidden, self.output_weight, targets, self.config.vocab_size, temperature, self.tp
+        )
+
+    def log_probs(
+        self,
+        sequences: Sequence[Sequence[int]],
+        temperature: float = 1.0,
+        rope_length: int | Sequence[int] | None = None,
+    ) -> list[Tensor]:
+        """As `Decoder.log_probs`, with gradients; the ranks of a tensor- or context-parallel group are given the same
+        sequences and get the same numbers. Data-parallel ranks may have sequences of their own, of which each must
+        call this equally often: parameters that are sharded, and experts, are fetched by all together.
+
+        Gradients are summed over all ranks (`Units.finish_step`), so a loss is this rank's share of the step's.
+        Raises InvalidRequestError, and ConfigError under a pipeline or where experts drop tokens.
+        """
+        check_sequences(sequences, temperature, self.config.vocab_size)
+        self._check_scores()
+        lengths = [len(sequence) for sequence in sequences]
+        if not lengths:
+            return []
+        batch = self.batch(
+            lengths, [rope_length] * len(lengths) if isinstance(rope_length, int) else rope_length
+        )
+        tokens = torch.tensor([t for s in sequences for t in s], dtype=torch.int64, device=self.device)
+        predicts = torch.ones_like(tokens, dtype=torch.bool)
+        predicts[torch.tensor(lengths, device=self.device).cumsum(0) - 1] = (
+            False  # a last token predicts nothing
+        )
+        own = self.own(predicts, batch)
+        hidden = self(self.own(tokens, batch), batch)
+        log_p = self.token_log_probs(hidden[own], self.own(tokens.roll(-1), batch)[own], temperature)
+        if isinstance(batch, ContextBatch):
+            assert batch.index is not None  # `cut_stream` sets it
+            log_p = whole_values(log_p, batch.index[own], len(tokens), self.mesh.group("cp"))[predicts]
+        return list(log_p.split([n - 1 for n in lengths]))
+
+    def _check_scores(self) -> None:
+        if self.layout.pp > 1:
+            raise ConfigError(
+                f"layout {self.layout}: log-probabilities of given sequences need all layers on every rank; use pp 1"
+            )
+        if self.balance.capacity and self.training:
+            raise ConfigError(
+                f"experts with a capacity of {self.balance.capacity} drop tokens by what else is in their batch: "
+                "their log-probabilities are not those that an engine reports; set the capacity to 0"
+            )
