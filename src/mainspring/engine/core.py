@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 from collections import deque
 from collections.abc import Mapping
 
@@ -325,6 +326,8 @@ class EngineCore:
         request.num_computed = item.start + item.num_tokens - item.num_drafts
         request.num_in_flight += item.samples
         request.is_seated = True
+        if request.queue_seconds is None:
+            request.queue_seconds = time.monotonic() - request.queued_at
         request.num_blocks_uploaded = len(request.block_table)
         newly_computed = min(request.num_computed, request.num_prompt) - request.num_prompt_counted
         if newly_computed > 0:
@@ -395,6 +398,7 @@ class EngineCore:
             stop_reason=stop_reason,
             num_cached_tokens=request.num_cached if is_first else 0,
             rope_length=request.rope_length if is_first else None,
+            queue_seconds=request.queue_seconds if is_first else None,
         )
 
     def _count_drafts(self, drafts: list[int], kept: list[int]) -> None:

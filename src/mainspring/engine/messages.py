@@ -87,6 +87,7 @@ class TokenOutput(msgspec.Struct, omit_defaults=True):
         num_cached_tokens: prompt tokens that needed no computing.
         rope_length: the length for which the request's RoPE base was fixed.
         embedding: [hidden] the pooled hidden states of a request with `pooling`, float32 values held exactly.
+        queue_seconds: with the first token, how long the request waited until its first step was launched.
     """
 
     request_id: str
@@ -98,6 +99,7 @@ class TokenOutput(msgspec.Struct, omit_defaults=True):
     num_cached_tokens: int = 0
     rope_length: int | None = None
     embedding: list[float] | None = None
+    queue_seconds: float | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from mainspring.engine.messages import EngineRequest, TokenLogprobs
@@ -46,6 +47,8 @@ class Request:
         pooling: "mean" or "last": the result is a vector of hidden states instead of tokens.
         hidden_chunks: (start, hidden states) of the prompt's chunks, kept for the mean.
         priority, arrival: the order of the line; see `Scheduler`.
+        queued_at: when it came, in seconds of the monotonic clock.
+        queue_seconds: from then until its first step was launched.
         is_finished: its last output has been made, or it was aborted: results still in flight are dropped.
     """
 
@@ -77,6 +80,8 @@ class Request:
         "pooling",
         "priority",
         "prompt_logprobs",
+        "queue_seconds",
+        "queued_at",
         "random_key",
         "request_id",
         "rope_length",
@@ -94,6 +99,8 @@ class Request:
         self.fork_of = request.fork_of
         self.priority = request.priority
         self.arrival = 0
+        self.queued_at = time.monotonic()
+        self.queue_seconds: float | None = None
         self.token_ids = list(request.prompt_token_ids)
         self.num_in_flight = 0
         self.num_prompt = len(self.token_ids)

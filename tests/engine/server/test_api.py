@@ -233,13 +233,21 @@ def test_many_requests_at_once_get_the_answers_of_each_alone(server: Server) -> 
 
 def test_metrics_count_what_was_done(client: openai.OpenAI, server: Server) -> None:
     names = ("prompt_tokens_total", "generation_tokens_total", "time_to_first_token_seconds_count",
-             "inter_token_latency_seconds_count", "e2e_request_latency_seconds_count")  # fmt: skip
+             "inter_token_latency_seconds_count", "e2e_request_latency_seconds_count",
+             "request_queue_time_seconds_count", "request_prefill_time_seconds_count",
+             "request_decode_time_seconds_count", "request_inference_time_seconds_count",
+             "request_prefill_kv_computed_tokens_count")  # fmt: skip
     server.wait_idle()
     before = [server.metric(name) for name in names]
     client.completions.create(prompt="abcdefg", max_tokens=10, **GREEDY)
     server.wait_idle()
     after = [server.metric(name) for name in names]
-    assert [now - then for now, then in zip(after, before, strict=True)] == [7, 10, 1, 9, 1]
+    assert [now - then for now, then in zip(after, before, strict=True)] == [7, 10, 1, 9, 1, 1, 1, 1, 1, 1]
+    # A request's time is what it waited, what its prompt took, and what its tokens took.
+    parts = sum(server.metric(f"request_{part}_time_seconds_sum") for part in ("queue", "prefill", "decode"))
+    inference = sum(server.metric(f"request_{part}_time_seconds_sum") for part in ("prefill", "decode"))
+    assert server.metric("request_inference_time_seconds_sum") == pytest.approx(inference)
+    assert parts <= server.metric("e2e_request_latency_seconds_sum")
     assert server.metric("engine_up") == 1
 
 

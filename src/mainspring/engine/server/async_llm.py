@@ -297,7 +297,7 @@ class AsyncLLM:
                 continue
             running = self._running.get(tokens.request_id)
             if running is not None and tokens.token_ids:
-                self.metrics.tokens(running.clock, len(tokens.token_ids))
+                self.metrics.tokens(running.clock, tokens)
         outputs, stopped = self._processor.process(message.outputs)
         if stopped:
             self._engine.send(Abort(stopped))

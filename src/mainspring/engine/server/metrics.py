@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from mainspring.engine.messages import EngineStats
+from mainspring.engine.messages import EngineStats, TokenOutput
 from mainspring.engine.outputs import FinishReason
 from mainspring.engine.sampling_params import SamplingParams
 
@@ -49,10 +49,12 @@ REQUEST_BUCKETS = (
 
 @dataclass(slots=True)
 class RequestClock:
-    """When a request arrived and when its first and last token came, in seconds of a monotonic clock."""
+    """When a request arrived, was first computed, and had its first and last token, in seconds of a monotonic clock."""
 
     arrived: float
     num_prompt: int
+    scheduled: float | None = None
+    num_cached: int = 0
     first_token: float | None = None
     last_token: float | None = None
     num_generated: int = 0
@@ -81,6 +83,19 @@ class Metrics:
         self._request = self._histogram(
             "e2e_request_latency_seconds", "From a request's arrival to its last token.", REQUEST_BUCKETS
         )
+        self._queue = self._histogram(
+            "request_queue_time_seconds",
+            "From a request's coming to the engine to its first step.",
+            REQUEST_BUCKETS,
+        )
+        self._prefill = self._histogram(
+            "request_prefill_time_seconds", "From a request's first step to its first token.", REQUEST_BUCKETS
+        )
+        self._inference = self._histogram(
+            "request_inference_time_seconds",
+            "From a request's first step to its last token.",
+            REQUEST_BUCKETS,
+        )
         self._decode = self._histogram(
             "request_decode_time_seconds", "From a request's first token to its last.", REQUEST_BUCKETS
         )
@@ -91,6 +106,11 @@ class Metrics:
         )
         self._prompt_tokens = self._histogram(
             "request_prompt_tokens", "Prompt tokens of a request.", COUNT_BUCKETS
+        )
+        self._computed_tokens = self._histogram(
+            "request_prefill_kv_computed_tokens",
+            "Prompt tokens of a request that were not found in the prefix cache.",
+            COUNT_BUCKETS,
         )
         self._generation_tokens = self._histogram(
             "request_generation_tokens", "Tokens generated for a request.", COUNT_BUCKETS
@@ -130,11 +150,14 @@ class Metrics:
                 - before.generation_tokens_total
             )
 
-    def tokens(self, clock: RequestClock, count: int) -> None:
-        """A step gave `count` tokens of a request."""
-        now = time.monotonic()
+    def tokens(self, clock: RequestClock, output: TokenOutput) -> None:
+        """A step gave tokens of a request."""
+        now, count = time.monotonic(), len(output.token_ids)
         if clock.last_token is None:
             clock.first_token = now
+            clock.num_cached = output.num_cached_tokens
+            # The engine has measured it: on the way here nothing waits.
+            clock.scheduled = clock.arrived + (output.queue_seconds or 0.0)
             self._first_token.observe(now - clock.arrived)
         else:
             for _ in range(count):
@@ -149,8 +172,12 @@ class Metrics:
             return
         self._request.observe(time.monotonic() - clock.arrived)
         self._prompt_tokens.observe(clock.num_prompt)
+        self._computed_tokens.observe(clock.num_prompt - clock.num_cached)
         self._generation_tokens.observe(clock.num_generated)
-        if clock.first_token is not None and clock.last_token is not None:
+        if clock.first_token is not None and clock.last_token is not None and clock.scheduled is not None:
+            self._queue.observe(clock.scheduled - clock.arrived)
+            self._prefill.observe(clock.first_token - clock.scheduled)
+            self._inference.observe(clock.last_token - clock.scheduled)
             decode = clock.last_token - clock.first_token
             self._decode.observe(decode)
             if clock.num_generated > 1:
@@ -192,6 +219,7 @@ class _EngineCollector(Collector):
                 stats.prefix_cache_queries_total,
             ),
             ("prefix_cache_hits", "Prompt tokens found in it.", stats.prefix_cache_hits_total),
+            ("spec_decode_num_drafts", "Times that tokens of a request were drafted.", stats.drafts_total),
             ("spec_decode_num_draft_tokens", "Drafted tokens that were verified.", stats.draft_tokens_total),
             (
                 "spec_decode_num_accepted_tokens",
@@ -203,6 +231,14 @@ class _EngineCollector(Collector):
             counter = CounterMetricFamily(f"{PREFIX}_{name}", text, labels=LABELS)
             counter.add_metric([model], total)
             yield counter
+        by_position = CounterMetricFamily(
+            f"{PREFIX}_spec_decode_num_accepted_tokens_per_pos",
+            "Drafts whose token at this position was accepted.",
+            labels=[*LABELS, "position"],
+        )
+        for position, accepted in enumerate(stats.accepted_tokens_per_position):
+            by_position.add_metric([model, str(position)], accepted)
+        yield by_position
         config = GaugeMetricFamily(
             f"{PREFIX}_cache_config_info",
             "The KV cache's size, as labels.",
