@@ -1,0 +1,135 @@
+"""Environments: the calculator's arithmetic, and conversations of several turns that are learnt from."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mainspring.model.decoder import Decoder
+from mainspring.model.initialise import create_model
+from mainspring.rl.environment import Calculator, calculate
+from mainspring.rl.grpo import GrpoSettings, grpo
+from mainspring.rl.prompts import Prompt, Texts
+from mainspring.rl.rollouts import Rollouts, RolloutSettings
+from mainspring.rl.samples import Sample
+from mainspring.rl.sft import SftSettings, sft
+from mainspring.train.optimizer import Optimizer
+from mainspring.train.recipe import OptimizerSection, ScheduleSection
+from rl import sorting
+from train.models import tiny_config
+
+CHARACTERS = "0123456789+-*/=().?: \nabcdefghijklmnopqrstuvwxyz"
+END = len(CHARACTERS)
+TEXTS = Texts(
+    lambda text: [CHARACTERS.index(c) for c in text],
+    lambda tokens: "".join(CHARACTERS[t] for t in tokens if t != END),
+    (END,),
+)
+SFT_STEPS = 200
+STEADY = ScheduleSection(kind="constant", warmup_fraction=0.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from("+-*/"), st.integers(1, 10**6), st.integers(0, 99))
+def test_the_calculator_is_exact(a: int, operation: str, b: int, c: int) -> None:
+    inner = {"+": Fraction(a) + b, "-": Fraction(a) - b, "*": Fraction(a) * b, "/": Fraction(a, b)}
+    assert calculate(f"({a} {operation} {b}) - {c}") == str(inner[operation] - c)
+
+
+@pytest.mark.parametrize(
+    ("expression", "answer"),
+    [
+        ("1/0", "error: division by zero"),
+        ("2**9999", "error: not an expression of numbers and + - * /"),
+        ("__import__('os')", "error: not an expression of numbers and + - * /"),
+        ("True + 1", "error: not an expression of numbers and + - * /"),
+        ("1 +", "error: not an expression of numbers and + - * /"),
+        ("1" * 201, "error: longer than 200 characters"),
+        ("0.1 + 0.2", "3/10"),
+    ],
+)
+def test_what_is_no_arithmetic_is_answered_not_run(expression: str, answer: str) -> None:
+    assert calculate(expression) == answer
+
+
+def test_a_call_is_answered_and_anything_else_is_the_final_answer() -> None:
+    world = Calculator(most_calls=2)
+    world.reset(Prompt((1,), "6*7?", "42"))
+    assert world.step("I ask calc(6*7)").text == "=42\n"
+    final = world.step("so it is 42")
+    assert (final.done, final.reward) == (True, 1.0)
+    world.reset(Prompt((1,), "6*7?", "42"))
+    world.step("calc(1)")
+    world.step("calc(2)")
+    assert world.step("calc(3)").done, "no more calls than allowed"
+
+
+def _model() -> Decoder:
+    config = tiny_config(
+        vocab_size=END + 1,
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=96,
+    )
+    return create_model(config, numerics="lockstep")
+
+
+def _taught() -> Decoder:
+    """Knows, most of the time, how to ask the calculator for what it is given, and to repeat what that says."""
+    model = _model()
+    conversations = []
+    for digit in "0123456789":
+        parts = [(f"{digit}?", False), (f"calc({digit})", True), (f"={digit}\n", False), (digit, True)]
+        tokens: list[int] = []
+        written: list[bool] = []
+        for text, mine in parts:
+            piece = [*TEXTS.encode(text), *([END] if mine else [])]
+            tokens += piece
+            written += [mine] * len(piece)
+        conversations.append(Sample(tuple(tokens), tuple(written)))
+    optimizer = Optimizer(model, OptimizerSection(lr=1e-2))
+    for _ in sft(model, optimizer, conversations, SftSettings(10, max_steps=SFT_STEPS, schedule=STEADY)):
+        pass
+    return model
+
+
+@pytest.mark.slow
+def test_a_tiny_model_holds_conversations_with_the_calculator_and_learns_from_them() -> None:
+    model = _taught()
+    prompts = [
+        Prompt(tuple(TEXTS.encode(f"{a}+{b}?")), f"{a}+{b}?", str(a + b))
+        for a in range(10)
+        for b in range(10)
+    ]
+    rollouts = Rollouts(
+        model,
+        prompts,
+        TEXTS,
+        sorting.Graded(),  # never asked: the environment gives the rewards
+        RolloutSettings(prompts_per_step=10, group_size=6, max_tokens=24, seed=0),
+        environment=Calculator,
+    )
+    metrics = list(
+        grpo(
+            model,
+            Optimizer(model, OptimizerSection(lr=2e-3, weight_decay=0.0)),
+            rollouts,
+            GrpoSettings(max_steps=8, schedule=STEADY, lockstep_check="all"),
+        )
+    )
+    assert all(m.max_delta == 0 for m in metrics)
+    answers = [t for m in metrics for g in m.groups for t in g]
+    used = [t for t in answers if TEXTS.decode(t.tokens).count("=") == 1 and t.finished and t.reward]
+    assert used, "the tool's result was read and the answer was right"
+    told = used[0]
+    unwritten = [token for token, mine in zip(told.tokens, told.written, strict=True) if not mine]
+    text = TEXTS.decode(unwritten)
+    assert "?=" in text, "the prompt and the tool's answer are not the policy's own"
+    early = sum(m.reward for m in metrics[:2])
+    late = sum(m.reward for m in metrics[-2:])
+    assert late > early
