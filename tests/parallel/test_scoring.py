@@ -19,6 +19,8 @@ from mainspring.parallel.experts import Balance
 from mainspring.parallel.layout import Layout
 from mainspring.parallel.mesh import Mesh
 from mainspring.parallel.parallelize import parallelize
+from mainspring.train.optimizer import Optimizer
+from mainspring.train.recipe import OptimizerSection
 from mainspring.train.verify import VerifySettings, write_gradients
 from parallel.conftest import Reference
 from parallel.models import tiny
@@ -64,6 +66,31 @@ def test_log_probs_and_their_gradients_are_one_devices(
         for number, log_probs in found.items():
             np.testing.assert_allclose(log_probs, expected[number].detach().numpy(), rtol=1e-11, atol=1e-13)
     assert seen == set(range(len(given)))
+
+
+@pytest.mark.parametrize(
+    "case", ["tied:tp=2", "dense:dp=2,zero=3", "tied:dp=2,zero=1", "moe:dp=2,tp=2,ep=2,zero=2"]
+)
+def test_a_loop_of_its_own_losses_moves_the_weights_as_on_one_device(
+    pool: Pool, reference: Callable[..., Reference], case: str
+) -> None:
+    kind, _, layout = case.partition(":")
+    directory = str(reference(kind, SETTINGS).directory)
+    model = load_model(directory, dtype="float32", numerics="fast").train()
+    before = {name: tensor.detach().clone().numpy() for name, tensor in model.hf_tensors().items()}
+    optimizer, given, norms = Optimizer(model, OptimizerSection(lr=0.01)), sequences(model.config), []
+    for _ in range(3):
+        loss_of(model.log_probs(given), list(range(len(given))), 80).backward()
+        optimizer.accumulate()
+        norms.append(optimizer.step(1.0, 1.0))
+    expected = model.hf_tensors()
+    for got, weights in pool.run("scoring:fine_tuned", Layout.parse(layout).world, directory, layout, 3):
+        assert got == pytest.approx(norms, rel=1e-4)
+        assert weights.keys() == expected.keys()
+        for name, tensor in weights.items():
+            wanted = expected[name].detach().numpy()
+            # AdamW's first steps are signs, which roundings turn where a gradient is nearly 0: so in norm.
+            assert np.linalg.norm(tensor - wanted) < 0.01 * np.linalg.norm(wanted - before[name]), name
 
 
 @pytest.mark.parametrize("case", ["tied:tp=2", "biased:tp=4", "dense:tp=2,sequence_parallel=false"])
