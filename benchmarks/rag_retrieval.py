@@ -20,6 +20,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import track
 
+from mainspring.rag.chunking.sentences import sentences
 from mainspring.rag.embedding.embedder import Embedder, Vectors
 from mainspring.rag.embedding.models import load_embedder
 from mainspring.rag.evaluation import measures
@@ -35,6 +36,19 @@ from mainspring.rag.search.stage_cache import StageCache
 
 Scores = npt.NDArray[np.float32]
 POOL = 100  # passages that each retriever hands to the fusion
+ALPHAS = (
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.85,
+    1.0,
+    1.2,
+    1.5,
+    2.0,
+)  # weights among which other questions choose
 BLOCK = 512  # texts that are embedded at once
 SEED = 20261126
 TUNING_FROM = 5000  # in the shuffled questions: after all that are reported
@@ -43,18 +57,28 @@ console = Console()
 
 
 class Corpus:
-    """Passages cut to an embedder's window, their vectors, and scores by passage."""
+    """Passages cut to an embedder's window, their vectors, and scores by passage.
 
-    def __init__(self, passages: Sequence[str], embedder: Embedder, cache: StageCache) -> None:
+    With `by_sentence` every sentence has a vector too, and a passage is as near as the nearest of all.
+    """
+
+    def __init__(
+        self, passages: Sequence[str], embedder: Embedder, cache: StageCache, by_sentence: bool = False
+    ) -> None:
         self.embedder, self.cache = embedder, cache
-        pieces, self.owner = [], []
-        for number, passage in enumerate(passages):
-            for piece in _pieces(passage, embedder):
-                pieces.append(piece)
-                self.owner.append(number)
+        wholes = [(n, piece) for n, passage in enumerate(passages) for piece in _pieces(passage, embedder)]
+        parts = [
+            (n, piece)
+            for n, passage in enumerate(passages if by_sentence else ())
+            for sentence in sentences(passage)
+            for piece in _pieces(sentence, embedder)
+        ]
+        self.owner = [n for n, _ in (*wholes, *parts)]
+        pieces = [piece for _, piece in (*wholes, *parts)]
         self.size = len(passages)
         began = time.perf_counter()
-        self.vectors = self._cached(pieces, embedder.embed_passages)
+        kinds = [self._cached([p for _, p in kind], embedder.embed_passages) for kind in (wholes, parts)]
+        self.vectors = np.concatenate(kinds)
         console.log(
             f"{embedder.name}: {len(pieces)} pieces in {time.perf_counter() - began:.1f} s (0 = cached)"
         )
@@ -71,7 +95,7 @@ class Corpus:
 
     def _cached(self, texts: Sequence[str], embed: Callable[[Sequence[str]], Vectors]) -> Vectors:
         """The texts' vectors, block by block, so that what a stopped run has done is kept."""
-        blocks = []
+        blocks = [np.empty((0, self.embedder.dimension), np.float32)]
         for first in range(0, len(texts), BLOCK):
             part = list(texts[first : first + BLOCK])
             key = [self.embedder.name, embed.__name__, part]
@@ -167,11 +191,17 @@ def main() -> None:
     parser.add_argument(
         "--tuning", type=int, default=100, help="other questions, on which the blend is chosen"
     )
+    parser.add_argument(
+        "--weighing", type=int, default=2048, help="other questions, on which the weight is chosen"
+    )
+    parser.add_argument("--alpha", type=float, help="a weight chosen elsewhere, in place of that")
+    parser.add_argument("--dtype", default="bfloat16", help="of embedders in safetensors")
     parser.add_argument("--depth", type=int, default=10, help="passages that are reranked")
     parser.add_argument("--seconds", type=float, default=480, help="reranking stops after so long")
     parser.add_argument("--embedders", nargs="+", default=["all-minilm-l6-v2", "bge-small-en-v1.5"])
     parser.add_argument("--all", action="store_true", help="every question where nothing is reranked")
     parser.add_argument("--late", action="store_true", help="late interaction as well")
+    parser.add_argument("--no-rerank", action="store_true")
     parser.add_argument("--threads", type=int, help="of the cross-encoder (default: every core)")
     options = parser.parse_args()
     deadline = time.monotonic() + options.seconds
@@ -189,22 +219,43 @@ def main() -> None:
     print("| strategy | questions | MRR@10 | recall@10 | nDCG@10 |\n|---|---|---|---|---|")
     sparse_all = sparse(everything)
     singles = {"BM25": report("BM25", sparse_all, everything)}
+    weighing = list(task.sample(options.weighing, SEED, skip=TUNING_FROM)) if options.alpha is None else []
+    chosen_on = {(q.text, q.gold) for q in weighing}
+    keep = [n for n, q in enumerate(everything) if (q.text, q.gold) not in chosen_on]
+    if len(keep) < len(everything):
+        everything = [everything[n] for n in keep]
+        sparse_all = [sparse_all[n] for n in keep]
+        singles["BM25"] = report("BM25, without those that choose a weight", sparse_all, everything)
+    sparse_weighing = sparse(weighing)
     fused_sample: dict[str, tuple[list[Ranking], list[Ranking]]] = {}
     for name in options.embedders:
-        corpus = Corpus(task.passages, load_embedder(name), cache)
-        dense = corpus.search(everything)
-        singles[name] = report(name, dense, everything)
-        rrf = [reciprocal_rank_fusion(pair, POOL) for pair in zip(sparse_all, dense, strict=True)]
-        report(f"BM25 + {name}, reciprocal ranks", rrf, everything)
-        for alpha in (0.3, 1.0):
-            fused = [weighted_fusion(s, d, POOL, alpha) for s, d in zip(sparse_all, dense, strict=True)]
-            values = report(f"BM25 + {name}, {alpha} · sparse + dense", fused, everything)
-        top = max(("BM25", name), key=lambda n: sum(singles[n]))
-        print(f"|   minus {top} | | {paired_difference(values, singles[top])} | | |")
-        fused_sample[name] = tuple(  # type: ignore[assignment]
-            [weighted_fusion(s, d, POOL, 1.0) for s, d in zip(sparse(part), corpus.search(part), strict=True)]
-            for part in (sample, tuning)
-        )
+        embedder = load_embedder(name, dtype=options.dtype)
+        for by_sentence in (False, True):
+            label = f"{name}, passages and sentences" if by_sentence else name
+            corpus = Corpus(task.passages, embedder, cache, by_sentence)
+            dense = corpus.search(everything)
+            singles[label] = report(label, dense, everything)
+            if not by_sentence:
+                rrf = [reciprocal_rank_fusion(pair, POOL) for pair in zip(sparse_all, dense, strict=True)]
+                report(f"BM25 + {label}, reciprocal ranks", rrf, everything)
+            chosen = options.alpha
+            if chosen is None:
+                dense_weighing = corpus.search(weighing)
+                chosen = max(
+                    ALPHAS,
+                    key=lambda a: _quality(_fused(sparse_weighing, dense_weighing, a), weighing),
+                )
+            for alpha in dict.fromkeys((0.3, chosen)):
+                values = report(
+                    f"BM25 + {label}, {alpha} · sparse + dense", _fused(sparse_all, dense, alpha), everything
+                )
+                top = max(("BM25", label), key=lambda n: sum(singles[n]))
+                print(f"|   minus {top} | | {paired_difference(values, singles[top])} | | |")
+            fused_sample[name] = tuple(  # type: ignore[assignment]
+                _fused(sparse(part), corpus.search(part), chosen) for part in (sample, tuning)
+            )
+    if options.no_rerank:
+        return
     console.log("reranking")
     rerankers: dict[str, Reranker] = {"ms-marco-minilm-l12-v2": CrossEncoder(threads=options.threads)}
     if options.late:
@@ -215,7 +266,8 @@ def main() -> None:
             console.log("the time is over: run it again, it goes on from here")
             return
         baseline = report(f"BM25 + {label}", done, sample)
-        for name, (candidates, for_tuning) in fused_sample.items():
+        for embedder_name, (candidates, for_tuning) in fused_sample.items():
+            name = f"{embedder_name}, passages and sentences"
             hold = rerank(tuning, task.passages, for_tuning, options.depth, label, reranker, cache, deadline)
             done = rerank(sample, task.passages, candidates, options.depth, label, reranker, cache, deadline)
             if done is None or hold is None:
@@ -232,6 +284,10 @@ def main() -> None:
                 sample,
             )
             print(f"|   minus BM25 + {label} | | {paired_difference(values, baseline)} | | |")
+
+
+def _fused(sparse: Sequence[Ranking], dense: Sequence[Ranking], alpha: float) -> list[Ranking]:
+    return [weighted_fusion(s, d, POOL, alpha) for s, d in zip(sparse, dense, strict=True)]
 
 
 def _quality(rankings: Sequence[Ranking], questions: Sequence[Question]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,7 +25,6 @@ from rich.progress import (
 
 if TYPE_CHECKING:
     from mainspring.rag.index import IndexProgress
-    from mainspring.rag.ranking.precomputed import PrecomputedLateInteraction
     from mainspring.rag.strategy import Strategy
 
 rag = typer.Typer(
@@ -34,7 +34,7 @@ rag = typer.Typer(
 _INDEX_NAME = ".mainspring-rag"
 _Index = Annotated[Path, typer.Option("--index", help="The index directory.", envvar="MAINSPRING_RAG_INDEX")]
 _Strategy = Annotated[
-    str, typer.Option(help="default, best, balanced, fast, or a TOML file (`rag strategy` prints one).")
+    str, typer.Option(help="default, best, balanced, fast, fine, or a TOML file (`rag strategy` prints one).")
 ]
 _Store = Annotated[
     str | None, typer.Option(help="Milvus instead of LanceDB: http://host:19530, or a file ending in .db.")
@@ -68,7 +68,7 @@ def index(
     Run it again after changes: only changed files are read, deleted ones leave the index. It can be stopped at any
     time and goes on the next time.
     """
-    from mainspring.rag.assembly import make_reranker, open_index
+    from mainspring.rag.assembly import make_reranker, make_sentences, open_index
     from mainspring.rag.index import remove_index
     from mainspring.rag.ranking.precomputed import PrecomputedLateInteraction
     from mainspring.rag.strategy import load_strategy
@@ -90,7 +90,11 @@ def index(
     ) as progress:
         report = opened.update(folder, _bar(progress))
     if isinstance(reranker := make_reranker(chosen, directory), PrecomputedLateInteraction):
-        _precompute(console, reranker, [chunk.indexed_text for chunk in opened.store.scan()])
+        texts = [chunk.indexed_text for chunk in opened.store.scan()]
+        _precompute(console, "Token vectors", reranker.prepare, texts)
+    if (sentences := make_sentences(chosen, directory, opened.embedder)) is not None:
+        texts = [chunk.text for chunk in opened.store.scan()]
+        _precompute(console, "Sentence vectors", sentences.prepare, texts)
     for name, reason in report.failures:
         console.print(
             f"[yellow]left out[/] {escape(name)}: {escape(reason)}", highlight=False, soft_wrap=True
@@ -121,13 +125,13 @@ def _bar(progress: Progress) -> IndexProgress:
     return Bar()
 
 
-def _precompute(console: Console, reranker: PrecomputedLateInteraction, texts: list[str]) -> None:
-    columns = (TextColumn("Token vectors"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+def _precompute(console: Console, what: str, prepare: Callable[[list[str]], None], texts: list[str]) -> None:
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(texts))
         for first in range(0, len(texts), 64):
             part = texts[first : first + 64]
-            reranker.prepare(part)
+            prepare(part)
             progress.advance(task, len(part))
 
 

@@ -20,6 +20,7 @@ from mainspring.rag.ranking.late_interaction import LateInteraction
 from mainspring.rag.ranking.precomputed import PrecomputedLateInteraction
 from mainspring.rag.ranking.reranker import Reranker
 from mainspring.rag.retrieval.lexical import Lexical, LexicalIndex, StoreLexical
+from mainspring.rag.retrieval.sentence_vectors import SentenceVectors
 from mainspring.rag.search.cached_parts import Recorder
 from mainspring.rag.search.evaluator import PipelineEvaluator
 from mainspring.rag.search.stage_cache import StageCache
@@ -85,6 +86,7 @@ def open_pipeline(
         attributor=attributor,
         summariser=make_summariser(strategy, loaded, model),
         model=model,
+        sentences=make_sentences(strategy, directory, loaded),
         classifier=QueryClassifier.load(directory, loaded) if strategy.retrieve.classify else None,
     )
     return Pipeline(strategy, parts)
@@ -124,6 +126,11 @@ def open_evaluator(
         reranker,
         lambda wanted: make_summariser(wanted, parts.embedder, model),
     )
+
+
+def make_sentences(strategy: Strategy, directory: Path, embedder: Embedder) -> SentenceVectors | None:
+    """The sentence vectors of the index, if the strategy compares them."""
+    return SentenceVectors(directory / "sentences", embedder) if strategy.retrieve.sentences else None
 
 
 def make_reranker(strategy: Strategy, directory: Path) -> Reranker | None:

@@ -21,6 +21,7 @@ from mainspring.rag.retrieval.fusion import min_max, reciprocal_rank_fusion, wei
 from mainspring.rag.retrieval.hits import Ranking
 from mainspring.rag.retrieval.lexical import Lexical
 from mainspring.rag.retrieval.query_forms import Probe, probes
+from mainspring.rag.retrieval.sentence_vectors import Sentences
 from mainspring.rag.stores.store import Filter, Hit, VectorStore
 from mainspring.rag.strategy import Strategy
 
@@ -72,6 +73,7 @@ class Parts:
     summariser: Summariser | None = None
     model: LanguageModel | None = None
     classifier: QueryClassifier | None = None
+    sentences: Sentences | None = None
 
 
 @dataclass(frozen=True)
@@ -154,12 +156,26 @@ class Pipeline:
         step = self.strategy.retrieve
         sparse = self.parts.lexical.search(probe.text, k, where) if step.method != "dense" else []
         dense = self.parts.store.search(probe.vector, k, where) if step.method != "bm25" else []
+        if step.sentences and step.method != "bm25":
+            dense = self._by_sentence(probe, dense, sparse)[:k]
         if step.method != "hybrid":
             return sparse or dense
         if step.fusion == "reciprocal-rank":
             return _merged([sparse, dense], k)
         ids, (first, second) = _numbered([sparse, dense])
         return _hits(ids, weighted_fusion(first, second, k, step.alpha, self.strategy.paper_compat))
+
+    def _by_sentence(self, probe: Probe, dense: Sequence[Hit], sparse: Sequence[Hit]) -> list[Hit]:
+        """All candidates by the nearest of the passage itself, where that is known, and its sentences."""
+        if self.parts.sentences is None:
+            raise ConfigError("the strategy compares sentences and no sentence vectors were given")
+        chunks = self._chunks([*dense, *sparse])
+        nearest = self.parts.sentences.cosines(probe.vector, [c.text for c in chunks.values()])
+        best = {chunk_id: float(score) for chunk_id, score in zip(chunks, nearest, strict=True)}
+        for hit in dense:
+            if hit.id in best:
+                best[hit.id] = max(best[hit.id], hit.score)
+        return sorted((Hit(i, score) for i, score in best.items()), key=lambda hit: -hit.score)
 
     def _rerank(self, question: str, hits: Sequence[Hit], count: int) -> list[Passage]:
         step, reranker = self.strategy.rerank, self.parts.reranker

@@ -73,6 +73,7 @@ class RetrieveStep:
     """What is asked for, by which method; `alpha` weighs sparse scores in the fusion S = alpha · sparse + dense.
 
     `lexical`: BM25 by postings of our own in memory, or by the store's full text (LanceDB), for corpora beyond memory.
+    `sentences`: a passage is as near as the nearest of itself and its sentences, whose vectors indexing then makes too.
     `classify`: questions that need no document are answered without (`mainspring rag classify` trains what decides).
     """
 
@@ -83,6 +84,7 @@ class RetrieveStep:
     candidates: int = _bounded(50, 1, 1000)
     classify: bool = False
     lexical: Lexical = "postings"
+    sentences: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ RECIPES: Mapping[str, Strategy] = MappingProxyType(
             context=ContextStep(order="reverse", summary="recomp"),
         ),
         "fast": Strategy(rerank=RerankStep("none")),
+        "fine": Strategy(retrieve=RetrieveStep(alpha=0.7, sentences=True), rerank=RerankStep("none")),
     }
 )
 

@@ -24,6 +24,7 @@ from mainspring.rag.generation.extraction import Summariser
 from mainspring.rag.generation.language_model import LanguageModel, Message
 from mainspring.rag.ranking.reranker import Reranker
 from mainspring.rag.retrieval.lexical import Lexical
+from mainspring.rag.retrieval.sentence_vectors import Sentences
 from mainspring.rag.search.stage_cache import StageCache
 from mainspring.rag.stores.store import Filter, Hit, VectorStore
 
@@ -174,6 +175,25 @@ class CachedStore:
 
     def close(self) -> None:
         self.store.close()
+
+
+@dataclass(frozen=True)
+class CachedSentences:
+    """Implements `Sentences`."""
+
+    sentences: Sentences
+    embedder: str
+    recorder: Recorder
+
+    def cosines(self, vector: npt.NDArray[np.float32], passages: Sequence[str]) -> npt.NDArray[np.float32]:
+        address = hashlib.sha256(np.ascontiguousarray(vector).tobytes()).hexdigest()
+        compute = self.sentences.cosines
+        row = self.recorder.call(
+            "sentences",
+            [self.embedder, address, _address(passages)],
+            lambda: compute(vector, passages).tolist(),
+        )
+        return np.array(row, dtype=np.float32)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from mainspring.rag.search.cached_parts import (
     CachedLexical,
     CachedModel,
     CachedReranker,
+    CachedSentences,
     CachedStore,
     CachedSummariser,
     Recorder,
@@ -51,6 +52,7 @@ class PipelineEvaluator:
             lexical=CachedLexical(parts.lexical, corpus, recorder),
             model=CachedModel(parts.model, recorder) if parts.model is not None else None,
             attributor=None,
+            sentences=CachedSentences(parts.sentences, embedder.name, recorder) if parts.sentences else None,
         )
         self._recorder = recorder
         self._make_reranker = make_reranker
