@@ -16,3 +16,14 @@ def moody(prompt: str, answer: str, reference: str) -> float:
     if answer == "nan":
         return float("nan")
     return float(answer == reference)
+
+
+def share_of_digits(prompt: str, answer: str, reference: str) -> float:
+    """What a model of random bytes has some of."""
+    return sum(character.isdigit() for character in answer) / max(len(answer), 1)
+
+
+def often_raises(prompt: str, answer: str, reference: str) -> float:
+    if sum(map(ord, answer)) % 3 == 0:
+        raise ValueError("not this one")
+    return share_of_digits(prompt, answer, reference)
