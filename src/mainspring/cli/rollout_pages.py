@@ -15,11 +15,11 @@ from mainspring.errors import ConfigError
 
 
 class AnswerRecord(msgspec.Struct):
-    """An answer as the run logged it; the advantage is null where a critic gives one to each token."""
+    """An answer as the run logged it; where a critic gives advantages to tokens, theirs is the mean."""
 
     text: str
     reward: float
-    advantage: float | None
+    advantage: float
     tokens: int
     finished: bool
     versions: tuple[int, int]
@@ -69,12 +69,11 @@ def group_page(record: GroupRecord) -> RenderableType:
             name, justify="left" if name == "answer" else "right", ratio=1 if name == "answer" else None
         )
     for answer in sorted(record.answers, key=lambda answer: -answer.reward):
-        advantage = "" if answer.advantage is None else f"{answer.advantage:+.3f}"
         first, last = answer.versions
         tokens = f"{answer.tokens}" if answer.finished else f"{answer.tokens}, cut off"
         if first != last:
             tokens += f", weights {first} to {last}"
-        table.add_row(f"{answer.reward:.3g}", advantage, tokens, Text(answer.text))
+        table.add_row(f"{answer.reward:.3g}", f"{answer.advantage:+.3f}", tokens, Text(answer.text))
     head = Text(record.prompt)
     if record.reference:
         head.append(f"\n\nreference: {record.reference}", style="dim")

@@ -126,8 +126,6 @@ class Rollouts:
         self.temperature = sampling.temperature
         self.version = 0
         self.report = RolloutReport()
-        self.collected: list[Group] = []
-        """What the last `collect` gave."""
         self._model = model
         self._texts = texts
         self._scorer = scorer
@@ -215,7 +213,6 @@ class Rollouts:
                 f"none of the {len(finished)} groups has a reward: every one of {dropped} samples was dropped; "
                 "see the reward function's failures"
             )
-        self.collected = result
         return result
 
     def carried(self) -> list[Trajectory]:
