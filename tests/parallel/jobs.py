@@ -311,6 +311,25 @@ def scores(directory: str, layout: str, count: int) -> list[float]:
     return sharded.negative_log_likelihoods(batches)
 
 
+def next_logits(directory: str, layout: str, sequences: list[list[int]]) -> Any:
+    """What follows each, as a numpy array; once more after a step of training."""
+    from mainspring.train.recipe import OptimizerSection
+    from mainspring.train.sharded import Sharded
+
+    parsed = Layout.parse(layout)
+    config = ModelConfig.from_file(directory)
+    sharded = Sharded(
+        config, parsed, mesh_for(parsed, config), torch.device("cpu"), torch.float32, Policy("fast"),
+        OptimizerSection(),
+    )  # fmt: skip
+    sharded.load_weights(Path(directory))
+    before = sharded.next_logits(sequences).numpy()
+    sharded.train_step(micro_batches(config, VerifySettings(), 0), 1.0, 1.0)
+    after = sharded.next_logits(sequences).numpy()
+    assert np.abs(after - before).max() > 1e-4
+    return before
+
+
 def biased_training(directory: str, layout: str, rate: float, steps: int) -> dict[str, Any]:
     """The imbalance of each step, and the biases at the end, when the same batch is computed again and again."""
     from mainspring.parallel.balance import blocks_by_layer, move_biases, statistics

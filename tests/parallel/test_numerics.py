@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -179,6 +181,49 @@ def test_held_out_losses_are_those_of_one_device_for_any_number_of_batches(
     )
     for scores in pool.run("jobs:scores", Layout.parse(layout).world, directory, layout, 5):
         np.testing.assert_allclose(scores, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "dense:dp=2,zero=3",
+        "tied:pp=2,virtual=2,schedule=interleaved",
+        "biased:tp=2,cp=2",
+        "moe:dp=2,ep=2",
+        "tied:tp=2,pp=2",
+    ],
+)
+def test_the_logits_that_samples_are_drawn_from_are_one_devices_on_every_rank(
+    pool: Pool, reference: Callable[..., Reference], case: str
+) -> None:
+    kind, _, layout = case.partition(":")
+    directory = str(reference(kind, SETTINGS).directory)
+    sequences = [[1, 2, 3], [7], [9] * 11]
+    expected = SingleDevice(load_model(directory, dtype="float32", numerics="fast"), OptimizerSection())
+    results = pool.run("jobs:next_logits", Layout.parse(layout).world, directory, layout, sequences)
+    np.testing.assert_allclose(results[0], expected.next_logits(sequences).numpy(), rtol=1e-4, atol=1e-4)
+    for logits in results:
+        assert np.array_equal(logits, results[0])
+
+
+def test_a_run_under_a_layout_draws_samples_on_the_way_and_in_the_end(pool: Pool, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("".join(f"line {i} of {i * i % 89}\n" for i in range(100)))
+    text = f"""
+data.sources = ["{tmp_path / "a.txt"}"]
+tokenizer.vocab_size = 270
+model = {{ hidden_size = 32, intermediate_size = 24, num_heads = 4 }}
+training = {{ sequence_length = 24, tokens_per_micro_batch = 48, accumulation_steps = 2, max_steps = 4 }}
+samples = {{ prompts = ["line ", "of"], every = 2, max_tokens = 5 }}
+"""
+    drawn = {}
+    for name, ranks, overrides in (("one", 1, []), ("cut", 2, ["parallel.tp=2"])):
+        done = pool.run("jobs:train", ranks, text, [f"output='{tmp_path / name}'", *overrides])
+        assert done[0].get("step") == 4, done
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        drawn[name] = [event for event in map(json.loads, lines) if event["event"] == "samples"]
+    assert [event["step"] for event in drawn["cut"]] == [2, 4]
+    assert drawn["cut"] == drawn["one"]
+    assert all(len(event["texts"]) == 2 for event in drawn["cut"])
 
 
 def test_the_gradient_file_has_hugging_faces_names(reference: Callable[..., Reference]) -> None:

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import torch
 
+from mainspring.model.decoder import Decoder
 from mainspring.ops import TokenBatch
+from mainspring.train.recipe import OptimizerSection
+from mainspring.train.runner import SingleDevice
 from mainspring.train.sampling import sample
 from train.models import tiny_model
+
+
+def _runner(model: Decoder) -> SingleDevice:
+    return SingleDevice(model, OptimizerSection())
 
 
 def test_greedy_samples_are_the_likeliest_continuations() -> None:
     model = tiny_model().eval()
     prompts = [[1, 2, 3], [7], [9, 9, 9, 9, 9, 9]]
     together = sample(
-        model, prompts, max_tokens=5, temperature=0.0, top_k=0, stop_token_ids=[], context_length=8, seed=0
+        _runner(model).next_logits,
+        prompts,
+        max_tokens=5,
+        temperature=0.0,
+        top_k=0,
+        stop_token_ids=[],
+        context_length=8,
+        seed=0,
     )
     for prompt, continuation in zip(prompts, together, strict=True):
         text = list(prompt)
@@ -30,8 +44,10 @@ def test_a_stop_token_ends_one_sample_and_is_left_out() -> None:
     model = tiny_model().eval()
     options = {"temperature": 0.0, "top_k": 0, "context_length": 8, "seed": 0}
     prompts = [[1, 2, 3], [7]]
-    free = sample(model, prompts, max_tokens=4, stop_token_ids=[], **options)  # type: ignore[arg-type]
-    stopped = sample(model, prompts, max_tokens=4, stop_token_ids=[free[0][1]], **options)  # type: ignore[arg-type]
+    free = sample(_runner(model).next_logits, prompts, max_tokens=4, stop_token_ids=[], **options)  # type: ignore[arg-type]
+    stopped = sample(
+        _runner(model).next_logits, prompts, max_tokens=4, stop_token_ids=[free[0][1]], **options
+    )  # type: ignore[arg-type]
     assert stopped[0] == free[0][: free[0].index(free[0][1])]
 
 
@@ -40,7 +56,7 @@ def test_seeds_repeat_and_top_1_is_greedy() -> None:
 
     def draw(seed: int, top_k: int, temperature: float) -> list[list[int]]:
         return sample(
-            model,
+            _runner(model).next_logits,
             [[1, 2]],
             max_tokens=12,
             temperature=temperature,

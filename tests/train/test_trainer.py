@@ -209,7 +209,9 @@ def test_resuming_with_other_texts_or_another_optimizer_is_refused() -> None:
     with pytest.raises(CheckpointError, match="optimizer state"):
         _run("output=out", "optimizer.name=adamw", resume=True)
     Path("texts/a.txt").write_text("something else " * 100)
-    with pytest.raises(CheckpointError, match="texts, their weights or the tokenizer's settings have changed"):
+    with pytest.raises(
+        CheckpointError, match="texts, their weights or the tokenizer's settings have changed"
+    ):
         _run("output=out", resume=True)
 
 

@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mainspring.ops import IGNORE_INDEX, TokenBatch
+from mainspring.ops.precision import accumulator
 from mainspring.parallel.collectives import Pending, all_reduce, start_receive, start_send
 from mainspring.parallel.decoder import ParallelDecoder
 from mainspring.parallel.mesh import Group
 from mainspring.parallel.schedule import Action, make_schedule
+from mainspring.parallel.tensor import whole_stream
 from mainspring.parallel.units import Units
 
 
@@ -109,6 +111,46 @@ class Pipeline:
             sums[micro * group.size + group.rank] = loss / self.layout.tp
         return [float(value) for value in all_reduce(sums, self.mesh.group("world"))]
 
+    @torch.no_grad()
+    def next_logits(self, batch: PackedTokens) -> Tensor:
+        """The logits after each document's last token, [documents, vocab], the same on every rank.
+
+        All replicas compute the same batch. Every rank of the stream has at least one of its tokens.
+        """
+        forward = make_schedule("afab", self.layout.stages, 1, 1)
+        schedule = [
+            [a for stage in self.layout.stages_of(rank) for a in forward[stage] if a.kind == "F"]
+            for rank in range(self.layout.pp)
+        ]
+        run = _Run(self, [batch], 1, len(batch.tokens), schedule, keeps_output=True)
+        was_training = self.model.training
+        self.model.eval()
+        self.units.begin_step()
+        for action in schedule[self.mesh.index["pp"]]:
+            run.do(action)
+        run.finish()
+        logits = self._logits_after(batch, run.output)
+        self.units.release_all()
+        self.model.train(was_training)
+        return logits
+
+    def _logits_after(self, batch: PackedTokens, output: Tensor | None) -> Tensor:
+        """output: of the last stage, whose ranks have it."""
+        model = self.model
+        last = torch.tensor(batch.lengths, device=model.device).cumsum(0) - 1
+        shape = (len(batch.lengths), model.config.vocab_size)
+        found = torch.zeros(shape, dtype=accumulator(model.dtype), device=model.device)
+        if output is not None:
+            tokens = torch.arange(len(batch.tokens), device=model.device)
+            own = model.own(tokens, model.batch(batch.lengths))
+            row = torch.full_like(tokens, -1)
+            row[own] = torch.arange(len(own), device=model.device)
+            here = row[last] >= 0
+            logits = model.logits(whole_stream(output, model.tp)[row[last][here]])
+            if self.mesh.index["tp"] == 0 and self.mesh.group("dp").rank == 0:
+                found[here] = logits
+        return all_reduce(found, self.mesh.group("world"))  # one rank has each row, the others zeros
+
 
 class _Run:
     """One step."""
@@ -120,13 +162,18 @@ class _Run:
         count: int,
         tokens: int,
         schedule: list[list[Action]],
+        *,
+        keeps_output: bool = False,
     ) -> None:
+        """keeps_output: of the last stage its output is wanted, and not the loss."""
         self.model, self.units, self.mesh = pipeline.model, pipeline.units, pipeline.mesh
         self.stages, self.ranks = pipeline.layout.stages, pipeline.layout.pp
         self.device = self.model.device
         self.micro_batches, self.count, self.tokens = micro_batches, count, tokens
         self.rank = self.mesh.index["pp"]
         self.losses: dict[int, Tensor] = {}
+        self.output: Tensor | None = None
+        self._keeps_output = keeps_output
         self._batches: dict[int, TokenBatch] = {}
         self._flight: dict[tuple[int, int], _InFlight] = {}
         self._sending: list[Pending] = []
@@ -171,7 +218,9 @@ class _Run:
         balance.weight = len(packed.tokens) / self.tokens
         out = self.model.run_stage(stage, x, batch)
         outputs = [out]
-        if stage == self.stages - 1:
+        if stage == self.stages - 1 and self._keeps_output:
+            self.output = out
+        elif stage == self.stages - 1:
             targets = self.model.own(torch.from_numpy(packed.targets).to(self.device), batch)
             loss = self.model.loss_sum(out, batch, targets)
             self.losses[micro] = loss.detach().to(torch.float64)

@@ -202,9 +202,11 @@ class ExpertsSection:
 
 @dataclass(frozen=True)
 class SamplesSection:
-    """Texts printed at the end."""
+    """Texts printed at the end, and on the way."""
 
     prompts: tuple[str, ...] = ()
+    every: int = _limits(0, low=0)
+    """Steps between samples; 0 draws them at the end only."""
     max_tokens: int = _limits(120, low=1)
     temperature: float = _limits(0.8, low=0.0, high=10.0)
     top_k: int = _limits(0, low=0)

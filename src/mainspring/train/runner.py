@@ -58,6 +58,10 @@ class Runner(Protocol):
         """Of each batch's targets that count, the sum in nats."""
         ...
 
+    def next_logits(self, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+        """The logits that follow each of the token sequences, [N, vocab], the same on every rank."""
+        ...
+
     def agree(self, stop: bool, failed: bool, elapsed: float) -> tuple[bool, bool, float]:
         """Whether any rank was asked to stop, whether a save has failed on any, the largest of the ranks' seconds."""
         ...
@@ -124,6 +128,14 @@ class SingleDevice:
     @torch.no_grad()
     def negative_log_likelihoods(self, batches: Sequence[MicroBatch]) -> list[float]:
         return [float(self._loss(b)) * int((b.targets != IGNORE_INDEX).sum()) for b in batches]
+
+    @torch.no_grad()
+    def next_logits(self, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+        lengths = [len(sequence) for sequence in sequences]
+        tokens = torch.tensor([token for sequence in sequences for token in sequence], device=self.device)
+        hidden = self.model(tokens, TokenBatch.packed(lengths, self.device))
+        last = torch.tensor(lengths, device=self.device).cumsum(0) - 1
+        return self.model.logits(hidden[last])
 
     def agree(self, stop: bool, failed: bool, elapsed: float) -> tuple[bool, bool, float]:
         return stop, failed, elapsed

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-
-from mainspring.model.decoder import Decoder
-from mainspring.ops import TokenBatch
+from torch import Tensor
 
 
 @torch.no_grad()
 def sample(
-    model: Decoder,
+    next_logits: Callable[[Sequence[Sequence[int]]], Tensor],
     prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int,
@@ -24,8 +22,9 @@ def sample(
 ) -> list[list[int]]:
     """Continues each prompt (at least one token each); returns the new tokens, without a stop token.
 
-    All prompts go through the model together, whole, for each new token, cut to their last `context_length`
-    tokens. temperature 0 takes the likeliest; top_k 0 samples among all.
+    next_logits: of whole token sequences the logits that follow each, [N, vocab] (`Runner.next_logits`). All prompts
+    go through the model together, whole, for each new token, cut to their last `context_length` tokens.
+    temperature 0 takes the likeliest; top_k 0 samples among all.
     """
     generator = torch.Generator().manual_seed(seed)
     texts = [list(prompt) for prompt in prompts]
@@ -34,11 +33,7 @@ def sample(
         if not running:
             break
         windows = [texts[i][-context_length:] for i in running]
-        lengths = [len(window) for window in windows]
-        tokens = torch.tensor([token for window in windows for token in window], device=model.device)
-        hidden = model(tokens, TokenBatch.packed(lengths, model.device))
-        last = torch.tensor(lengths, device=model.device).cumsum(0) - 1
-        logits = model.logits(hidden[last]).float().cpu()
+        logits = next_logits(windows).float().cpu()
         for i, token in zip(list(running), _choose(logits, temperature, top_k, generator), strict=True):
             if token in stop_token_ids:
                 running.remove(i)

@@ -144,6 +144,15 @@ class Sharded:
         padded += [nothing] * (-len(padded) % (self.layout.dp * self.layout.pp))
         return self._pipeline.evaluate(padded)[: len(batches)]
 
+    def next_logits(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        filled = [list(sequence) for sequence in sequences]
+        # Every rank that shares the stream needs a piece of it, however short the sequences are.
+        filled.append([0] * (4 * self.layout.cp * self.layout.tp))
+        tokens = np.array([token for sequence in filled for token in sequence], np.int64)
+        lengths = tuple(len(sequence) for sequence in filled)
+        batch = MicroBatch(tokens, np.full(len(tokens), IGNORE_INDEX), lengths)
+        return self._pipeline.next_logits(batch)[: len(sequences)]
+
     def agree(self, stop: bool, failed: bool, elapsed: float) -> tuple[bool, bool, float]:
         values = torch.tensor([float(stop), float(failed), elapsed], dtype=torch.float64, device=self.device)
         stopped, any_failed, seconds = all_reduce_max(values, self.mesh.group("world")).tolist()

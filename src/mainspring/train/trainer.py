@@ -23,7 +23,6 @@ from mainspring.train.packing import DataPosition
 from mainspring.train.prepare import prepare
 from mainspring.train.recipe import Recipe
 from mainspring.train.recipe_file import recipe_to_dict
-from mainspring.train.runner import SingleDevice
 from mainspring.train.sampling import sample
 from mainspring.train.schedule import learning_rate_factor, progress
 
@@ -152,6 +151,8 @@ class Trainer:
                 window = _Window()
             if recipe.evaluation.every and self._step % recipe.evaluation.every == 0 and not over:
                 self._evaluate()
+            if recipe.samples.every and self._step % recipe.samples.every == 0 and not over:
+                self._samples()
             if recipe.checkpoint.every and self._step % recipe.checkpoint.every == 0 and not over:
                 self._begin_save()
 
@@ -295,26 +296,20 @@ class Trainer:
     def _finish(self, path: Path) -> TrainingResult:
         evaluation = self._evaluate() if self._data.holdout_bytes else None
         samples = self._samples()
-        for prompt, text in zip(self._recipe.samples.prompts, samples, strict=True):
-            self._show.say(f"--- {prompt!r}\n{prompt}{text}")
         seconds = time.monotonic() - self._begun
         self._record("end", {"step": self._step, "seconds": seconds})
         self._show.say(f"{self._step} steps, {seconds:.0f} s in all. Checkpoint: {path}")
         return TrainingResult(path, self._step, False, evaluation, samples)
 
     def _samples(self) -> tuple[str, ...]:
+        """Draws, shows and records what the recipe's prompts are continued by; all ranks take part."""
         settings, tokenizer = self._recipe.samples, self._data.tokenizer
-        if not settings.prompts or not self._ranks.speaks:
-            return ()
-        if not isinstance(self._runner, SingleDevice):
-            self._show.say(
-                "no samples are drawn under a layout; `mainspring generate` continues the checkpoint"
-            )
+        if not settings.prompts:
             return ()
         start = [tokenizer.end_of_text]
         prompts = [start + tokens.tolist() for tokens in tokenizer.encode(list(settings.prompts))]
         continued = sample(
-            self._runner.model,
+            self._runner.next_logits,
             prompts,
             max_tokens=settings.max_tokens,
             temperature=settings.temperature,
@@ -323,7 +318,11 @@ class Trainer:
             context_length=self._recipe.training.sequence_length,
             seed=self._recipe.seed,
         )
-        return tuple(tokenizer.decode(tokens) for tokens in continued)
+        texts = tuple(tokenizer.decode(tokens) for tokens in continued)
+        for prompt, text in zip(settings.prompts, texts, strict=True):
+            self._show.say(f"--- {prompt!r}\n{prompt}{text}")
+        self._record("samples", {"step": self._step, "texts": texts})
+        return texts
 
     def _check_state(self, state: TrainerState | None) -> None:
         if state is not None and state.fingerprint != self._data.fingerprint:
