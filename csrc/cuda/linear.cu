@@ -2,8 +2,8 @@
 // each, from the first k of its chunk to the last, so a row's bits are the same in every tile and whatever M is. The
 // chunks of K (where the table has more than one) are a cluster's blocks, whose sums are added in order.
 //
-// A producer warp keeps a ring of stages of shared memory full by bulk tensor copies; one or two warpgroups of 64 rows
-// each multiply. Tiles are so narrow (8 to 256 columns) that a product of few rows still fills the chip in one wave:
+// A producer warp keeps a ring of stages of shared memory full by bulk tensor copies; one to three warpgroups of 64
+// rows each multiply. Tiles are so narrow (8 to 256 columns) that a product of few rows still fills the chip in one wave:
 // then the time is that of reading W once. A tile at the edge of x or W copies what there is of it and no more: rows
 // that the copy engine has to fill with zeros take longer than rows that exist.
 //
@@ -76,7 +76,7 @@ __device__ __forceinline__ void combine_chunks(const LinearArguments& p, float (
   }
   cluster_sync();
   const int rank = cluster_rank(), mine_rows = (min(64 * Groups, p.target.m - row) - rank + p.chunks - 1) / p.chunks;
-  for (int item = thread; item < mine_rows * (Columns / 4); item += Groups * 128 + 32) {
+  for (int item = thread; item < mine_rows * (Columns / 4); item += blockDim.x) {
     const int r = rank + item / (Columns / 4) * p.chunks, first = item % (Columns / 4) * 4;
     const uint32_t place = shared_address(sums + r * kStride + first);
     float4 part[kMaxChunks];
@@ -127,9 +127,12 @@ __device__ __forceinline__ void add(float (&sum)[N], const float (&left)[N]) {
   for (int i = 0; i < N; ++i) sum[i] = left[i] + sum[i];
 }
 
-// Sums of several levels take more registers than an equal share: then the producer is a warpgroup that gives its own away.
+// Sums of several levels, and those of three warpgroups, take more registers than an equal share: then the producer is a
+// warpgroup that gives its own away.
 template <int Groups, bool Segmented>
-constexpr int kThreads = Groups * 128 + (Segmented ? 128 : 32);
+constexpr bool kGives = Segmented || Groups > 2;
+template <int Groups, bool Segmented>
+constexpr int kThreads = Groups * 128 + (kGives<Groups, Segmented> ? 128 : 32);
 
 template <typename T, int Groups, int Columns, int Panels, bool Segmented>
 __global__ void __launch_bounds__(kThreads<Groups, Segmented>, 1)
@@ -156,9 +159,12 @@ __global__ void __launch_bounds__(kThreads<Groups, Segmented>, 1)
   }
   __syncthreads();
 
-  float acc[Columns / 2] = {};
+  // Of three warpgroups a product is of half the columns: no instruction may name more registers than an equal share.
+  constexpr int kParts = Groups > 2 ? 2 : 1, kPart = Columns / kParts;
+  float sums[kParts][kPart / 2] = {};
+  float (&acc)[kPart / 2] = sums[0];
   if (group == Groups) {
-    if constexpr (Segmented) registers_decrease<24>();
+    if constexpr (kGives<Groups, Segmented>) registers_decrease<24>();
     if (warp == Groups * 4 && threadIdx.x % 32 == 0) {
       const CUtensorMap* const x_map = is_last_row ? &x_edge : &x_whole;
       const CUtensorMap* const w_map = is_last_column ? &w_edge : &w_whole;
@@ -194,7 +200,7 @@ __global__ void __launch_bounds__(kThreads<Groups, Segmented>, 1)
     }
     __syncwarp();
   } else if (group < groups) {
-    if constexpr (Segmented) registers_increase<240>();
+    if constexpr (kGives<Groups, Segmented>) registers_increase<(Groups > 2 ? 160 : 240)>();
     wait_for_predecessors();
     const uint64_t x_start = matrix_descriptor(shared_address(ring) + group * kGroupRows * kRowBytes, 0, 1024);
     const uint64_t w_start = matrix_descriptor(shared_address(ring) + Panels * x_panel, 0, 1024);
@@ -207,8 +213,11 @@ __global__ void __launch_bounds__(kThreads<Groups, Segmented>, 1)
       for (int panel = 0; panel < Panels; ++panel) {
 #pragma unroll
         for (int k = 0; k < kPanel / 16; ++k) {
-          wgmma_ss<T, Columns>(acc, x_stage + (panel * x_panel >> 4) + 2 * k,
-                               w_stage + (panel * Columns * kRowBytes >> 4) + 2 * k, 1);
+#pragma unroll
+          for (int part = 0; part < kParts; ++part) {
+            wgmma_ss<T, kPart>(sums[part], x_stage + (panel * x_panel >> 4) + 2 * k,
+                               w_stage + ((panel * Columns + part * kPart) * kRowBytes >> 4) + 2 * k, 1);
+          }
         }
       }
       wgmma_commit();
@@ -243,20 +252,28 @@ __global__ void __launch_bounds__(kThreads<Groups, Segmented>, 1)
         }
         add<Columns / 2>(acc, four);
       }
-      store_tile<T, Columns>(p.target, acc, row + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column);
     } else {
       for (int step = 0; step < steps; ++step) multiply(step);
       wgmma_wait<0>();
-      wgmma_touch(acc);
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) wgmma_touch(sums[part]);
+    }
+    // Registers are given away in branches that stay apart.
+    if constexpr (kGives<Groups, Segmented>) {
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        store_tile<T, kPart>(p.target, sums[part], row + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4,
+                             column + part * kPart);
+      }
     }
   }
-  if constexpr (Segmented) return;
+  if constexpr (kGives<Groups, Segmented>) return;
 
   if (p.chunks > 1) {
     __syncthreads();  // nobody reads the ring any more: it takes the sums
-    combine_chunks<T, Groups, Columns>(p, acc, reinterpret_cast<float*>(ring), row, column);
+    if constexpr (kParts == 1) combine_chunks<T, Groups, Columns>(p, acc, reinterpret_cast<float*>(ring), row, column);
   } else if (group < Groups) {
-    store_tile<T, Columns>(p.target, acc, row + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column);
+    if constexpr (kParts == 1) store_tile<T, Columns>(p.target, acc, row + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column);
   }
 }
 
@@ -279,7 +296,7 @@ extern "C" int mainspring_linear(const void* x, int64_t x_stride, const void* we
 #endif
   auto* kernel = linear_kernel<T, Groups, Columns, Panels, kSegmented>;
   int chunks = (k + chunk - 1) / chunk;
-  if (chunks > 1 && (chunk % kDepth || chunks > kMaxChunks)) return cudaErrorInvalidValue;
+  if (chunks > 1 && (chunk % kDepth || chunks > kMaxChunks || (Groups > 2 && !kSegmented))) return cudaErrorInvalidValue;
   if (tree && (chunks & (chunks - 1) || k % chunk)) return cudaErrorInvalidValue;
   const int x_rows = m < kGroupRows && Groups == 1 ? (m + 7) / 8 * 8 : kGroupRows * Groups;
   // Whole groups of 8 rows, after which the swizzle repeats.

@@ -49,7 +49,7 @@ def test_every_tile_has_the_bits_of_triton(n: int, k: int) -> None:
         x = random_tensor(0, m, k, dtype=torch.bfloat16)
         expected = ops.linear(x, weight, policy=TRITON)
         for tile in TILES:
-            if k_chunk(n, k) < k and k_chunk(n, k) % (64 * tile.panels):
+            if k_chunk(n, k) < k and (k_chunk(n, k) % (64 * tile.panels) or tile.groups > 2):
                 continue
             for variant in (tile, replace(tile, stages=2, prefetch=2), replace(tile, prefetch=None)):
                 out = torch.full_like(expected, torch.nan)
@@ -119,7 +119,10 @@ def test_segments_in_a_cluster_and_in_a_block_have_the_same_bits() -> None:
     for segments in (2, 4, 8):
         chunk = 1024 // segments
         outs = []
-        for tile in (SEGMENTED, *(replace(t, blocks=2) for t in TILES if chunk % (64 * t.panels) == 0)):
+        for tile in (
+            SEGMENTED,
+            *(replace(t, blocks=2) for t in TILES if t.groups < 3 and chunk % (64 * t.panels) == 0),
+        ):
             outs.append(torch.full((200, 1000), torch.nan, device="cuda"))
             launch(x, weight, None, outs[-1], chunk, tile, tree=True)
         for out in outs[1:]:

@@ -21,6 +21,7 @@ from mainspring.ops.triton.support import refuses_fast_numerics as triton_refuse
 
 ROW_TILE = 16  # rows of the reference's lockstep GEMM: every call it makes has a multiple of this many
 ROW_BLOCK = 256  # and at most this many
+FEW_ROWS = 256  # up to so many the CUDA C++ kernel is faster than cuBLAS
 
 
 def linear(
@@ -122,8 +123,8 @@ def _cpu(
 
 
 def cuda_refuses(call: Call) -> str | None:
-    """As `triton.support.refuses_fast_numerics`."""
-    if call.policy.numerics == "fast" and call.policy.backend != "cuda":
+    """As `triton.support.refuses_fast_numerics`; but inference comes here, for its products of few rows."""
+    if call.policy.numerics == "fast" and call.needs_grad and call.policy.backend != "cuda":
         return "cuBLAS, which is free to choose its order, is faster"
     return cuda_support.refuses(call)
 
@@ -133,6 +134,8 @@ def _cuda(
 ) -> Tensor:
     from mainspring.ops.cuda.linear import linear as cuda_linear
 
+    if policy.numerics == "fast" and policy.backend != "cuda" and x.shape[0] > FEW_ROWS:
+        return reference(x, weight, bias, out_dtype, policy)
     if any_requires_grad(x, weight, bias):
         result: Tensor = _KernelLinear.apply(cuda_linear, x, weight, bias, out_dtype)
         return result

@@ -32,5 +32,4 @@ def build_for_serving(
             flash_forward.paged_kernel(head_dim, dtype, windowed) for windowed in {bool(w) for w in windows}
         ]
     compiler.build_ahead(kernels)
-    if policy.numerics == "lockstep":
-        linear.build_ahead(dtype)
+    linear.build_ahead(dtype)

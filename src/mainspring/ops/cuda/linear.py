@@ -43,8 +43,8 @@ class Tile:
 
 TILES = (
     Tile(2, 32, 2), Tile(2, 48, 2), Tile(2, 64, 2), Tile(2, 96, 1), Tile(2, 128, 1), Tile(2, 192, 1), Tile(2, 224, 1),
-    Tile(2, 256, 1), Tile(1, 16, 4), Tile(1, 24, 4), Tile(1, 32, 4), Tile(1, 48, 2), Tile(1, 64, 2), Tile(1, 96, 1),
-    Tile(1, 128, 1), Tile(1, 192, 1), Tile(1, 224, 1), Tile(1, 256, 1),
+    Tile(2, 256, 1), Tile(3, 224, 1), Tile(1, 16, 4), Tile(1, 24, 4), Tile(1, 32, 4), Tile(1, 48, 2), Tile(1, 64, 2),
+    Tile(1, 96, 1), Tile(1, 128, 1), Tile(1, 192, 1), Tile(1, 224, 1), Tile(1, 256, 1),
 )  # fmt: skip
 # Of the kernel whose blocks join the segments of K themselves: four sums of this size fit its registers.
 SEGMENTED = Tile(2, 96, 1)
@@ -67,7 +67,7 @@ def _cost(tile: Tile, m: int, n: int, chunk: int, chunks: int, processors: int) 
 
 def _best(m: int, n: int, chunk: int, chunks: int, processors: int) -> Tile | None:
     def fits(tile: Tile) -> bool:
-        if chunks > 1 and chunk % (GROUP_ROWS * tile.panels):
+        if chunks > 1 and (chunk % (GROUP_ROWS * tile.panels) or tile.groups > 2):
             return False
         # Of tiles of one warpgroup only single waves were timed where rows are many.
         blocks = -(-m // GROUP_ROWS) * -(-n // tile.columns) * chunks
