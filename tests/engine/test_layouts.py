@@ -26,6 +26,7 @@ from mainspring.errors import CheckpointError, ConfigError, EngineDeadError
 from mainspring.model.checkpoint import load_model, read_tensors, save_model
 from mainspring.model.initialise import create_model
 from parallel.models import tiny
+from parallel.pool import Pool
 
 VOCAB = 61
 
@@ -151,6 +152,32 @@ def test_two_ranks_give_the_same_bits_sleep_take_new_weights_and_one_that_dies_i
         with pytest.raises(EngineDeadError):
             core.check_ranks()
         assert time.monotonic() - began < 20  # not gloo's timeout of ten minutes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "degrees", "trained"),
+    [
+        ("dense", {"tp": 2}, "tp=2"),  # the trainer's tokens are cut between its layers
+        ("dense", {"tp": 4, "tp_invariant": True}, "tp=2,tp_invariant=true"),
+        ("tied", {"tp": 2, "pp": 2}, "tp=2"),
+        ("moe", {"tp": 2, "ep": 2}, "tp=2"),
+    ],
+)
+def test_log_probabilities_are_bitwise_those_of_a_trainer_under_a_layout(
+    tmp_path: Path, kind: str, degrees: dict[str, int | bool], trained: str
+) -> None:
+    directory = checkpoint(tmp_path / "model", kind)
+    results = served(directory, TIGHT, **degrees)
+    pool = Pool()
+    try:
+        sequences = [result.prompt + result.tokens for result in results]
+        expected, _ = pool.run("given_sequences:log_probs", 2, str(directory), trained, sequences)
+    finally:
+        pool.close()
+    for result, values in zip(results, expected, strict=True):
+        got = [entry.logprobs[0] for entry in result.logprobs]
+        assert got == values[len(result.prompt) - 1 :]
 
 
 def test_layouts_that_cannot_be_served_are_refused_before_anything_starts(dense: Path) -> None:
