@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,12 +113,20 @@ def text_vectors(model: DualEncoder, vectors: npt.NDArray[np.float32]) -> npt.ND
     return found
 
 
+@dataclass(frozen=True)
+class Thresholds:
+    """Cosines from which two belong together: a picture and a text, and two pictures. Calibrated on held-out pairs."""
+
+    caption: float
+    picture: float
+
+
 def save_dual_encoder(
-    model: DualEncoder, directory: Path, *, threshold: float, notes: dict[str, object]
+    model: DualEncoder, directory: Path, *, thresholds: Thresholds, notes: dict[str, object]
 ) -> None:
     """Writes `config.json` and `model.safetensors` (float16), whole or not at all. Raises OSError if it exists.
 
-    `threshold`: the cosine from which a picture and a text belong together; `notes`: what it was trained on.
+    `notes`: what it was trained on, for people.
     """
     tensors = {
         name: value.half().contiguous() if value.is_floating_point() else value
@@ -127,13 +134,14 @@ def save_dual_encoder(
         if not name.endswith("num_batches_tracked")
     }
     with new_directory(directory) as target:
-        fields = {"model_type": KIND, **dataclasses.asdict(model.config), "threshold": threshold}
-        write_json(target / "config.json", {**fields, "notes": notes})
+        fields = {"model_type": KIND, **dataclasses.asdict(model.config)}
+        limits = dataclasses.asdict(thresholds)
+        write_json(target / "config.json", {**fields, "thresholds": limits, "notes": notes})
         write_file(target / "model.safetensors", save(tensors))
 
 
-def load_dual_encoder(directory: Path) -> tuple[DualEncoder, float]:
-    """(the model on the CPU for inference, its threshold) of a directory that `save_dual_encoder` wrote.
+def load_dual_encoder(directory: Path) -> tuple[DualEncoder, Thresholds]:
+    """(the model on the CPU for inference, its thresholds) of a directory that `save_dual_encoder` wrote.
 
     Raises CheckpointError.
     """
@@ -150,11 +158,7 @@ def load_dual_encoder(directory: Path) -> tuple[DualEncoder, float]:
         if set(stored) != expected:
             raise ValueError(f"its tensors differ in {sorted(set(stored) ^ expected)[:3]}")
         model.load_state_dict(stored, strict=False)
-        return model.eval().requires_grad_(False), float(fields["threshold"])
+        limits = {name: float(value) for name, value in fields["thresholds"].items()}
+        return model.eval().requires_grad_(False), Thresholds(**limits)
     except Exception as error:  # safetensors raises its own kind
         raise CheckpointError(f"{directory} is not a {KIND}: {error}") from error
-
-
-def stacked(images: Sequence[npt.NDArray[np.uint8]], size: int) -> npt.NDArray[np.uint8]:
-    """[N, size, size, 3] of pictures that have that size."""
-    return np.stack(images) if images else np.empty((0, size, size, 3), np.uint8)
