@@ -97,6 +97,31 @@ def test_an_echo_s_logprobs_are_those_of_the_model(
     assert (answer.choices[0].logprobs.token_logprobs or [])[1:] == expected
 
 
+def test_a_prompt_s_logprobs_come_by_token_id(
+    client: openai.OpenAI, tiny_model: Any, tiny_tokens: Any
+) -> None:
+    text = "the spring of a watch"
+    ids = tiny_tokens(text)
+    extra = {"prompt_logprobs": 1}
+    answer = client.completions.create(prompt=text, max_tokens=1, extra_body=extra, **GREEDY)
+    first, *rest = answer.choices[0].model_dump()["prompt_logprobs"]
+    assert first is None
+    expected = load_model(tiny_model).log_probs([ids])[0].tolist()
+    assert [entry[str(token)]["logprob"] for token, entry in zip(ids[1:], rest, strict=True)] == expected
+    assert all(1 in {candidate["rank"] for candidate in entry.values()} for entry in rest)
+    decoded = [entry[str(token)]["decoded_token"] for token, entry in zip(ids[1:], rest, strict=True)]
+    assert "".join(decoded) == text[1:]
+    messages: Any = [{"role": "user", "content": text}]
+    chat = client.chat.completions.create(
+        messages=messages, max_tokens=1, extra_body={**extra, "return_token_ids": True}, **GREEDY
+    ).model_dump()
+    assert len(chat["prompt_logprobs"]) == len(chat["prompt_token_ids"])
+    for fields in ({"stream": True}, {"echo": True, "logprobs": 2}):
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.completions.create(prompt=text, extra_body=extra, **fields, **GREEDY)
+        assert refused.value.param == "prompt_logprobs"
+
+
 def test_token_ids_are_returned_when_asked_for(client: openai.OpenAI, tiny_tokens: Any) -> None:
     extra = {"return_token_ids": True}
     answer = client.completions.create(prompt="hello", max_tokens=5, extra_body=extra, **GREEDY).choices[0]

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from msgspec import UNSET, UnsetType
+
 from mainspring.engine.outputs import Logprob, PositionLogprobs, RequestOutput
 from mainspring.engine.server.openai_types import (
     ChatLogprobs,
     CompletionLogprobs,
+    PromptLogprob,
+    PromptLogprobs,
     PromptTokensDetails,
     TokenLogprob,
     TopLogprob,
@@ -97,6 +101,21 @@ def completion_logprobs(
         answer.text_offset.append(offset)
         offset += 0 if index < num_hidden else len(text)
     return answer
+
+
+def prompt_logprobs(output: RequestOutput) -> PromptLogprobs | UnsetType:
+    """Log-probabilities of the prompt in vLLM's form, where they were asked for."""
+    if output.prompt_logprobs is None:
+        return UNSET
+    return [
+        None
+        if position is None
+        else {
+            token_id: PromptLogprob(max(p.logprob, LOWEST_LOGPROB), p.rank, p.decoded_token or "")
+            for token_id, p in position.items()
+        }
+        for position in output.prompt_logprobs
+    ]
 
 
 def _top_logprob(token_id: int, logprob: Logprob, tokenizer: Tokenizer) -> TopLogprob:

@@ -13,7 +13,7 @@ from msgspec import UNSET, UnsetType
 
 from mainspring.engine.outputs import CompletionOutput
 from mainspring.engine.sampling_params import SamplingParams, StructuredOutputsParams
-from mainspring.engine.server.answers import UsageCounter, chat_logprobs
+from mainspring.engine.server.answers import UsageCounter, chat_logprobs, prompt_logprobs
 from mainspring.engine.server.async_llm import Generation
 from mainspring.engine.server.chat_types import (
     AnsweredToolCall,
@@ -37,7 +37,7 @@ from mainspring.engine.server.conversation import (
 )
 from mainspring.engine.server.disconnect import until_disconnect
 from mainspring.engine.server.event_stream import EventStream
-from mainspring.engine.server.openai_types import ChatLogprobs, Usage
+from mainspring.engine.server.openai_types import ChatLogprobs, PromptLogprobs, Usage
 from mainspring.engine.server.sampling import chat_params, for_choices, placement_of
 from mainspring.engine.server.service import ServedModel, Service, json_response, new_id, service_of
 from mainspring.engine.server.tool_calls.events import (
@@ -130,9 +130,11 @@ class _Job:
         """All choices, complete."""
         usage = UsageCounter([len(self.prompt.token_ids)])
         choices: dict[int, ChatChoice] = {}
+        of_prompt: PromptLogprobs | UnsetType = UNSET
         async with self._generate(stream=False) as generation:
             async for index, output in generation:
                 usage.add(0, index, output)
+                of_prompt = prompt_logprobs(output)
                 choices[index] = self._choice(index, output.outputs[0])
         return ChatCompletion(
             self.id,
@@ -141,6 +143,7 @@ class _Job:
             [choices[index] for index in sorted(choices)],
             usage.usage(),
             prompt_token_ids=self._ids(self.prompt.token_ids),
+            prompt_logprobs=of_prompt,
         )
 
     def _choice(self, index: int, text: CompletionOutput) -> ChatChoice:

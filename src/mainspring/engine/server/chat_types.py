@@ -13,6 +13,7 @@ from mainspring.engine.server.openai_types import (
     Body,
     ChatLogprobs,
     GenerationRequest,
+    PromptLogprobs,
     Usage,
     documented,
     neutral,
@@ -230,6 +231,7 @@ class ChatCompletion(msgspec.Struct):
     usage: Usage
     object: str = "chat.completion"
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class ChatCompletionChunk(msgspec.Struct):

@@ -12,6 +12,7 @@ from mainspring.engine.server.openai_types import (
     MAX_LOGPROBS,
     CompletionLogprobs,
     GenerationRequest,
+    PromptLogprobs,
     Tokens,
     Usage,
     documented,
@@ -64,6 +65,7 @@ class CompletionChoice(msgspec.Struct):
     logprobs: CompletionLogprobs | None = None
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class Completion(msgspec.Struct):

@@ -12,7 +12,7 @@ from msgspec import UNSET, UnsetType
 
 from mainspring.engine.outputs import CompletionOutput, RequestOutput
 from mainspring.engine.sampling_params import SamplingParams
-from mainspring.engine.server.answers import UsageCounter, completion_logprobs
+from mainspring.engine.server.answers import UsageCounter, completion_logprobs, prompt_logprobs
 from mainspring.engine.server.async_llm import Generation
 from mainspring.engine.server.completion_types import (
     Completion,
@@ -178,6 +178,8 @@ class _Job:
         if not progress.begun:
             progress.begun = True
             choice.prompt_token_ids = self._ids(prompt.token_ids)
+            if self.body.prompt_logprobs is not None:
+                choice.prompt_logprobs = prompt_logprobs(output)
             if self.body.echo:
                 self._echo(choice, prompt, output, progress)
         return choice
@@ -188,7 +190,7 @@ class _Job:
         """Puts the prompt before what there is of a choice."""
         choice.text = prompt.text + choice.text
         progress.offset += len(prompt.text)
-        if output.prompt_logprobs is None:
+        if output.prompt_logprobs is None or self.body.logprobs is None:
             return
         whole = completion_logprobs(
             prompt.token_ids,

@@ -140,6 +140,7 @@ class GenerationRequest(Body):
     bad_words: list[Annotated[str, documented(minLength=1)]] | None = None
     structured_outputs: StructuredOutputs | None = None
     return_token_ids: bool | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     priority: Annotated[int | None, documented(minimum=-(2**31), maximum=2**31 - 1)] = None
     cache_salt: Annotated[str, Field(min_length=1)] | None = None
     min_tokens: Annotated[int | None, documented(minimum=0)] = None
@@ -193,6 +194,18 @@ class TokenLogprob(TopLogprob):
     """The chosen token at one position of a chat completion, and the likeliest candidates."""
 
     top_logprobs: list[TopLogprob]
+
+
+class PromptLogprob(msgspec.Struct):
+    """One candidate at one position of a prompt, as vLLM gives it. `rank`: 1 for the likeliest."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+# By token id, the prompt's own token among them; the first position has none.
+PromptLogprobs = list[dict[int, PromptLogprob] | None]
 
 
 class ChatLogprobs(msgspec.Struct):

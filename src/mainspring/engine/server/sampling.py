@@ -44,6 +44,15 @@ def completion_params(body: CompletionRequest) -> SamplingParams:
         # The engine always generates; the answer leaves that token out.
         body = body.model_copy(update={"max_tokens": 1})
     prompt_logprobs = body.logprobs if body.echo else None
+    if body.prompt_logprobs is not None:
+        if prompt_logprobs not in (None, body.prompt_logprobs):
+            raise InvalidRequestError(
+                f"prompt_logprobs ({body.prompt_logprobs}) and echo with logprobs ({body.logprobs}) both ask for the "
+                "prompt's log-probabilities; send one of them",
+                "prompt_logprobs",
+            )
+        prompt_logprobs = body.prompt_logprobs
+    _check_prompt_logprobs(body)
     return msgspec.structs.replace(
         _shared_params(body, max_tokens=16), logprobs=body.logprobs, prompt_logprobs=prompt_logprobs
     )
@@ -65,7 +74,18 @@ def chat_params(body: ChatCompletionRequest) -> SamplingParams:
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequestError("top_logprobs needs logprobs to be true", "top_logprobs")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return msgspec.structs.replace(_shared_params(body, max_tokens=None), logprobs=logprobs)
+    _check_prompt_logprobs(body)
+    return msgspec.structs.replace(
+        _shared_params(body, max_tokens=None), logprobs=logprobs, prompt_logprobs=body.prompt_logprobs
+    )
+
+
+def _check_prompt_logprobs(body: GenerationRequest) -> None:
+    if body.prompt_logprobs is not None and body.stream:
+        raise InvalidRequestError(
+            "prompt_logprobs are not given in a stream; leave them out, or set stream to false",
+            "prompt_logprobs",
+        )
 
 
 def _shared_params(body: GenerationRequest, *, max_tokens: int | None) -> SamplingParams:
