@@ -34,7 +34,7 @@ from mainspring.ops.threads import set_num_threads
 from mainspring.rl.vapo import VapoSettings, vapo
 from rl import sorting_runs
 
-ANSWERS = 128  # of a step
+ANSWERS, GROUP = 128, 4  # of a step, and of a prompt
 POLICY_STEPS, PRETRAINING = 100, 20
 # Answers have 5 to 8 tokens: alpha = 1 gives them a λ of 0.8 to 0.875.
 FULL = VapoSettings(
@@ -44,6 +44,7 @@ FULL = VapoSettings(
     schedule=sorting_runs.WARM,
     alpha=1.0,
     shortest_lam=0.5,
+    entropy_bonus=0.01,
 )
 WITHOUT_PRETRAINING = {"warmup_steps": 0, "max_steps": POLICY_STEPS}
 VARIANTS: dict[str, VapoSettings] = {
@@ -139,9 +140,9 @@ def run_all(arguments: argparse.Namespace) -> None:
 def one(model: Decoder, name: str, seed: int) -> dict[str, object]:
     """A whole run of a variant."""
     settings = replace(VARIANTS[name], seed=seed)
-    group = 1 if name == "without group sampling" else 8
+    group = 1 if name == "without group sampling" else GROUP
     source = sorting_runs.rollouts(model, seed, prompts_per_step=ANSWERS // group, group_size=group)
-    critic = sorting_runs.critic_of(model, lr=1e-3)
+    critic = sorting_runs.critic_of(model, lr=5e-4)
     steps = list(vapo(model, sorting_runs.optimizer(model, lr=5e-4), critic, source, settings))
     trained = [m for m in steps if m.step > settings.warmup_steps]
     return {

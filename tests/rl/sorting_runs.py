@@ -6,16 +6,27 @@ Slow tests and `benchmarks/rl_sorting.py`, `benchmarks/rl_ablation.py` share the
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal, get_args
 
 from mainspring.model.decoder import Decoder
 from mainspring.rl.critic import Critic
+from mainspring.rl.grpo import DAPO, GrpoMetrics, grpo
+from mainspring.rl.ppo import PpoSettings, ppo
+from mainspring.rl.ppo_metrics import PpoMetrics
 from mainspring.rl.rollouts import Rollouts, RolloutSettings
 from mainspring.rl.samples import Sample
 from mainspring.rl.sft import SftSettings, sft
 from mainspring.rl.value_model import ValueModel
+from mainspring.rl.vapo import VapoSettings, vapo
 from mainspring.train.optimizer import Optimizer
 from mainspring.train.recipe import OptimizerSection, ScheduleSection
 from rl import sorting
+
+Algorithm = Literal["grpo", "ppo", "vapo"]
+ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
+STEPS = 300
 
 LEAST, MOST = 4, 7  # digits of a prompt
 HELD_OUT = sorting.prompts(200, 99, least=LEAST, most=MOST)
@@ -40,7 +51,7 @@ def partly_trained(steps: int = 120, seed: int = 0) -> Decoder:
     return model
 
 
-def rollouts(model: Decoder, seed: int, *, prompts_per_step: int = 16, group_size: int = 8) -> Rollouts:
+def rollouts(model: Decoder, seed: int, *, prompts_per_step: int, group_size: int) -> Rollouts:
     """By whole answers: 1 if all digits are in order, else 0."""
     settings = RolloutSettings(prompts_per_step, group_size, max_tokens=MOST + 2, seed=seed)
     prompts = sorting.prompts(16_000, 1000 + seed, least=LEAST, most=MOST)
@@ -60,3 +71,37 @@ def accuracy(source: Rollouts, samples: int = 1) -> float:
     """Of sampled answers to held-out prompts."""
     answers = [t for group in source.answer(HELD_OUT, samples=samples) for t in group]
     return sum(answer.reward for answer in answers) / len(answers)
+
+
+def start(algorithm: Algorithm, model: Decoder, seed: int = 0) -> Rollouts:
+    """As many prompts and answers a step as suit it. A critic learns from the prompts' number: PPO asks each once."""
+    prompts_per_step, group_size = {"grpo": (32, 8), "ppo": (128, 1), "vapo": (64, 4)}[algorithm]
+    return rollouts(model, seed, prompts_per_step=prompts_per_step, group_size=group_size)
+
+
+def train(
+    algorithm: Algorithm, model: Decoder, source: Rollouts, steps: int = STEPS, seed: int = 0
+) -> Iterator[GrpoMetrics | PpoMetrics]:
+    """One run; each `next` is one step."""
+    policy = optimizer(model, lr=5e-4)
+    if algorithm == "grpo":
+        plain = replace(DAPO, dynamic_sampling=False, mini_batches=2, entropy_bonus=0.01)
+        return grpo(model, policy, source, replace(plain, max_steps=steps, schedule=WARM, seed=seed))
+    critic = critic_of(model, lr=5e-4)
+    if algorithm == "ppo":
+        settings = PpoSettings(
+            max_steps=steps, mini_batches=2, schedule=WARM, seed=seed, lam=1.0, entropy_bonus=0.01
+        )
+        return ppo(model, policy, critic, source, settings)
+    # Answers have 5 to 8 tokens: alpha = 1 gives them a λ of 0.8 to 0.875.
+    full = VapoSettings(
+        max_steps=steps,
+        warmup_steps=min(10, steps - 1),
+        mini_batches=2,
+        schedule=WARM,
+        seed=seed,
+        alpha=1.0,
+        shortest_lam=0.5,
+        entropy_bonus=0.01,
+    )
+    return vapo(model, policy, critic, source, full)
