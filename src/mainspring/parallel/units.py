@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mainspring.ops.norms import norms
 from mainspring.parallel.balance import blocks_by_layer
 from mainspring.parallel.collectives import all_reduce
 from mainspring.parallel.decoder import ParallelDecoder, Stream
@@ -127,8 +128,7 @@ class Units:
     @torch.no_grad()
     def gradient_norm(self) -> float:
         """Of the whole model's gradient, each parameter once."""
-        norms = torch._foreach_norm([self.gradient(span) for span in self.spans])
-        squares = torch.stack(list(norms)).to(torch.float64).square_()
+        squares = norms([self.gradient(span) for span in self.spans]).square_()
         total = squares @ self._weights
         return math.sqrt(float(all_reduce(total, self.mesh.group("world"))))
 

@@ -15,7 +15,7 @@ from mainspring.errors import CheckpointError
 from mainspring.model.decoder import Decoder
 from mainspring.ops.adamw import AdamWParameter, make_adamw
 from mainspring.ops.muon import Muon, MuonSettings, classic
-from mainspring.ops.precision import accumulator
+from mainspring.ops.norms import norms
 from mainspring.train.recipe import OptimizerSection
 
 _EMBEDDINGS = ("embedding", "output_embedding", "score.weight")  # and the head of a value model
@@ -164,11 +164,8 @@ class Optimizer:
 
 
 def _total_norm(gradients: list[Tensor]) -> float:
-    """Of all together; squares are summed in float32 or wider."""
-    if not gradients:
-        return 0.0
-    norms = torch._foreach_norm(gradients, 2, dtype=accumulator(gradients[0].dtype))
-    return float(torch.linalg.vector_norm(torch.stack(list(norms))))
+    """Of all together."""
+    return float(torch.linalg.vector_norm(norms(gradients)))
 
 
 def _of_one_dtype(gradients: list[Tensor | None]) -> list[Tensor | None]:
