@@ -14,7 +14,7 @@ from mainspring.errors import ConfigError
 
 if TYPE_CHECKING:
     from mainspring.parallel.layout import Layout
-    from mainspring.train.verify import Run, Verdict, VerifySettings
+    from mainspring.train.verify import Roundings, Run, Verdict, VerifySettings
 
 
 def verify(
@@ -43,6 +43,13 @@ def verify(
     against: Annotated[
         Path | None, typer.Option(help="Gradients dumped from elsewhere, in place of the one-device run.")
     ] = None,
+    roundings: Annotated[
+        bool,
+        typer.Option(
+            "--roundings",
+            help="Hold against a float64 run, and allow twice what one device in --dtype is off: for deep models.",
+        ),
+    ] = False,
     write_batch: Annotated[
         Path | None, typer.Option(help="Write the first step's batch as safetensors and stop: for --against.")
     ] = None,
@@ -64,6 +71,8 @@ def verify(
     ):
         if value not in allowed:
             raise ConfigError(f"--{what} {value}: choose among {', '.join(allowed)}")
+    if roundings and against is not None:
+        raise ConfigError("--roundings computes a reference of its own; leave it or --against out")
     settings = VerifySettings(
         steps, micro_batches, tokens, seed,
         cast(Literal["float32"], dtype), cast(Literal["fast"], numerics), cast(Literal["cpu"], device),
@@ -73,10 +82,12 @@ def verify(
     if not layouts or options != Layout():
         layouts.append(options)
     if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        good = _under_torchrun(model, layouts, settings, against, limit)
+        good = _under_torchrun(model, layouts, settings, against, roundings, limit)
     else:
         with tempfile.TemporaryDirectory(prefix="mainspring-verify-") as folder:
-            good = _on_this_host(model, layouts, settings, against, write_batch, Path(folder), limit)
+            good = _on_this_host(
+                model, layouts, settings, against, roundings, write_batch, Path(folder), limit
+            )
     if not good:
         sys.exit(1)
 
@@ -86,12 +97,13 @@ def _on_this_host(
     layouts: list[Layout],
     settings: VerifySettings,
     against: Path | None,
+    roundings: bool,
     write_batch: Path | None,
     folder: Path,
     limit: float,
 ) -> bool:
     from mainspring.formats.model_config import ModelConfig
-    from mainspring.train.verify import judge, run_reference, save_batch, seed_checkpoint
+    from mainspring.train.verify import judge, save_batch, seed_checkpoint
     from mainspring.train.verify_ranks import run_on_ranks
 
     directory = seed_checkpoint(model, settings, folder / "seed")
@@ -103,23 +115,30 @@ def _on_this_host(
     for layout in layouts:
         layout.check(config, settings.micro_batches)
     gradients = against if against is not None else folder / "gradients.safetensors"
-    reference = None if against is not None else run_reference(directory, settings, gradients)
+    reference, own = None, None
+    if against is None:
+        reference, own = _reference(directory, settings, gradients, roundings)
     good = True
     for number, layout in enumerate(layouts):
         run, errors = run_on_ranks(directory, layout, settings, gradients, folder / str(number), limit)
-        verdict = judge(reference, run, errors, settings)
-        _show(layout, settings, reference, run, verdict)
+        verdict = judge(reference, run, errors, settings, own)
+        _show(layout, settings, reference, run, verdict, own)
         good = good and not verdict.problems
     return good
 
 
 def _under_torchrun(
-    model: Path, layouts: list[Layout], settings: VerifySettings, against: Path | None, limit: float
+    model: Path,
+    layouts: list[Layout],
+    settings: VerifySettings,
+    against: Path | None,
+    roundings: bool,
+    limit: float,
 ) -> bool:
     from mainspring.formats.model_config import ModelConfig
     from mainspring.parallel.launch import joined
     from mainspring.parallel.mesh import Mesh
-    from mainspring.train.verify import judge, model_directory, run_layout, run_reference, seed_checkpoint
+    from mainspring.train.verify import judge, model_directory, run_layout, seed_checkpoint
 
     if len(layouts) > 1:
         raise ConfigError(
@@ -135,12 +154,14 @@ def _under_torchrun(
 
         world, place = mesh.group("world"), local_device(settings.device)
         folder = Path(share_json(own, world, place))  # a file system that all ranks see
-        reference = None
+        reference, own_errors = None, None
         with agreed(world, "run the one-device reference"):
             if world.rank == 0:
                 directory = seed_checkpoint(model, settings, folder / "seed")
                 if against is None:
-                    reference = run_reference(directory, settings, folder / "gradients.safetensors")
+                    reference, own_errors = _reference(
+                        directory, settings, folder / "gradients.safetensors", roundings
+                    )
         directory = folder / "seed" if (folder / "seed").exists() else model
         mesh.monitor.watch(limit)
         run, errors = run_layout(
@@ -149,28 +170,47 @@ def _under_torchrun(
         mesh.monitor.stop()
         good = True
         if world.rank == 0:
-            verdict = judge(reference, run, errors, settings)
-            _show(layout, settings, reference, run, verdict)
+            verdict = judge(reference, run, errors, settings, own_errors)
+            _show(layout, settings, reference, run, verdict, own_errors)
             good = not verdict.problems
         return bool(share_json(good, world, place))
 
 
+def _reference(
+    directory: Path, settings: VerifySettings, gradients: Path, roundings: bool
+) -> tuple[Run, Roundings | None]:
+    from mainspring.train.verify import run_reference, run_wide_reference
+
+    if roundings:
+        return run_wide_reference(directory, settings, gradients)
+    return run_reference(directory, settings, gradients), None
+
+
 def _show(
-    layout: Layout, settings: VerifySettings, reference: Run | None, run: Run, verdict: Verdict
+    layout: Layout,
+    settings: VerifySettings,
+    reference: Run | None,
+    run: Run,
+    verdict: Verdict,
+    own: Roundings | None,
 ) -> None:
     width = max(len(name) for name in verdict.errors)
     typer.echo(f"layout {layout}: {layout.world} ranks, {settings.dtype}, {settings.numerics} numerics")
-    typer.echo(f"{'parameter'.ljust(width)}  error of the gradient, in norm")
+    against = f" against float64 (one device in {settings.dtype})" if own is not None else ""
+    typer.echo(f"{'parameter'.ljust(width)}  error of the gradient, in norm{against}")
     for name, error in verdict.errors.items():
-        typer.echo(f"{name.ljust(width)}  {error:.2e}")
+        beside = f" ({own.errors[name]:.2e})" if own is not None else ""
+        typer.echo(f"{name.ljust(width)}  {error:.2e}{beside}")
     for step, (loss, norm) in enumerate(zip(run.losses, run.norms, strict=True)):
         beside = f" (one device {reference.losses[step]:.9g})" if reference is not None else ""
         norms = f" (one device {reference.norms[step]:.9g})" if reference is not None else ""
         typer.echo(f"step {step}: loss {loss:.9g}{beside}, gradient norm {norm:.9g}{norms}")
     for problem in verdict.problems:
         typer.echo(f"MISMATCH: {problem}")
-    if verdict.problems and settings.dtype != "float64":
-        typer.echo("Roundings of deep models can pass the tolerance: --dtype float64 tells them from faults.")
+    if verdict.problems and settings.dtype != "float64" and own is None:
+        typer.echo(
+            "Roundings of deep models can pass the tolerance: --roundings measures them, --dtype float64 has none."
+        )
     worst = max(verdict.errors.values())
     typer.echo(
         f"verdict: {'equal to one device' if not verdict.problems else 'WRONG'}; largest gradient error {worst:.2e}"
