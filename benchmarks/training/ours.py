@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
 from mainspring.formats.model_config import ModelConfig
+from mainspring.model.decoder import Decoder
 from mainspring.model.initialise import create_model
 from mainspring.ops import FAST
 from mainspring.parallel.experts import Balance
@@ -14,7 +16,7 @@ from mainspring.parallel.layout import Layout
 from mainspring.parallel.mesh import Mesh
 from mainspring.train.captured import CapturedPass
 from mainspring.train.packing import MicroBatch
-from mainspring.train.recipe import ModelSection, OptimizerSection
+from mainspring.train.recipe import OptimizerSection
 from mainspring.train.runner import SingleDevice
 from mainspring.train.sharded import Sharded
 from training.shapes import Case
@@ -24,33 +26,42 @@ Step = Callable[[Sequence[MicroBatch]], float]
 
 CLIP = 1.0
 OPTIMIZER = OptimizerSection(lr=1e-4, weight_decay=0.1)
-_INITIALISATION = ModelSection(zero_init_residual=False)
 
 
 def dtype_for(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def on_one_device(case: Case, device: torch.device, *, captured: bool = False) -> Step:
-    """captured: passes are replayed from a CUDA graph."""
-    config = case.config
+def random_model(config: ModelConfig, device: torch.device) -> Decoder:
+    """Drawn on the device, which takes less time than a recipe's own bits."""
     name = "bfloat16" if device.type == "cuda" else "float32"
     model = create_model(config, device=device, dtype=name, numerics="fast")
-    with torch.no_grad():  # the benchmark's bits need not be a recipe's: drawn on the device
-        torch.manual_seed(0)
+    torch.manual_seed(0)
+    with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(std=0.02)
+    return model
+
+
+def on_one_device(case: Case, device: torch.device, *, captured: bool = False) -> Step:
+    """captured: passes are replayed from a CUDA graph."""
+    model = random_model(case.config, device)
     graphs = CapturedPass(model, case.tokens, case.length) if captured else None
     runner = SingleDevice(model, OPTIMIZER, graphs)
     return lambda batches: runner.train_step(batches, 1.0, CLIP)[0]
 
 
-def under(config: ModelConfig, layout: Layout, device: torch.device) -> Step:
-    """Every rank calls this, and the step, together."""
-    mesh = Mesh.build(layout.axes, key_copies=layout.key_copies(config))
+def under(
+    config: ModelConfig, weights: Path, layout: Layout, device: torch.device, mesh: Mesh | None = None
+) -> Step:
+    """Every rank calls this, and the step, together; with a mesh of one rank, each for itself.
+
+    weights: a Hugging Face directory.
+    """
+    mesh = mesh or Mesh.build(layout.axes, key_copies=layout.key_copies(config))
     runner = Sharded(config, layout, mesh, device, dtype_for(device), FAST, OPTIMIZER, Balance())
-    runner.initialise_weights(_INITIALISATION, 0)
+    runner.load_weights(weights)
     return lambda batches: runner.train_step(batches, 1.0, CLIP)[0]

@@ -37,6 +37,8 @@ class Row:
     """Until the second step had ended: building, compiling."""
     kernels: list[dict[str, Any]] = field(default_factory=list)
     shapes: list[dict[str, Any]] = field(default_factory=list)
+    planned_bytes: int = 0
+    """Of `mainspring plan`'s formulas, for the fullest rank."""
     busy: float = 0.0
     """Seconds of a profiled step in which a kernel ran, summed over streams."""
 

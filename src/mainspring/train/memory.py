@@ -8,7 +8,7 @@ formulas against what a rank really keeps.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from mainspring.formats.model_config import ModelConfig
 from mainspring.parallel.layout import Layout
@@ -34,7 +34,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the fullest rank."""
+    """Bytes of the fullest rank. gradients and activations: each at its most, which is not at the same time."""
 
     parameters: float
     gradients: float
@@ -42,11 +42,14 @@ class Memory:
     activations: float
     head: float
     """Logits of a chunk and their gradient, hidden states and their gradient."""
+    carried: float = 0.0
+    """Gradients of earlier micro-batches, beside the activations' most."""
     workspace: float = float(WORKSPACE)
 
     @property
     def total(self) -> float:
-        return float(sum(getattr(self, field.name) for field in fields(self)))
+        backward = max(self.gradients, self.carried + self.activations + self.head)
+        return self.parameters + self.optimizer + backward + self.workspace
 
 
 def estimate(config: ModelConfig, layout: Layout, batch: Batch, device_bytes: int = 0) -> Memory:
@@ -93,13 +96,14 @@ def _of_stage(config: ModelConfig, layout: Layout, batch: Batch, rank: int, devi
     # Shards, and what is whole for a while: the roots, the layer that computes and the one before or after it.
     passing = shard + roots + min(2, len(layers)) * largest
     parameters = size * (passing if layout.zero == 3 else whole)
-    if layout.zero >= 2:
-        gradients = 4 * passing
-    elif layout.zero == 1:
-        gradients = 4 * (whole + shard)
-    else:
-        gradients = 4.0 * whole
-    gradients += size * largest  # autograd's own of a layer before they are collected
+    several = batch.micro_batches // layout.dp > 1
+    if layout.world == 1:  # those of a single micro-batch go to the optimizer as they are
+        gradients = (4 + size if several and size != 4 else size) * whole
+    else:  # with ZeRO each layer's are scattered behind it: with stage 1 in the last backward pass alone
+        scattered = layout.zero >= 2 or (layout.zero == 1 and not several)
+        gradients = 4 * (passing if scattered else whole + 2 * largest * (layout.zero == 1))
+        gradients += size * largest  # autograd's own of a layer before they are collected
+    carried = 4 * (shard if layout.zero >= 2 else whole) if several else 0.0
     masters = 4 if size != 4 else 0
     own = [layout.stage_layers(config.num_layers)[stage] for stage in layout.stages_of(rank)]
     everything = replace(layout, recompute="none")
@@ -119,6 +123,7 @@ def _of_stage(config: ModelConfig, layout: Layout, batch: Batch, rank: int, devi
     return Memory(
         parameters, gradients, (masters + 8) * shard, activations,
         head_bytes(config, layout, tokens, size, device_bytes) if layout.stages - 1 in layout.stages_of(rank) else 0.0,
+        carried,
     )  # fmt: skip
 
 
@@ -132,19 +137,16 @@ def activation_bytes(config: ModelConfig, layout: Layout, layer: int, itemsize: 
     if layout.recompute == "full":
         return itemsize * 2 * hidden / slices  # its two inputs
     stream = (2 if selective else 4) * hidden / slices  # two sums, two normed inputs
-    attention = query + 2 * keys  # q, k and v: rotated, or as projected
+    attention = query + 2 * keys  # as projected
     if not selective:
-        attention += query  # the output
-        if config.qk_norm:
-            attention += query + keys  # before their norms
+        attention += query + keys + query  # normed and rotated, and the output
     products = 2 if selective else 3  # gate and up, their product
     if not config.moe_layers[layer]:
         return itemsize * (stream + attention + products * config.intermediate_size / tp)
     k, inner = config.num_experts_per_token, config.moe_intermediate_size / tp
     whole = hidden if layout.sequence_sliced else 0  # gathered tokens: the router's input
-    rows = k * (
-        hidden + products * inner + hidden
-    )  # rows at the experts, gate and up, their product, outputs
+    # Rows at the experts (one device gathers them as it goes), gate and up, their product, outputs.
+    rows = k * ((hidden if layout.world > 1 else 0) + products * inner + hidden)
     return itemsize * (stream + attention + whole + rows) + 4 * config.num_experts
 
 
@@ -153,7 +155,8 @@ def head_bytes(config: ModelConfig, layout: Layout, tokens: float, itemsize: int
     vocabulary = math.ceil(config.vocab_size / layout.tp)
     elements = max(LOGITS, device_bytes // (32 * 4)) if device_bytes else LOGITS
     rows = min(max(16, elements // vocabulary), math.ceil(tokens))
-    logits = rows * vocabulary * (4 + itemsize)
+    in_place = device_bytes and layout.tp == 1  # on a GPU the gradient takes the logits' place
+    logits = rows * vocabulary * (4 if in_place else 4 + itemsize)
     weight_gradient = (itemsize if rows >= tokens else 4) * vocabulary * config.hidden_size
     return logits + weight_gradient + 2 * itemsize * tokens * config.hidden_size
 
