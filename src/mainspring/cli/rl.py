@@ -26,7 +26,7 @@ rl = typer.Typer(
     name="rl",
     cls=_TrainsByDefault,
     no_args_is_help=True,
-    help="Post-training: SFT, DPO, GRPO and its relatives, PPO, VC-PPO, VAPO.",
+    help="Post-training: SFT, DPO, reward models, GRPO and its relatives, PPO, VC-PPO, VAPO.",
 )
 
 

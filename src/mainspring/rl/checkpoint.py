@@ -53,7 +53,10 @@ def save_run(
     """Writes OUTPUT/step-N, points OUTPUT/latest at it, deletes all but the newest `keep`. Returns its path."""
     path = output / f"step-{state.step:08d}"
     with replaced_directory(path) as partial:
-        save_model(model, partial, tokenizer=tokenizer)
+        if isinstance(model, ValueModel):
+            model.save(partial, tokenizer=tokenizer)
+        else:
+            save_model(model, partial, tokenizer=tokenizer)
         (partial / "optimizer").mkdir()
         write_tensors(partial / "optimizer", optimizer.state_tensors() | random_states(model.device))
         if critic is not None:

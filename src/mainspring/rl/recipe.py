@@ -1,7 +1,7 @@
 """The recipe of a post-training run: which algorithm, on what, with which settings.
 
-A recipe is a TOML file. The tables `rollouts`, `sft`, `dpo`, `grpo`, `ppo`, `vc_ppo` and `vapo` hold the settings of
-the files of those names, key by key; of the algorithms' tables only the chosen one's counts.
+A recipe is a TOML file. The tables `rollouts`, `sft`, `dpo`, `reward_model`, `grpo`, `ppo`, `vc_ppo` and `vapo` hold
+the settings of the files of those names, key by key; of the algorithms' tables only the chosen one's counts.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from mainspring.errors import RecipeError
 from mainspring.rl.dpo import DpoSettings
 from mainspring.rl.grpo import DAPO, DR_GRPO, GSPO, GrpoSettings
 from mainspring.rl.ppo import PpoSettings
+from mainspring.rl.reward_model import RewardModelSettings
 from mainspring.rl.rollouts import RolloutSettings
 from mainspring.rl.sft import SftSettings
 from mainspring.rl.vapo import VapoSettings
@@ -22,7 +23,7 @@ from mainspring.rl.vc_ppo import VcPpoSettings
 from mainspring.train.recipe import CheckpointSection, OptimizerSection
 from mainspring.train.recipe_file import build_table, parse_toml
 
-Algorithm = Literal["sft", "dpo", "grpo", "dr_grpo", "dapo", "gspo", "ppo", "vc_ppo", "vapo"]
+Algorithm = Literal["sft", "dpo", "reward_model", "grpo", "dr_grpo", "dapo", "gspo", "ppo", "vc_ppo", "vapo"]
 
 _PRESETS = {"dr_grpo": DR_GRPO, "dapo": DAPO, "gspo": GSPO}
 
@@ -46,7 +47,7 @@ class DataSection:
     """What is learnt from: lines of JSON, or a task of reasoning-gym."""
 
     train: str = ""
-    """{"prompt", "reference"} a line; for sft {"prompt", "answer"}, for dpo {"prompt", "chosen", "rejected"}."""
+    """{"prompt", "reference"} a line; for sft {"prompt", "answer"}, for pairs {"prompt", "chosen", "rejected"}."""
     validation: str = ""
     """Held-out lines of the same kind."""
     chat: bool = False
@@ -73,6 +74,8 @@ class RewardSection:
     """module:name of a function (prompt, answer, reference) -> float; it runs in a process of its own."""
     timeout: float = 10.0
     """Seconds for one answer."""
+    model: str = ""
+    """Directory of a reward model of the same tokenizer, whose scores are then the rewards."""
     max_failures: int = 100
     environment: str = ""
     """module:name of what makes an `Environment`, which then gives the rewards."""
@@ -118,6 +121,7 @@ class RlRecipe:
     critic: OptimizerSection = field(default_factory=lambda: OptimizerSection(lr=1e-5, weight_decay=0.0))
     sft: SftSettings = field(default_factory=SftSettings)
     dpo: DpoSettings = field(default_factory=DpoSettings)
+    reward_model: RewardModelSettings = field(default_factory=RewardModelSettings)
     grpo: GrpoSettings = field(default_factory=GrpoSettings)
     ppo: PpoSettings = field(default_factory=PpoSettings)
     vc_ppo: VcPpoSettings = field(default_factory=VcPpoSettings)
@@ -126,13 +130,15 @@ class RlRecipe:
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
 
     @property
-    def settings(self) -> SftSettings | DpoSettings | GrpoSettings | PpoSettings:
+    def settings(self) -> SftSettings | DpoSettings | RewardModelSettings | GrpoSettings | PpoSettings:
         """Those of the chosen algorithm."""
         match self.algorithm:
             case "sft":
                 return self.sft
             case "dpo":
                 return self.dpo
+            case "reward_model":
+                return self.reward_model
             case "ppo":
                 return self.ppo
             case "vc_ppo":
@@ -170,7 +176,7 @@ def parse_rl_recipe(text: str, where: str = "recipe", overrides: Sequence[str] =
     data = recipe.data
     if bool(data.train) == bool(data.gym_task):
         raise RecipeError(f"{where}: set either data.train, a file of JSON lines, or data.gym_task")
-    if data.gym_task and recipe.algorithm in ("sft", "dpo"):
+    if data.gym_task and recipe.algorithm in ("sft", "dpo", "reward_model"):
         raise RecipeError(f"{where}: data.gym_task gives prompts; {recipe.algorithm} learns from data.train")
     return recipe
 
@@ -188,4 +194,4 @@ def _changes(preset: GrpoSettings) -> dict[str, Any]:
 
 
 def _algorithms() -> tuple[str, ...]:
-    return ("sft", "dpo", "grpo", *_PRESETS, "ppo", "vc_ppo", "vapo")
+    return ("sft", "dpo", "reward_model", "grpo", *_PRESETS, "ppo", "vc_ppo", "vapo")

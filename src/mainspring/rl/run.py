@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from mainspring.rl.ppo import ppo
 from mainspring.rl.ppo_metrics import PpoMetrics
 from mainspring.rl.prompts import Prompt, Texts
 from mainspring.rl.recipe import RlRecipe, rl_recipe_to_dict
+from mainspring.rl.reward_model import ModelRewards, RewardModelMetrics, rank, reward_model
 from mainspring.rl.rewards import RewardWorker
 from mainspring.rl.rollouts import Rollouts, RolloutState
 from mainspring.rl.sample_files import read_pairs, read_samples
@@ -48,7 +49,7 @@ from mainspring.train.metrics import MetricsFile, Progress
 from mainspring.train.optimizer import Optimizer
 from mainspring.train.runner import usable_device
 
-Metrics = SftMetrics | DpoMetrics | GrpoMetrics | PpoMetrics
+Metrics = SftMetrics | DpoMetrics | RewardModelMetrics | GrpoMetrics | PpoMetrics
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class RlResult:
     step: int
     interrupted: bool
     validation: float | None
-    """Mean reward of the held-out prompts' answers (sft, dpo: the loss); None if nothing is held out."""
+    """Mean reward of the held-out prompts' answers (without rollouts the loss); None if nothing is held out."""
 
 
 class RlRun:
@@ -91,9 +92,7 @@ class RlRun:
         source = recipe.model.path if start is None else start
         directory = resolve(source, recipe.model.dtype).path
         self._tokenizer = Tokenizer.from_directory(directory)
-        self._model = load_model(
-            directory, device=device, dtype=recipe.model.dtype, numerics=recipe.model.numerics
-        )
+        self._model = _load(recipe, directory, device, is_start=start is None)
         self._texts = materials.texts_of(self._tokenizer, self._model, recipe.data)
         self._samples: tuple[list[Sample], list[Sample]] = ([], [])
         self._pairs: tuple[list[Pair], list[Pair]] = ([], [])
@@ -157,7 +156,7 @@ class RlRun:
             held_out = read_samples(data.validation, rules) if data.validation else []
             self._samples = read_samples(data.train, rules), held_out
             return None
-        if recipe.algorithm == "dpo":
+        if recipe.algorithm in ("dpo", "reward_model"):
             rules = materials.token_rules(texts, self._tokenizer, data)
             pairs = read_pairs(data.validation, rules) if data.validation else []
             self._pairs = read_pairs(data.train, rules), pairs
@@ -168,13 +167,23 @@ class RlRun:
 
     def _make_rollouts(self, prompts: Sequence[Prompt], texts: Texts) -> Rollouts:
         recipe = self._recipe
-        scorer = self._resources.enter_context(
-            RewardWorker(
-                materials.reward_function(recipe.reward),
-                timeout=recipe.reward.timeout,
-                max_failures=recipe.reward.max_failures,
+        scorer: RewardWorker | ModelRewards
+        if recipe.reward.model:
+            judge = ValueModel.load(
+                resolve(recipe.reward.model).path,
+                device=self._model.device,
+                dtype=recipe.model.dtype,
+                numerics=recipe.model.numerics,
             )
-        )
+            scorer = ModelRewards(judge.requires_grad_(False))
+        else:
+            scorer = self._resources.enter_context(
+                RewardWorker(
+                    materials.reward_function(recipe.reward),
+                    timeout=recipe.reward.timeout,
+                    max_failures=recipe.reward.max_failures,
+                )
+            )
         self._scorer = scorer
         engine = recipe.engine
         return Rollouts(
@@ -225,6 +234,8 @@ class RlRun:
         if recipe.algorithm == "dpo":
             anchors = self._anchors(self._pairs[0])
             return dpo(model, optimizer, self._pairs[0], anchors, recipe.dpo, first_step=first)
+        if isinstance(model, ValueModel):
+            return reward_model(model, optimizer, self._pairs[0], recipe.reward_model, first_step=first)
         rollouts, critic, reference = self._rollouts, self._critic, self._reference
         assert rollouts is not None
         if critic is None:
@@ -248,7 +259,8 @@ class RlRun:
         record = _flat(metrics)
         record["elapsed"] = self._elapsed
         if isinstance(metrics, GrpoMetrics | PpoMetrics):
-            record["reward_failures"] = self._scorer.failures
+            if isinstance(self._scorer, RewardWorker):
+                record["reward_failures"] = self._scorer.failures
             record["rollout_tokens_per_second"] = _rate(metrics.tokens, metrics.rollout_seconds)
             record["update_tokens_per_second"] = _rate(metrics.tokens, metrics.update_seconds)
             self._log_groups(metrics.groups, metrics.advantages)
@@ -282,6 +294,10 @@ class RlRun:
         record: dict[str, Any] = {"step": self._step}
         if recipe.algorithm == "sft" and self._samples[1]:
             record["loss"] = sft_loss(self._model, self._samples[1], recipe.sft.tokens_per_microbatch)
+        elif isinstance(self._model, ValueModel) and self._pairs[1]:
+            tokens = recipe.reward_model.tokens_per_microbatch
+            ranked = rank(self._model, self._pairs[1], tokens, margin=recipe.reward_model.margin)
+            record |= asdict(ranked)
         elif recipe.algorithm == "dpo" and self._pairs[1]:
             held_out = self._pairs[1]
             judged = judge(self._model, held_out, self._anchors(held_out), recipe.dpo.tokens_per_microbatch)
@@ -316,6 +332,15 @@ class RlRun:
         )
         self._metrics.write("checkpoint", {"step": self._step, "path": str(path)})
         return path
+
+
+def _load(recipe: RlRecipe, directory: Path, device: torch.device, *, is_start: bool) -> Decoder:
+    """The model to train; a reward model begins as a copy of a policy, or as what a former run has made of it."""
+    model = recipe.model
+    if recipe.algorithm == "reward_model" and not is_start:
+        return ValueModel.load(directory, device=device, dtype=model.dtype, numerics=model.numerics)
+    policy = load_model(directory, device=device, dtype=model.dtype, numerics=model.numerics)
+    return ValueModel.of(policy, "sequence") if recipe.algorithm == "reward_model" else policy
 
 
 def _longest(train: Sequence[Prompt], held_out: Sequence[Prompt], max_tokens: int, model: Decoder) -> int:
