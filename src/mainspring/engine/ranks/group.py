@@ -31,7 +31,13 @@ from mainspring.parallel.mesh import TIMEOUT
 _IDLE = timedelta(days=365)  # how long a worker waits for the next order
 _START_SECONDS = 300.0
 _STOP_SECONDS = 3.0
-_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+# Ranks of one machine meet on its loopback interface. NCCL's own watch would end rank 0 with the process when another
+# rank dies: here that is told to those who wait.
+_LOCAL = {
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+}
 
 
 class RankGroup:
@@ -110,7 +116,7 @@ class RankGroup:
     def _start(self, directory: Path) -> None:
         store = directory / "store"
         command = [sys.executable, "-m", "mainspring.engine.ranks.worker"]
-        environment = {**os.environ, **_LOOPBACK}
+        environment = {**os.environ, **_LOCAL}
         if self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.world))
         for rank in range(1, self.world):
@@ -166,7 +172,7 @@ def join(world: int, rank: int, kind: str, store: Path | None) -> None:
         return
     if rank:
         _mark(store, rank).touch()
-    with loopback():
+    with on_this_machine():
         dist.init_process_group(
             backend, store=_file_store(store, world), rank=rank, world_size=world, timeout=TIMEOUT
         )
@@ -174,14 +180,14 @@ def join(world: int, rank: int, kind: str, store: Path | None) -> None:
 
 def control_channel() -> Channel:
     """Between the hosts' processes, whatever the backend of the tensors; a collective call."""
-    with loopback():
+    with on_this_machine():
         return Channel(dist.new_group(backend="gloo", timeout=_IDLE))
 
 
 @contextlib.contextmanager
-def loopback() -> Iterator[None]:
-    """Groups that are made inside stay on this machine, unless torchrun's may span several or the user says where."""
-    added = {} if ranks_started() > 1 else {k: v for k, v in _LOOPBACK.items() if k not in os.environ}
+def on_this_machine() -> Iterator[None]:
+    """Groups that are made inside stay on this machine, unless torchrun's may span several or the user says else."""
+    added = {} if ranks_started() > 1 else {k: v for k, v in _LOCAL.items() if k not in os.environ}
     os.environ.update(added)
     try:
         yield

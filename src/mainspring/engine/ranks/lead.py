@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mainspring.engine.ranks.channel import Message, Op
 from mainspring.engine.ranks.group import RankGroup
 from mainspring.engine.ranks.layout import check_serving_layout
-from mainspring.engine.ranks.shard import CacheShape, copy_blocks
+from mainspring.engine.ranks.shard import CacheShape, copy_blocks, packed_pieces
 from mainspring.engine.ranks.weights import checksum, copy_weight
 from mainspring.engine.ranks.worker import build_shard, free_memory
 from mainspring.errors import CheckpointError, EngineDeadError
@@ -137,7 +137,11 @@ class LeadModel(nn.Module):
                 pieces = (
                     tokens, batch.positions, batch.slots, batch.cu_seqlens, batch.context_lens, batch.block_tables,
                 )  # fmt: skip
-                self._shard.broadcast(torch.cat([piece.reshape(-1).to(torch.int32) for piece in pieces]))
+                size, _ = packed_pieces(None, *shape)
+                packed = torch.empty(size, dtype=torch.int32, device=self.device)
+                for place, piece in zip(packed_pieces(packed, *shape)[1], pieces, strict=True):
+                    place.copy_(piece.reshape(-1))
+                self._shard.broadcast(packed)
             return self._shard.forward(tokens, batch)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from mainspring.parallel.decoder import ParallelDecoder
 from mainspring.parallel.experts import ParallelExperts
 from mainspring.parallel.mesh import Group, even_bounds
 
+_ALIGNMENT = 64  # elements of int32: kernels are compiled for what an allocation's address is divisible by
+
 
 @dataclass(frozen=True)
 class CacheShape:
@@ -41,6 +43,18 @@ def copy_blocks(cache: KVCache, pairs: Tensor) -> None:
     for tensor in (*cache.k, *cache.v):
         blocks = tensor.view(torch.uint8)  # byte by byte: torch indexes no fp8
         blocks[pairs[:, 1]] = blocks[pairs[:, 0]]
+
+
+def packed_pieces(packed: Tensor | None, tokens: int, sequences: int, width: int) -> tuple[int, list[Tensor]]:
+    """How long the packed int32 tensor of a step is, and its pieces: tokens, positions and slots of each token, the
+    boundaries of the sequences, their context lengths, and their block tables. Each is aligned like a tensor."""
+    sizes = (tokens, tokens, tokens, sequences + 1, sequences, sequences * width)
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)
+    if packed is None:
+        return starts[-1], []
+    return starts[-1], [packed[start : start + size] for start, size in zip(starts, sizes, strict=False)]
 
 
 class Shard:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from mainspring.engine.parent_watch import end_with_parent
 from mainspring.engine.ranks.channel import Channel, Message, Op
-from mainspring.engine.ranks.group import control_channel, join, loopback
-from mainspring.engine.ranks.shard import Shard, copy_blocks
+from mainspring.engine.ranks.group import control_channel, join, on_this_machine
+from mainspring.engine.ranks.shard import Shard, copy_blocks, packed_pieces
 from mainspring.engine.ranks.weights import checksum, copy_weight, load_shard
 from mainspring.formats.model_config import ModelConfig
 from mainspring.model.initialise import torch_dtype
@@ -47,7 +47,7 @@ def build_shard(order: dict[str, Any], device: torch.device) -> Shard:
     policy = Policy(order["numerics"])
     if order["num_threads"] is not None:
         set_num_threads(order["num_threads"])
-    with loopback():
+    with on_this_machine():
         mesh = (
             Mesh.build(layout.axes, key_copies=layout.key_copies(config))
             if layout.world > 1
@@ -115,9 +115,10 @@ class Worker:
         lengths, contexts, rope_lengths = (
             tuple(host[n * num_sequences : (n + 1) * num_sequences]) for n in range(3)
         )
-        sizes = packed_sizes(num_tokens, num_sequences, width)
-        packed = torch.empty(sum(sizes), dtype=torch.int32, device=self._device)
-        tokens, positions, slots, boundaries, context_lens, tables = shard.broadcast(packed).split(sizes)
+        shape = (num_tokens, num_sequences, width)
+        packed = torch.empty(packed_pieces(None, *shape)[0], dtype=torch.int32, device=self._device)
+        _, pieces = packed_pieces(shard.broadcast(packed), *shape)
+        tokens, positions, slots, boundaries, context_lens, tables = pieces
         if num_tickets and (self._tickets is None or self._tickets.numel() < num_tickets):
             self._tickets = torch.zeros(num_tickets, dtype=torch.int32, device=self._device)
         batch = TokenBatch(
@@ -147,11 +148,6 @@ class Worker:
             self._forward(shard, message)
             self._logits(shard, self._channel.receive())
         self._graphs.append(graph)
-
-
-def packed_sizes(num_tokens: int, num_sequences: int, width: int) -> list[int]:
-    """Of tokens, positions, slots, boundaries, context lengths and block tables in the packed tensor of a step."""
-    return [num_tokens, num_tokens, num_tokens, num_sequences + 1, num_sequences, num_sequences * width]
 
 
 def free_memory(shard: Shard) -> int:
