@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,11 +13,14 @@ import pytest
 from typer.testing import CliRunner
 
 from mainspring.cli.main import app
+from mainspring.cli.verify import _show
 from mainspring.errors import ConfigError
 from mainspring.formats.safetensors_file import CheckpointReader, SafetensorsWriter
-from mainspring.train.verify import VerifySettings, micro_batches
+from mainspring.parallel.layout import Layout
+from mainspring.train.verify import VerifySettings, judge, micro_batches, run_wide_reference
 from parallel.conftest import Reference
 from parallel.models import tiny
+from parallel.pool import Pool
 
 SETTINGS = VerifySettings(steps=2)
 
@@ -34,6 +38,36 @@ def test_a_sound_layout_is_called_equal(reference: Callable[..., Reference]) -> 
     assert "model.layers.3.mlp.down_proj.weight" in done.stdout
     assert "step 1: loss" in done.stdout
     assert "verdict: equal to one device" in done.stdout
+    assert "against float64" not in done.stdout
+
+
+def test_roundings_are_measured_and_allowed_twice_but_no_fault_is(
+    pool: Pool, reference: Callable[..., Reference], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In bfloat16 a layout is off by percents of a float64 run, and so is one device; a lost sum is off by more."""
+    known = reference("biased", SETTINGS)
+    settings = VerifySettings(steps=2, dtype="bfloat16")
+    gradients = tmp_path / "gradients.safetensors"
+    exact, own = run_wide_reference(known.directory, settings, gradients)
+    layout = "tp=2,sequence_parallel=false"
+    run, errors = pool.run("jobs:verify", 2, str(known.directory), layout, settings, str(gradients))[0]
+    verdict = judge(exact, run, errors, settings, own)
+    assert not verdict.problems
+    assert errors.keys() == own.errors.keys()
+    assert 1e-3 < max(own.errors.values()) < 0.1
+    _show(Layout.parse(layout), settings, exact, run, verdict, own)
+    said = capsys.readouterr().out
+    assert "error of the gradient, in norm against float64 (one device in bfloat16)" in said
+    assert "verdict: equal to one device" in said
+    tight = dataclasses.replace(own, errors=dict.fromkeys(own.errors, 0.0))
+    wrong = {name: 4 * max(error, 0.05) for name, error in own.errors.items()}
+    assert "gradients are wrong" in judge(exact, run, wrong, settings, own).problems[0]
+    assert set(judge(exact, run, errors, settings, tight).errors) == set(errors)
+    for fault in ("row_parallel_without_its_sum", "shared_key_heads_without_their_sum"):
+        run, errors = pool.run(
+            "jobs:verify_with_fault", 2, fault, str(known.directory), layout, settings, str(gradients)
+        )[0]
+        assert judge(exact, run, errors, settings, own).problems, fault
 
 
 def test_gradients_from_elsewhere_are_held_against_and_a_wrong_one_is_named(
