@@ -26,9 +26,11 @@ class Case:
         return self.sequences * self.length
 
     def micro_batches(self, count: int, seed: int = 0) -> list[MicroBatch]:
+        """The same sequences, however many micro-batches they are cut into."""
         random = np.random.default_rng(seed)
-        stream = random.integers(0, self.config.vocab_size, (count, self.tokens + 1))
-        return [MicroBatch(r[:-1].copy(), r[1:].copy(), (self.length,) * self.sequences) for r in stream]
+        rows = random.integers(0, self.config.vocab_size, (count, self.sequences, self.length + 1))
+        lengths = (self.length,) * self.sequences
+        return [MicroBatch(r[:, :-1].flatten(), r[:, 1:].flatten(), lengths) for r in rows]
 
 
 def _llama(layers: int, hidden: int, inner: int, heads: int, kv_heads: int, vocabulary: int) -> ModelConfig:

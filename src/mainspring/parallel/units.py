@@ -218,7 +218,12 @@ class Units:
         return _mark(lambda: self._gather(number, -1), stream)
 
     def _collect(self, name: str, parameter: Tensor) -> None:
-        self._of_parameter[name].collect(name)
+        unit = self._of_parameter[name]
+        unit.collect(name)
+        # What only the loss uses is whole before the layers' backward pass begins: its sum has all of that to hide in.
+        if unit.name in ("norm", "output_embedding") and self.layout.stages - 1 in self._last:
+            unit.start_reduce(last=True)
+            self._reduced.add(unit.name)
 
     def _gather(self, number: int, direction: int) -> None:
         for unit in self._of_layer[number]:
