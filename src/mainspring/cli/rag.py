@@ -23,6 +23,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from mainspring.cli.rag_pictures import pictures
+
 if TYPE_CHECKING:
     from mainspring.rag.index import IndexProgress
     from mainspring.rag.strategy import Strategy
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 rag = typer.Typer(
     name="rag", help="Answers from your documents: index a folder, search it, ask it.", no_args_is_help=True
 )
+
+rag.add_typer(pictures)
 
 _INDEX_NAME = ".mainspring-rag"
 _Index = Annotated[Path, typer.Option("--index", help="The index directory.", envvar="MAINSPRING_RAG_INDEX")]

@@ -102,22 +102,35 @@ class Pipeline:
         hits = branches[0] if len(branches) == 1 else _merged(branches, pool)
         return self._rerank(question, hits, count)
 
-    def ask(self, question: str, where: Filter = ()) -> Iterator[Event]:
+    def ask(
+        self,
+        question: str,
+        where: Filter = (),
+        *,
+        seen: Sequence[str] = (),
+        given: Sequence[Passage] = (),
+    ) -> Iterator[Event]:
         """Streams the answer: pieces of text, a citation after each supported statement, at last all of it.
+
+        `seen` is searched for beside the question, and `given` are passages at hand before any search; both come with
+        a question about a picture.
 
         Raises what `search` raises, ConfigError without a model, RetrievalError if the model fails.
         """
         model = self.parts.model
         if model is None:
             raise ConfigError("answering needs a language model; searching does not")
-        if question.strip() and not self._needs_documents(question):
+        if question.strip() and not given and not self._needs_documents(question):
             pieces: list[str] = []
             for piece in model.stream(direct_prompt(question), self.strategy.answer.max_tokens):
                 pieces.append(piece)
                 yield Delta(piece)
             yield Answer("".join(pieces), (), (), False)
             return
-        found = self.search(question, where=where)
+        found = [
+            *given,
+            *self.search("\n".join([question, *seen]) if question.strip() else question, where=where),
+        ]
         if self._abstains(question, found):
             yield Delta(ABSTENTION)
             yield Answer(ABSTENTION, (), tuple(found), True)
