@@ -106,8 +106,10 @@ def test_log_probabilities_over_four_ranks_are_bitwise_those_of_one(
     assert served(dense, TIGHT, tp=4, tp_invariant=True) == invariant
 
 
-def test_stages_and_then_a_stage_of_two_ranks_give_one_devices_bits(dense: Path) -> None:
-    results = served(dense, TIGHT, pp=2)
+@pytest.mark.slow  # two stages serve in tests/engine/server/test_layouts.py
+@pytest.mark.parametrize("pp", [2, 3])
+def test_stages_give_one_devices_bits(dense: Path, pp: int) -> None:
+    results = served(dense, TIGHT, pp=pp)
     trainer = load_model(dense)
     assert results == run(EngineCore(trainer, TIGHT), jobs(), ARRIVALS)
     for result in results:

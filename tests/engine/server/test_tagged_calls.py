@@ -76,7 +76,7 @@ CALLS = st.lists(
 
 @pytest.mark.parametrize("name", FORMATS)
 @given(calls=CALLS, cuts=st.lists(st.integers(0, 10_000), max_size=12))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_calls_are_found_whole_however_the_text_is_cut(name: str, calls: list[Call], cuts: list[int]) -> None:
     tags, write = FORMATS[name]
     found = parse_pieces(TaggedParser(tags, FUNCTIONS), f"I see.\n\n{write(calls)}", cuts)
