@@ -130,10 +130,22 @@ intermediate_size = 24
 num_heads = 4
 num_experts = 4
 """
-    pool.run("jobs:train", 2, text, ["parallel.ep=2"])
-    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if line["event"] == "step"]
+
+    def steps_of(name: str, ranks: int, *overrides: str) -> list[dict[str, float]]:
+        output = tmp_path / name
+        pool.run("jobs:train", ranks, text, [f"output='{output}'", *overrides])
+        lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        return [line for line in lines if line["event"] == "step"]
+
+    steps = steps_of("capped", 2, "parallel.ep=2")
+    whole = steps_of("whole", 2, "parallel.ep=2", "experts.capacity_factor=0")
+    plain = steps_of(
+        "plain", 1, "experts.capacity_factor=0", "experts.auxiliary_loss=0"
+    )  # by another trainer
     assert len(steps) == 2
+    for name in ("expert_imbalance", "experts_idle", "slots_dropped"):
+        assert plain[0][name] == whole[0][name]
+    assert plain[0]["slots_dropped"] == 0.0
     for line in steps:
         assert line["expert_imbalance"] >= 1.0
         assert 0.0 <= line["experts_idle"] < 1.0

@@ -5,12 +5,14 @@ QKV and gate/up are stored fused; `naming.py` says which rows carry which Huggin
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from mainspring import ops
 from mainspring.formats.model_config import ModelConfig
-from mainspring.ops import HeadNorms, Policy, RopeAngles, TokenBatch, library
+from mainspring.ops import HeadNorms, Policy, RopeAngles, Routing, TokenBatch, library
 from mainspring.ops.batch import LinearAdapters
 from mainspring.ops.precision import accumulator
 from mainspring.ops.quantised_linear import QuantisedWeight
@@ -172,6 +174,7 @@ class MixtureOfExperts(nn.Module):
             torch.empty(config.num_experts, 2 * inner, hidden, device=device, dtype=dtype)
         )
         self.down = nn.Parameter(torch.empty(config.num_experts, hidden, inner, device=device, dtype=dtype))
+        self.observe: Callable[[Routing], None] | None = None  # told of every routing
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, hidden] -> [T, hidden]. Nothing here waits for the device: how many rows an expert has stays there."""
@@ -184,6 +187,8 @@ class MixtureOfExperts(nn.Module):
             weights_dtype=weights_dtype,
             policy=self.policy,
         )
+        if self.observe is not None:
+            self.observe(routing)
         gate_up = ops.grouped_linear(x, self.gate_up, routing.offsets, gather=routing, policy=self.policy)
         inner = ops.swiglu(gate_up, policy=self.policy)
         rows = ops.grouped_linear(inner, self.down, routing.offsets, policy=self.policy)

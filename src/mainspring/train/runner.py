@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -15,8 +16,9 @@ import torch
 from mainspring.errors import ConfigError
 from mainspring.formats.model_config import ModelConfig
 from mainspring.model.decoder import Decoder
-from mainspring.ops import IGNORE_INDEX, TokenBatch
-from mainspring.parallel.balance import ExpertStatistics
+from mainspring.model.layers import MixtureOfExperts
+from mainspring.ops import IGNORE_INDEX, Routing, TokenBatch
+from mainspring.parallel.balance import ExpertStatistics, Load, statistics
 from mainspring.parallel.host_copies import HostCopies
 from mainspring.train.captured import CapturedPass
 from mainspring.train.checkpoint import TrainerState, checkpoint_writer, load_optimizer
@@ -37,8 +39,11 @@ class Runner(Protocol):
     """Ranks that compute."""
     speaks: bool
     """Whether this process reports; one of all ranks does."""
-    experts: ExpertStatistics | None
-    """What the last step's experts were given, where it is known."""
+
+    @property
+    def experts(self) -> ExpertStatistics | None:
+        """What the last step's experts were given; None without experts."""
+        ...
 
     def num_weights(self) -> int:
         """Of the whole model."""
@@ -82,7 +87,6 @@ class SingleDevice:
 
     world = 1
     speaks = True
-    experts: ExpertStatistics | None = None
 
     def __init__(
         self, model: Decoder, settings: OptimizerSection, captured: CapturedPass | None = None
@@ -93,6 +97,23 @@ class SingleDevice:
         self.config, self.dtype, self.device = model.config, model.dtype, model.device
         self._optimizer = Optimizer(model, settings)
         self._copies = HostCopies()
+        self._loads: dict[int, torch.Tensor] = {}
+        """By layer, the slots that each expert was given in the last step, [E] int64."""
+        for number, layer in enumerate(model.layers):
+            block = layer.mlp
+            if isinstance(block, MixtureOfExperts):
+                self._loads[number] = torch.zeros(block.num_experts, dtype=torch.int64, device=self.device)
+                block.observe = partial(self._count, number)
+
+    def _count(self, number: int, routing: Routing) -> None:
+        if torch.is_grad_enabled():
+            self._loads[number] += routing.offsets.diff()
+
+    @property
+    def experts(self) -> ExpertStatistics | None:
+        return statistics(
+            {number: Load(slots.to(torch.float64), 0.0) for number, slots in self._loads.items()}
+        )
 
     def load_optimizer(self, checkpoint: Path) -> None:
         """Continues from a checkpoint's optimizer state. Raises CheckpointError where it does not fit."""
@@ -104,6 +125,8 @@ class SingleDevice:
     def train_step(
         self, micro_batches: Sequence[MicroBatch], lr_factor: float, clip_norm: float
     ) -> tuple[float, float]:
+        for slots in self._loads.values():
+            slots.zero_()
         total = sum(len(micro.tokens) for micro in micro_batches)
         step_loss = torch.zeros((), device=self.device)
         for micro in micro_batches:
