@@ -87,7 +87,8 @@ def _equal(one: Decoder, other: Decoder, atol: float = 0.0) -> None:
 def _moved(model: Decoder) -> float:
     start = sorting.model("lockstep")
     return max(
-        float((a - b).abs().max()) for a, b in zip(model.parameters(), start.parameters(), strict=False)
+        float((a - b).detach().abs().max())
+        for a, b in zip(model.parameters(), start.parameters(), strict=False)
     )
 
 

@@ -81,6 +81,7 @@ def test_a_critic_that_begins_as_a_reward_model_scores_as_it_does() -> None:
 def test_values_look_only_backwards_and_do_not_depend_on_the_packing() -> None:
     model = _with_head("token")
     together = model.values(SEQUENCES)
+    assert (model.values([]), model.scores([]).shape) == ([], (0,))
     for sequence, values in zip(SEQUENCES, together, strict=True):
         torch.testing.assert_close(values, model.values([sequence])[0])
         prefixes = model.scores([sequence[: i + 1] for i in range(len(sequence) - 1)])

@@ -124,25 +124,27 @@ class ValueModel(Decoder):
 
         So they lie as `Decoder.log_probs` does. Differentiable. Raises InvalidRequestError.
         """
-        return [per_token[:-1] for per_token in self._per_token(sequences)]
+        lengths = [len(sequence) for sequence in sequences]
+        return [per_token[:-1] for per_token in self._per_token(sequences).split(lengths)]
 
     def written_values(self, samples: Sequence[Sample]) -> Tensor:
         """[W] float32: the values at which written tokens were chosen, end to end as `written_log_probs` lie."""
-        found = self.values([sample.tokens for sample in samples])
-        masks = [torch.tensor(sample.written[1:], device=self.device) for sample in samples]
-        return torch.cat([values[mask] for values, mask in zip(found, masks, strict=True)])
+        per_token = self._per_token([sample.tokens for sample in samples])
+        written = torch.tensor([w for sample in samples for w in sample.written], device=self.device)
+        # No sample begins with a written token: the place before one is the same sample's.
+        return per_token.index_select(0, written.nonzero()[:, 0] - 1)
 
     def scores(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """The head at the last token of each sequence, float32 [N]: a reward model's score. Otherwise as `values`."""
-        per_token = self._per_token(sequences)
-        return torch.stack([p[-1] for p in per_token]) if per_token else torch.zeros(0, device=self.device)
+        ends = torch.tensor([len(sequence) for sequence in sequences], device=self.device).cumsum(0) - 1
+        return self._per_token(sequences).index_select(0, ends.to(torch.int64))
 
-    def _per_token(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+    def _per_token(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """[T] float32: the head at every token of all sequences, end to end."""
         self._check_sequences(sequences, 1.0)
-        lengths = [len(sequence) for sequence in sequences]
-        if not lengths:
-            return []
+        if not sequences:
+            return torch.zeros(0, device=self.device)
         tokens = torch.tensor([t for s in sequences for t in s], dtype=torch.int64, device=self.device)
-        hidden = self(tokens, TokenBatch.packed(lengths, self.device)).float()
+        hidden = self(tokens, TokenBatch.packed([len(s) for s in sequences], self.device)).float()
         bias = None if self.score.bias is None else self.score.bias.float()
-        return list(F.linear(hidden, self.score.weight.float(), bias)[:, 0].split(lengths))
+        return F.linear(hidden, self.score.weight.float(), bias)[:, 0]
