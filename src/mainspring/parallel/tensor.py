@@ -6,8 +6,8 @@ one after it sums and cuts again. Communication runs beside the product that doe
 
     forward    column: gather x beside y = x Wᵀ of the        row: partial = x Wᵀ, sum the rows
                own rows, then of the others'
-    backward   column: gather x beside dx = g W,              row: gather g, dx = g W, dW = gᵀ x
-               then dW = gᵀ x beside the sum of dx
+    backward   column: gather x beside dx = g W,              row: gather g beside dx = g W of the
+               then dW = gᵀ x beside the sum of dx            own rows, then of the others'; dW = gᵀ x
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class WeightGradients:
         taken, self._waiting = self._waiting, []
         return taken
 
+    @torch.no_grad()
     def run(self, waiting: list[tuple[nn.Parameter, Callable[[], Tensor]]]) -> None:
         """Computes and adds them."""
         for parameter, compute in waiting:
@@ -83,6 +84,10 @@ class TensorParallel:
     def ordered(self) -> bool:
         """Whether sums go from the first rank to the last, whatever the backend would choose."""
         return self.policy.numerics == "lockstep"
+
+    def overlaps(self, x: Tensor) -> bool:
+        """Whether the gather of x's rows runs beside a product of them."""
+        return self.sliced and not self.ordered and x.shape[0] >= OVERLAP_ROWS
 
 
 class start_sum:
@@ -156,8 +161,8 @@ class _ColumnProduct(torch.autograd.Function):
         tp = layer.tp
         ctx.layer, ctx.tokens = layer, tp.tokens
         ctx.save_for_backward(x, weight)  # a slice of x: the whole is gathered again
-        if tp.sliced and tp.policy.numerics == "fast" and x.shape[0] >= OVERLAP_ROWS:
-            return gathered_product(x, weight, bias, tp)
+        if tp.overlaps(x):
+            return gathered_product(x, weight.t(), bias, tp)[0]
         whole = gather_rows(x, tp.tokens, tp.group) if tp.sliced else x
         return ops.linear(whole, weight, bias, policy=tp.policy)
 
@@ -188,34 +193,41 @@ class _RowProduct(torch.autograd.Function):
         tp: TensorParallel = ctx.layer.tp
         # Of the rank's rows if the sequence is sliced: then a term of the sum over the ranks.
         d_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
-        grad = gather_rows(grad, ctx.tokens, tp.group) if tp.sliced else grad
-        return grad @ weight, weight_gradient(ctx.layer.weight, grad, x, tp), d_bias, None
+        if tp.overlaps(grad):
+            d_x, whole = gathered_product(grad, weight, None, tp, ctx.tokens)
+        else:
+            whole = gather_rows(grad, ctx.tokens, tp.group) if tp.sliced else grad
+            d_x = whole @ weight
+        return d_x, weight_gradient(ctx.layer.weight, whole, x, tp), d_bias, None
 
 
-def gathered_product(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
-    """x Wᵀ + b of all ranks' rows: the product of the own rows runs while the others' are on their way.
+def gathered_product(
+    x: Tensor, matrix: Tensor, bias: Tensor | None, tp: TensorParallel, tokens: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """(x M + b of all ranks' rows, those rows): the product of the own rows runs while the others' are on their way.
 
-    x: [n, in], the rank's piece of `tp.tokens` rows -> [tokens, out]. Each piece is written where it belongs; the GEMM
-    may cut its sums otherwise for pieces than for the whole, so this is for fast numerics. Without a gradient.
+    x: [n, in], the rank's piece of `tokens` rows (`tp.tokens` by default), matrix: [in, out] -> [tokens, out] and
+    [tokens, in]. Each piece is written where it belongs; the GEMM may cut its sums otherwise for pieces than for the
+    whole, so this is for fast numerics. Without a gradient.
     """
-    total, size, rank = tp.tokens, tp.group.size, tp.group.rank
-    bounds = even_bounds(total, size)
-    begin, end = bounds[rank], bounds[rank + 1]
+    total = tp.tokens if tokens is None else tokens
+    bounds = even_bounds(total, tp.group.size)
+    begin, end = bounds[tp.group.rank], bounds[tp.group.rank + 1]
     gather = start_gather_rows(x, total, tp.group)
-    out = x.new_empty(total, weight.shape[0])
-    _product_into(out[begin:end], x, weight, bias)
+    out = x.new_empty(total, matrix.shape[1])
+    _product_into(out[begin:end], x, matrix, bias)
     whole = gather()
     for first, last in ((0, begin), (end, total)):
         if first < last:
-            _product_into(out[first:last], whole[first:last], weight, bias)
-    return out
+            _product_into(out[first:last], whole[first:last], matrix, bias)
+    return out, whole
 
 
-def _product_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _product_into(out: Tensor, x: Tensor, matrix: Tensor, bias: Tensor | None) -> None:
     if bias is None:
-        torch.mm(x, weight.t(), out=out)
+        torch.mm(x, matrix, out=out)
     else:
-        torch.addmm(bias, x, weight.t(), out=out)
+        torch.addmm(bias, x, matrix, out=out)
 
 
 def row_product(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
