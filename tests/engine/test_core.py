@@ -14,6 +14,7 @@ from mainspring.engine.admission import make_request
 from mainspring.engine.config import EngineConfig
 from mainspring.engine.core import EngineCore, TokenOutput
 from mainspring.engine.messages import TokenLogprobs
+from mainspring.engine.ranks.lead import LeadModel
 from mainspring.engine.sampling_params import SamplingParams
 from mainspring.errors import ConfigError, InvalidRequestError, RequestTooLongError
 from mainspring.model.decoder import Decoder
@@ -74,7 +75,7 @@ def collect(result: Result, output: TokenOutput) -> None:
     result.rope_length = output.rope_length or result.rope_length
 
 
-def assert_bitwise_the_trainers(model: Decoder, result: Result) -> None:
+def assert_bitwise_the_trainers(model: Decoder | LeadModel, result: Result) -> None:
     """Every reported log-probability, of the completion and of the prompt, equals `Decoder.log_probs`."""
     [expected] = model.log_probs([result.prompt + result.tokens], rope_length=result.rope_length)
     first = len(result.prompt) - 1

@@ -84,8 +84,13 @@ def led(directory: Path, **degrees: int | bool) -> Iterator[LeadModel]:
 
 
 def served(directory: Path, config: EngineConfig, **degrees: int | bool) -> list[Result]:
+    """Of all jobs; where every rank has all layers, the bits of the model's own scores."""
     with led(directory, **degrees) as model:
-        return run(EngineCore(model, config), jobs(), ARRIVALS)
+        results = run(EngineCore(model, config), jobs(), ARRIVALS)
+        if model.layout.pp == 1:
+            for result in results:
+                assert_bitwise_the_trainers(model, result)
+        return results
 
 
 @pytest.fixture(scope="module")

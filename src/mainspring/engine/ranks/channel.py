@@ -32,7 +32,8 @@ class Op(IntEnum):
     FREE_MEMORY = 8
     COPY_WEIGHT = 9
     CHECKSUM = 10
-    STOP = 11
+    SCORE = 11
+    STOP = 12
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ step's tokens, positions and block tables and keep their part of the cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -19,8 +19,9 @@ from mainspring.engine.ranks.layout import check_serving_layout
 from mainspring.engine.ranks.shard import CacheShape, copy_blocks, packed_pieces
 from mainspring.engine.ranks.weights import checksum, copy_weight
 from mainspring.engine.ranks.worker import build_shard, free_memory
-from mainspring.errors import CheckpointError, EngineDeadError
+from mainspring.errors import CheckpointError, ConfigError, EngineDeadError
 from mainspring.formats.model_config import ModelConfig
+from mainspring.model.decoder import check_sequences
 from mainspring.model.initialise import torch_device, torch_dtype
 from mainspring.ops import Numerics
 from mainspring.ops.batch import KVCache, TokenBatch
@@ -149,6 +150,29 @@ class LeadModel(nn.Module):
         with self._group.alive():
             self._send(Op.LOGITS, hidden.shape[0])
             return self._shard.logits(hidden.contiguous())
+
+    @torch.no_grad()
+    def log_probs(
+        self,
+        sequences: Sequence[Sequence[int]],
+        temperature: float = 1.0,
+        rope_length: int | Sequence[int] | None = None,
+    ) -> list[Tensor]:
+        """As `Decoder.log_probs`, without gradients: in lockstep the bits that the engine reports for these tokens.
+
+        Raises InvalidRequestError, and ConfigError under a pipeline, whose ranks have some of the layers each.
+        """
+        check_sequences(sequences, temperature, self.config.vocab_size)
+        if self.layout.pp > 1:
+            raise ConfigError(
+                f"layout {self.layout}: given sequences are scored where every rank has all layers; use pp 1, or ask "
+                "the engine for prompt_logprobs"
+            )
+        given = [[int(token) for token in sequence] for sequence in sequences]
+        lengths = rope_length if rope_length is None or isinstance(rope_length, int) else list(rope_length)
+        with self._group.alive():
+            self._post(Message.with_json(Op.SCORE, [given, temperature, lengths]))
+            return self.model.log_probs(given, temperature, lengths)
 
     def allocate_cache(self, num_blocks: int, block_size: int, dtype: torch.dtype) -> KVCache:
         """Every rank its part; the result is this rank's."""

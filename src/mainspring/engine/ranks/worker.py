@@ -105,6 +105,8 @@ class Worker:
                     name, shape, dtype = message.value
                     whole = torch.empty(shape, dtype=getattr(torch, dtype), device=self._device)
                     copy_weight(shard.model, shard.parameters, name, shard.broadcast(whole))
+                case Op.SCORE:
+                    shard.model.log_probs(*message.value)
                 case Op.CHECKSUM:
                     checksum(shard.model, shard.parameters)
                 case Op.STOP | Op.LOAD:
