@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mainspring import ops
-from mainspring.parallel import decoder, ring, tensor, vocabulary
+from mainspring.parallel import decoder, recompute, ring, tensor, vocabulary
 from mainspring.parallel.context import ContextBatch, Rectangle, cut_stream
 from mainspring.parallel.experts import Dispatched
 from mainspring.parallel.flat import FlatUnit
@@ -185,3 +185,22 @@ def tokens_cut_at_another_rank_for_the_loss() -> AbstractContextManager[Any]:
         return mine.roll(1) if (tokens == ops.IGNORE_INDEX).any() else mine  # only targets have left-out ones
 
     return patch.object(decoder.ParallelDecoder, "own", shifted)
+
+
+def recomputation_that_loses_the_gradient_of_the_residual_stream() -> AbstractContextManager[Any]:
+    def backward(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = recompute._backward(ctx, grad)
+        return None, gradient, gradient
+
+    return patch.object(recompute._ForgettableSum, "backward", staticmethod(backward))
+
+
+def recomputation_from_another_micro_batchs_positions() -> AbstractContextManager[Any]:
+    whole = recompute._again
+
+    def shifted(node: Any) -> Tensor:
+        run = node.run
+        node.run = lambda kept: run(kept.roll(1, 0))
+        return whole(node)
+
+    return patch.object(recompute, "_again", shifted)

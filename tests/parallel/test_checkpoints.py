@@ -208,7 +208,7 @@ def test_a_rank_killed_while_it_writes_loses_only_what_came_after_the_last_compl
     assert _same(whole / "step-00000006", output / "step-00000006")
 
 
-def test_a_truncated_shard_is_refused_under_a_layout(
+def test_a_truncated_or_missing_shard_is_refused_under_a_layout(
     pool: Pool, recipe: Callable[..., str], tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
@@ -219,6 +219,9 @@ def test_a_truncated_shard_is_refused_under_a_layout(
         pool.run("jobs:train", 2, recipe(), [f"output='{output}'"], True)
     with pytest.raises(CheckpointError, match="truncated"):
         CheckpointReader(output / "step-00000003")
+    shard.unlink()
+    with pytest.raises(AssertionError, match=r"CheckpointError.*step-00000003 has neither model.safetensors"):
+        pool.run("jobs:train", 2, recipe(), [f"output='{output}'"], True)
 
 
 @pytest.mark.slow

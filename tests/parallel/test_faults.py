@@ -34,6 +34,8 @@ CASES = {
     "zero_2_that_keeps_the_last_micro_batch_only": "dense:dp=2,zero=2",
     "zero_1_that_does_not_refresh_its_copies": "dense:dp=2,zero=1",
     "gradient_norm_that_counts_copies": "dense:dp=2",
+    "recomputation_that_loses_the_gradient_of_the_residual_stream": "dense:dp=2,zero=1,recompute=selective",
+    "recomputation_from_another_micro_batchs_positions": "dense:dp=2,zero=1,recompute=selective",
 }
 
 
