@@ -5,7 +5,8 @@
 
 Each contestant trains the same shape on the same sequences a step, cut into as many micro-batches as its line says:
 tokens a second and rank, MFU, peak memory of the fullest rank beside what `mainspring plan` estimates (on CUDA), and
-what it reaches of `one`: every rank training a whole model for itself. FSDP2 and DDP wrap a plain PyTorch Llama whose
+what it reaches of `one`: every rank training a whole model for itself, by the code of layouts (`single`: by that of
+one device). FSDP2 and DDP wrap a plain PyTorch Llama whose
 blocks are compiled (`training/peers.py`). They come one after the other, for together they would not fit; the median
 of the rounds counts, of the slowest rank.
 """
@@ -34,13 +35,13 @@ from mainspring.parallel.mesh import Mesh
 from mainspring.train.flops import peak_flops, training_flops
 from mainspring.train.memory import Batch, estimate
 from mainspring.train.runner import usable_device
-from training.ours import Step, dtype_for, random_model, under
+from training.ours import Step, dtype_for, on_one_device, random_model, under
 from training.peers import step_of
 from training.shapes import CASES, Case
 from training.timing import Row, measure, print_profile, settle
 
 _RUNS = (
-    "one x1", "dp=2 x2", "dp=2,zero=1 x2", "dp=2,zero=3 x2", "fsdp2 x2", "ddp x2", "tp=2 x1",
+    "single x1", "one x1", "dp=2 x2", "dp=2,zero=1 x2", "dp=2,zero=3 x2", "fsdp2 x2", "ddp x2", "tp=2 x1",
     "pp=2,schedule=zero_bubble x8", "pp=2,schedule=interleaved,virtual=2 x8",
 )  # fmt: skip
 
@@ -52,7 +53,10 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--case", choices=sorted(CASES), default="tiny", help="shape; its batch is a rank's")
     parser.add_argument(
-        "--runs", nargs="*", default=list(_RUNS), help="'LAYOUT xMICRO-BATCHES', one, fsdp2 or ddp"
+        "--runs",
+        nargs="*",
+        default=list(_RUNS),
+        help="'LAYOUT xMICRO-BATCHES'; single, one, fsdp2 or ddp for LAYOUT",
     )
     parser.add_argument("--profile", nargs="*", default=[], help="which are profiled as well")
     parser.add_argument("--rounds", type=int, default=5)
@@ -119,13 +123,17 @@ def _row(
 ) -> Row:
     name, _, count = text.partition(" x")
     number = int(count)
-    mine = world if name != "one" else 1  # a rank alone has its own share of the sequences
+    lonely = name in ("single", "one")  # a rank alone has its own share of the sequences
+    mine = 1 if lonely else world
     cut = replace(case, sequences=case.sequences * mine // number)
     planned = 0
     make: Callable[[], Step]
     if name in ("fsdp2", "ddp"):
         torch.use_deterministic_algorithms(False)
         make = partial(step_of, "fsdp2" if name == "fsdp2" else "ddp", case.config, case.length, device)
+    elif name == "single":
+        torch.use_deterministic_algorithms(device.type == "cuda")
+        make = partial(on_one_device, case, device)
     else:
         torch.use_deterministic_algorithms(device.type == "cuda")
         layout = Layout() if name == "one" else Layout.parse(name)
@@ -135,7 +143,7 @@ def _row(
         batch = Batch(number, cut.tokens, dtype_for(device).itemsize)
         planned = int(estimate(case.config, layout, batch, memory).total)
     flops = training_flops(case.config, [case.length] * case.sequences)
-    seed = dist.get_rank() if name == "one" else 0
+    seed = dist.get_rank() if lonely else 0
     row = measure(
         text, make, cut.micro_batches(number, seed), case.tokens, flops, peak, device, arguments.rounds,
         text in arguments.profile,

@@ -6,6 +6,7 @@ from collections import Counter
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.pipelining import schedules as oracle
@@ -13,6 +14,7 @@ from torch.distributed.pipelining import schedules as oracle
 from mainspring.errors import ConfigError
 from mainspring.parallel.layout import ScheduleName
 from mainspring.parallel.schedule import Action, Schedule, make_schedule, simulate
+from mainspring.parallel.tensor import WeightGradients
 from mainspring.parallel.timeline import draw_svg, draw_text
 
 _KINDS = {
@@ -136,3 +138,16 @@ def test_the_timeline_is_drawn_with_its_bubble() -> None:
     ]
     picture = ElementTree.fromstring(draw_svg(timeline))
     assert len(picture.findall("{http://www.w3.org/2000/svg}rect")) == 8
+
+
+def test_weight_gradients_that_waited_record_no_graph() -> None:
+    """Else each micro-batch's activations would live as long as the sum of the gradients."""
+    waiting = WeightGradients()
+    weight = torch.nn.Parameter(torch.randn(3, 2))
+    x, grad = torch.randn(4, 2, requires_grad=True), torch.randn(4, 3)
+    for _ in range(2):
+        waiting.put(weight, lambda: grad.t() @ x)
+        waiting.run(waiting.take())
+    assert weight.grad is not None
+    assert not weight.grad.requires_grad
+    torch.testing.assert_close(weight.grad, 2 * grad.t() @ x.detach())

@@ -116,6 +116,7 @@ class FlatUnit:
 
     # Gradients
 
+    @torch.no_grad()
     def collect(self, name: str) -> None:
         """Takes a parameter's gradient over and adds it to the unit's."""
         parameter = self.parameters[name]
