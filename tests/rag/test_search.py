@@ -200,7 +200,7 @@ def test_a_space_survives_toml_and_a_wrong_value_is_named(tmp_path: Path) -> Non
         "[retrieve]\nmethod = ['sparse']": "retrieve.method = 'sparse' must be one of",
         "[retrieve]\nmethod = 'bm25'": "retrieve.method must be a list of values",
         "[retrieve]\nalfa = [1.0]": "did you mean 'retrieve.alpha'",
-        "[index]\nsize = [100]": "'index' must be one of the tables",
+        "[index]\nsize = [100]": "give --folder",
         "": "has no setting",
         "[": "cannot be read",
     }.items():

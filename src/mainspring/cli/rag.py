@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,7 +27,10 @@ from rich.progress import (
 from mainspring.cli.rag_pictures import pictures
 
 if TYPE_CHECKING:
+    from mainspring.rag.chunking.chunk import Chunk
+    from mainspring.rag.generation.language_model import LanguageModel
     from mainspring.rag.index import IndexProgress
+    from mainspring.rag.search.questions import TuneQuestion
     from mainspring.rag.strategy import Strategy
 
 rag = typer.Typer(
@@ -246,13 +250,14 @@ def strategy(
 
 @rag.command()
 def tune(
-    questions: Annotated[
-        Path,
-        typer.Option(
-            help='JSON lines: {"question": ..., "evidence": ["a text of the passage"], "file": ...}'
-        ),
-    ],
     latency_p95: Annotated[str, typer.Option(help="What the p95 may be, without generation: 800ms or 1.5s.")],
+    questions: Annotated[
+        Path | None,
+        typer.Option(
+            help='JSON lines: {"question": ..., "evidence": ["a text of the passage"], "file": ...}. '
+            "Without it --model makes some from the documents."
+        ),
+    ] = None,
     directory: _Index = Path(_INDEX_NAME),
     strategy: Annotated[
         str, typer.Option(help="The present strategy: where to start, what to beat.")
@@ -269,6 +274,14 @@ def tune(
     model: Annotated[
         str | None, typer.Option(help="A language model: adds query forms and summaries by it.")
     ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="The indexed folder: ways of cutting and embedding join the space, an index each."),
+    ] = None,
+    answers: Annotated[
+        bool, typer.Option("--answers", help="Quality is the answer's F1 against the evidence (by --model).")
+    ] = False,
+    make: Annotated[int, typer.Option(min=40, help="How many questions are made without --questions.")] = 100,
     recipe: Annotated[Path, typer.Option(help="Where the strategy goes, as TOML.")] = Path("strategy.toml"),
     report: Annotated[Path, typer.Option(help="Where the evidence goes, as one HTML page.")] = Path(
         "tune.html"
@@ -280,7 +293,7 @@ def tune(
     is called better unless the interval of a paired bootstrap lies above zero. Run again, it goes on from what is kept.
     """
     from mainspring.formats.files import write_file
-    from mainspring.rag.assembly import open_evaluator, open_model
+    from mainspring.rag.assembly import open_evaluator, open_model, open_variants
     from mainspring.rag.search.questions import answerable, load_questions
     from mainspring.rag.search.report import report as page
     from mainspring.rag.search.space import changes, default_space, load_space
@@ -289,13 +302,22 @@ def tune(
     from mainspring.rag.strategy import to_toml
 
     settings = TuneSettings(_seconds(latency_p95), budget, beam, seed=seed)
-    asked, present = load_questions(questions), _loaded(strategy)
-    wanted = load_space(space) if space is not None else default_space(model is not None)
+    asked, present = load_questions(questions) if questions is not None else (), _loaded(strategy)
+    if space is not None:
+        wanted = load_space(space, with_index=folder is not None)
+    else:
+        wanted = default_space(model is not None, folder is not None, answers)
     with _loading():
         answering = open_model(model) if model is not None else None
-        evaluate = open_evaluator(directory, present, store=store, model=answering)
-    usable, left_out = answerable(asked, evaluate.chunks())
+        evaluate = (
+            open_variants(directory, folder, present, model=answering, answers=answers)
+            if folder is not None
+            else open_evaluator(directory, present, store=store, model=answering, answers=answers)
+        )
     console = Console(stderr=True)
+    if questions is None:
+        asked = _made_questions(evaluate.chunks(), answering, make, seed, directory, console)
+    usable, left_out = answerable(asked, evaluate.chunks())
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         tasks: dict[str, TaskID] = {}
@@ -306,7 +328,7 @@ def tune(
             progress.update(tasks[what], completed=done)
 
         result = search_strategies(evaluate, usable, wanted, present, settings, heard)
-    write_file(report.absolute(), page(result, len(left_out)).encode())
+    write_file(report.absolute(), page(result, len(left_out), answers).encode())
     write_file(recipe.absolute(), to_toml(result.recommended).encode())
     for name, held in result.held.items():
         typer.echo(f"{name:8}  quality {held.quality}  p95 {held.figures.p95 * 1000:.0f} ms")
@@ -316,6 +338,34 @@ def tune(
     typer.echo(f"  {changes(result.recommended, present)}")
     left = f"; {len(left_out)} questions left out, their evidence is in no passage" if left_out else ""
     typer.echo(f"{recipe} (for --strategy), {report}{left}")
+
+
+def _made_questions(
+    chunks: Iterator[Chunk],
+    model: LanguageModel | None,
+    count: int,
+    seed: int,
+    directory: Path,
+    console: Console,
+) -> tuple[TuneQuestion, ...]:
+    """Questions by the model, kept in the index. Raises ConfigError without a model."""
+    from mainspring.errors import ConfigError
+    from mainspring.formats.files import write_file
+    from mainspring.rag.ranking.cross_encoder import CrossEncoder
+    from mainspring.rag.search.made_questions import make_questions
+
+    if model is None:
+        raise ConfigError("give --questions FILE, or --model to make some from the documents")
+    columns = (TextColumn("Questions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=count)
+        heard = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+        made = make_questions(chunks, model, CrossEncoder(), count, seed, heard)
+    path = directory / "made_questions.jsonl"
+    rows = [{"question": q.text, "evidence": list(q.evidence), "file": q.file} for q in made]
+    write_file(path.absolute(), "".join(json.dumps(row) + "\n" for row in rows).encode())
+    typer.echo(f"{len(made)} questions made, in {path}: look at them, and give them with --questions")
+    return made
 
 
 @rag.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from mainspring.rag.embedding.models import load_embedder
 from mainspring.rag.generation.extraction import Bm25Extraction, EmbeddingExtraction, Summariser
 from mainspring.rag.generation.language_model import EndpointModel, InProcessModel, LanguageModel, TokenScorer
 from mainspring.rag.generation.pruning import Abstraction, LongLlmLingua, SelectiveContext
+from mainspring.rag.generation.reading import ExtractiveReader, GenerativeReader, Reader
 from mainspring.rag.index import DocumentIndex, read_manifest
 from mainspring.rag.pipeline import Parts, Pipeline
 from mainspring.rag.ranking.cross_encoder import CrossEncoder
@@ -24,9 +26,10 @@ from mainspring.rag.retrieval.sentence_vectors import SentenceVectors
 from mainspring.rag.search.cached_parts import Recorder
 from mainspring.rag.search.evaluator import PipelineEvaluator
 from mainspring.rag.search.stage_cache import StageCache
+from mainspring.rag.search.variants import VariantEvaluator
 from mainspring.rag.stores.lance import LanceStore
 from mainspring.rag.stores.store import VectorStore
-from mainspring.rag.strategy import RerankStep, Strategy
+from mainspring.rag.strategy import IndexStep, RerankStep, Strategy
 
 RECOMP_LEAST = 0.2  # cosine under which a sentence helps nothing (all-MiniLM-L6-v2; chosen by hand)
 _NEED_MODEL = ("selective-context", "longllmlingua", "abstractive")
@@ -105,8 +108,17 @@ def open_evaluator(
     store: str | None = None,
     embedder: Embedder | None = None,
     model: LanguageModel | None = None,
+    answers: bool = False,
+    cache: Path | None = None,
 ) -> PipelineEvaluator:
-    """What runs strategies on questions over an index; results are kept in its directory. Raises as `open_pipeline`."""
+    """What runs strategies on questions over an index; results are kept in its directory, or in `cache`.
+
+    With `answers` quality is that of the answer, by the model or, without one, by the best sentence. Raises as
+    `open_pipeline`.
+    """
+    reader: Reader | None = None
+    if answers:
+        reader = GenerativeReader(model) if model is not None else ExtractiveReader(CrossEncoder())
     plain = dataclasses.replace(strategy, rerank=RerankStep("none"))
     parts = open_pipeline(
         directory, plain, store=store, embedder=embedder, model=model, citations=False
@@ -122,10 +134,39 @@ def open_evaluator(
 
     return PipelineEvaluator(
         dataclasses.replace(parts, summariser=None),
-        Recorder(StageCache(directory / "tune")),
+        Recorder(StageCache(cache or directory / "tune")),
         reranker,
         lambda wanted: make_summariser(wanted, parts.embedder, model),
+        reader,
     )
+
+
+def open_variants(
+    directory: Path,
+    folder: Path,
+    strategy: Strategy,
+    *,
+    model: LanguageModel | None = None,
+    answers: bool = False,
+) -> VariantEvaluator:
+    """As `open_evaluator`, for strategies that cut or embed in other ways too.
+
+    Their indexes of the folder are made under `tune/indexes` when they are first tried, and brought up to date.
+    """
+
+    def open_one(step: IndexStep) -> PipelineEvaluator:
+        address = hashlib.sha256(repr(step).encode()).hexdigest()[:16]
+        place = directory if step == strategy.index else directory / "tune" / "indexes" / address
+        wanted = dataclasses.replace(strategy, index=step)
+        opened = open_index(place, wanted)
+        opened.update(folder)
+        if (sentences := make_sentences(wanted, place, opened.embedder)) is not None:
+            sentences.prepare([chunk.text for chunk in opened.store.scan()])
+        return open_evaluator(
+            place, wanted, embedder=opened.embedder, model=model, answers=answers, cache=directory / "tune"
+        )
+
+    return VariantEvaluator(strategy.index, open_one)
 
 
 def make_sentences(strategy: Strategy, directory: Path, embedder: Embedder) -> SentenceVectors | None:

@@ -1,4 +1,4 @@
-"""How good a ranking and an answer are: MRR, recall, nDCG; exact match, F1. One value a question, for the bootstrap."""
+"""How good a ranking and an answer are: MRR, recall, nDCG; exact match, F1, faithfulness. One value a question."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 import string
 from collections import Counter
 from collections.abc import Collection, Sequence
+
+from mainspring.rag.retrieval.terms import terms
 
 
 def reciprocal_rank(ranked: Sequence[int], relevant: Collection[int], k: int = 10) -> float:
@@ -50,6 +52,16 @@ def token_f1(answer: str, accepted: Sequence[str]) -> float:
     return max(
         (_f1(normalise_answer(answer).split(), normalise_answer(t).split()) for t in accepted), default=0.0
     )
+
+
+def faithfulness(answer: str, passages: Sequence[str]) -> float:
+    """The share of the answer's words of content (stems) that stand in a passage; 1 for an answer without any.
+
+    Deterministic, and only an upper bound of what is supported: words may be put together wrongly.
+    """
+    said = set(terms(answer))
+    read = {term for passage in passages for term in terms(passage)}
+    return len(said & read) / len(said) if said else 1.0
 
 
 def _f1(given: Sequence[str], wanted: Sequence[str]) -> float:

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 from mainspring.rag.chunking.chunk import Chunk
+from mainspring.rag.evaluation.measures import token_f1
 from mainspring.rag.generation.extraction import Summariser
+from mainspring.rag.generation.reading import Reader
 from mainspring.rag.pipeline import Parts, Passage, Pipeline
 from mainspring.rag.ranking.reranker import Reranker
 from mainspring.rag.search.cached_parts import (
@@ -30,9 +32,10 @@ _WARM = "a first call is slower than the others"
 class PipelineEvaluator:
     """Implements `Evaluate`: how well, how fast and at which cost a strategy brings a question's evidence.
 
-    Quality is the reciprocal rank of the first passage whose text holds the evidence as the generator would read it
-    (cut or shortened by the strategy), 0 if there is none. Cost counts characters that models read: queries, passages
-    for a reranker, what is summarised, and the context itself. The answer's generation is neither run nor timed.
+    With a reader quality is the F1 of its answer's words against the evidence. Without one it is the reciprocal rank of
+    the first passage whose text holds the evidence as the generator would read it (cut or shortened by the strategy),
+    0 if there is none. Cost counts characters that models read: queries, passages for a reranker, what is summarised,
+    and the context itself. The answer's generation is not timed.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class PipelineEvaluator:
         recorder: Recorder,
         make_reranker: Callable[[Strategy], Reranker | None],
         make_summariser: Callable[[Strategy], Summariser | None],
+        reader: Reader | None = None,
     ) -> None:
         """`parts` without reranker and summariser; these are made when a strategy first names them."""
         corpus = corpus_address(parts.store.scan())
@@ -57,6 +61,8 @@ class PipelineEvaluator:
         self._recorder = recorder
         self._make_reranker = make_reranker
         self._make_summariser = make_summariser
+        self._reader = reader
+        self._reader_name = f"{type(reader).__name__} {self._model_name()}"
         self._rerankers: dict[str, Reranker | None] = {"none": None}
         self._summarisers: dict[str, Summariser | None] = {"none": None}
         vector = parts.embedder.embed_queries([_WARM])[0]
@@ -80,6 +86,9 @@ class PipelineEvaluator:
             return found, *pipeline.context(question.text, found)
 
         (found, texts, passages), seconds, read = self._recorder.measure(run)
+        cost = float(read + sum(map(len, texts)))
+        if self._reader is not None:
+            return Outcome(self._answered(strategy, question, texts, passages), seconds, cost)
         holding = {
             passage.chunk.id
             for text, passage in zip(texts, passages, strict=True)
@@ -87,7 +96,20 @@ class PipelineEvaluator:
         }
         ranks = (1 / rank for rank, passage in enumerate(found, 1) if passage.chunk.id in holding)
         quality = next(ranks, 0.0)
-        return Outcome(quality, seconds, float(read + sum(map(len, texts))))
+        return Outcome(quality, seconds, cost)
+
+    def _answered(
+        self, strategy: Strategy, question: TuneQuestion, texts: list[str], passages: list[Passage]
+    ) -> float:
+        """The F1 of the reader's answer."""
+        assert self._reader is not None  # asked only with one
+        read, limit = self._reader.read, strategy.answer.max_tokens
+        sources = [f"{p.chunk.file}, {p.chunk.place}" for p in passages]
+        inputs = [self._reader_name, question.text, texts, sources, limit]
+        answer: str = self._recorder.call(
+            "answer", inputs, lambda: read(question.text, texts, sources, limit)
+        )
+        return token_f1(answer, question.evidence)
 
     def _reranker(self, strategy: Strategy) -> Reranker | None:
         method = strategy.rerank.method

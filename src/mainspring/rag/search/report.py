@@ -31,8 +31,14 @@ line.better, line.worse, line.open { stroke-width: 3 } .better { stroke: #1d7a3e
 """
 
 
-def report(result: TuneResult, left_out: int = 0) -> str:
-    """The page. `left_out`: questions whose evidence is nowhere in the index."""
+_QUALITY = {
+    False: "the reciprocal rank of the first passage that holds the question's evidence as the generator would read it",
+    True: "the F1 of the answer's words against the question's evidence",
+}
+
+
+def report(result: TuneResult, left_out: int = 0, answers: bool = False) -> str:
+    """The page. `left_out`: questions whose evidence is nowhere in the index; `answers`: what quality was."""
     held = len(result.held["present"].outcomes)
     limit = result.settings.limit * 1000
     left = f"; {left_out} more were left out, their evidence is in no passage" if left_out else ""
@@ -64,10 +70,9 @@ def report(result: TuneResult, left_out: int = 0) -> str:
         "<h2>The space</h2>",
         f"<pre>{escape(result.space.toml())}</pre>",
         "<h2>How it was measured</h2>",
-        "<p>Quality: the reciprocal rank of the first passage that holds the question's evidence as the generator "
-        "would read it. Latency: from the question to the context, generation not included; each part is timed when "
-        "its result is first made, one question at a time, on this machine. Cost: characters that models read for a "
-        "question. The way documents are cut and embedded is the index's own.</p>",
+        f"<p>Quality: {_QUALITY[answers]}. Latency: from the question to the context, generation not included; each "
+        "part is timed when its result is first made, one question at a time, on this machine. Cost: characters that "
+        "models read for a question. Ways of cutting and embedding that the space does not name are the index's.</p>",
     ]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Strategy search</title>'

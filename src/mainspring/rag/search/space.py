@@ -14,7 +14,7 @@ from mainspring.errors import RecipeError
 from mainspring.rag.strategy import Strategy, parse_strategy, to_toml, toml_literal
 
 Value = bool | int | float | str
-_STEPS = ("retrieve", "rerank", "context")  # what can change without indexing anew and shows in what is found
+_STEPS = ("index", "retrieve", "rerank", "context", "answer")
 _MOST = 100_000  # strategies that are drawn of a larger space
 
 
@@ -74,7 +74,13 @@ class Space:
 def canonical(strategy: Strategy) -> Strategy:
     """Settings that others leave without effect at their defaults: what behaves alike is one value."""
     usual = Strategy()
-    retrieve, rerank, context = strategy.retrieve, strategy.rerank, strategy.context
+    index, retrieve, rerank, context = strategy.index, strategy.retrieve, strategy.rerank, strategy.context
+    if index.chunking != "small-to-big":
+        index = dataclasses.replace(index, big_size=usual.index.big_size)
+    if index.chunking != "sliding-window":
+        index = dataclasses.replace(index, window=usual.index.window)
+    if index.chunking not in ("sentences", "tokens"):
+        index = dataclasses.replace(index, overlap=usual.index.overlap)
     if retrieve.method != "hybrid":
         retrieve = dataclasses.replace(retrieve, fusion=usual.retrieve.fusion)
     if retrieve.method != "hybrid" or retrieve.fusion == "reciprocal-rank":
@@ -83,15 +89,30 @@ def canonical(strategy: Strategy) -> Strategy:
         rerank = dataclasses.replace(usual.rerank, method="none")
     if context.summary == "none":
         context = dataclasses.replace(context, ratio=usual.context.ratio)
-    return dataclasses.replace(strategy, retrieve=retrieve, rerank=rerank, context=context)
+    return dataclasses.replace(strategy, index=index, retrieve=retrieve, rerank=rerank, context=context)
 
 
-def default_space(with_model: bool = False) -> Space:
-    """What is searched where the user names no space; forms of the query and summaries by a model if there is one."""
+def default_space(with_model: bool = False, with_index: bool = False, with_answers: bool = False) -> Space:
+    """What is searched where the user names no space.
+
+    Forms of the query and summaries by a model if there is one; ways of cutting and embedding if indexes may be made;
+    the order of passages and the answer's length if answers are what counts.
+    """
     forms: tuple[Value, ...] = ("original", "rewrite", "decompose", "hyde", "hyde-with-query")
     summaries: tuple[Value, ...] = ("none", "extractive-bm25", "extractive-embedding", "recomp")
+    cutting = (
+        Choice("index.chunking", ("sentences", "small-to-big", "sliding-window")),
+        Choice("index.size", (100, 200)),
+        Choice("index.headers", (True, False)),
+        Choice("index.embedder", ("all-minilm-l6-v2", "bge-small-en-v1.5")),
+    )
+    answering = (
+        Choice("context.order", ("forward", "reverse", "sides")),
+        Choice("answer.max_tokens", (32, 64)),
+    )
     return Space(
         (
+            *(cutting if with_index else ()),
             *((Choice("retrieve.query", forms),) if with_model else ()),
             Choice("retrieve.method", ("hybrid", "bm25", "dense")),
             Choice("retrieve.fusion", ("weighted", "reciprocal-rank")),
@@ -103,18 +124,26 @@ def default_space(with_model: bool = False) -> Space:
             Choice("context.passages", (3, 5, 10)),
             Choice("context.summary", (*summaries, "abstractive") if with_model else summaries),
             Choice("context.ratio", (0.3, 0.5, 0.8)),
+            *(answering if with_answers else ()),
         )
     )
 
 
-def load_space(path: Path) -> Space:
-    """A TOML file like a strategy's, with a list of values for each setting. Raises RecipeError that names the key."""
+def load_space(path: Path, with_index: bool = False) -> Space:
+    """A TOML file like a strategy's, with a list of values for each setting.
+
+    Raises RecipeError that names the key, also for a table `index` where no index may be made.
+    """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"the space {path} cannot be read: {error}") from error
     choices: list[Choice] = []
     for step in sorted(table, key=lambda name: _STEPS.index(name) if name in _STEPS else len(_STEPS)):
+        if step == "index" and not with_index:
+            raise RecipeError(
+                f"{path}: to search over the table 'index' give --folder, so that indexes can be made"
+            )
         if step not in _STEPS or not isinstance(table[step], dict):
             raise RecipeError(f"{path}: {step!r} must be one of the tables {', '.join(_STEPS)}")
         for name, values in table[step].items():

@@ -1,0 +1,87 @@
+"""Questions made from the corpus by the model, where the user has none: each about one sentence, which is its evidence.
+
+What a small model writes is checked: a question that the reranker does not connect with its sentence is dropped, and
+so is one that repeats it (round-trip consistency, after arXiv 1906.05416).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+
+from mainspring.errors import DocumentError
+from mainspring.rag.chunking.chunk import Chunk
+from mainspring.rag.chunking.sentences import sentences
+from mainspring.rag.generation.language_model import LanguageModel, Message, complete
+from mainspring.rag.generation.prompts import neutral
+from mainspring.rag.ranking.reranker import Reranker
+from mainspring.rag.retrieval.terms import terms
+from mainspring.rag.search.questions import TuneQuestion
+
+_QUESTION_TOKENS = 40
+_WORDS = range(8, 40)  # of a sentence that is worth a question
+_MOST_SHARED = 0.8  # of the sentence's terms in the question: more repeats it
+_LEAST_SCORE = 0.0  # the reranker's
+_TRIES = 6  # sentences that are tried for one question
+
+
+def make_questions(
+    chunks: Iterable[Chunk],
+    model: LanguageModel,
+    reranker: Reranker,
+    count: int,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[TuneQuestion, ...]:
+    """At most `count` questions about sentences drawn by `seed`; `progress` hears (questions made, of how many).
+
+    Raises DocumentError if no sentence is long enough, RetrievalError if the model fails.
+    """
+    candidates = [(c.file, s) for c in chunks for s in sentences(c.text) if _worth_asking(s)]
+    if not candidates:
+        raise DocumentError("the documents have no sentence of 8 to 40 words that a question could be about")
+    candidates = list(dict.fromkeys(candidates))
+    random.Random(seed).shuffle(candidates)
+    found: dict[str, TuneQuestion] = {}
+    for file, sentence in candidates[: _TRIES * count]:
+        question = _asked(model, sentence)
+        if question is None or question in found:
+            continue
+        if float(reranker.scores(question, [sentence])[0]) > _LEAST_SCORE:
+            found[question] = TuneQuestion(question, (sentence,), file)
+            progress(len(found), count)
+        if len(found) == count:
+            break
+    return tuple(found.values())
+
+
+def _worth_asking(sentence: str) -> bool:
+    words = sentence.split()
+    letters = sum(character.isalpha() or character.isspace() for character in sentence)
+    return len(words) in _WORDS and sentence[-1] in ".!" and letters > 0.85 * len(sentence)
+
+
+def _asked(model: LanguageModel, sentence: str) -> str | None:
+    """The model's question about a sentence; None if it is none, or repeats the sentence."""
+    text = complete(model, _prompt(sentence), _QUESTION_TOKENS).strip()
+    question = (
+        text[: text.find("?") + 1].splitlines()[-1].strip().removeprefix("Question:").strip()
+        if "?" in text
+        else ""
+    )
+    wanted = set(terms(sentence))
+    asked = set(terms(question))
+    if len(asked) < 2 or len(asked & wanted) > _MOST_SHARED * len(wanted):
+        return None
+    return question
+
+
+def _prompt(sentence: str) -> list[Message]:
+    shown = (
+        ("The Nile flows north into the Mediterranean Sea.", "Into which sea does the Nile flow?"),
+        ("A lock must be released by the thread that acquired it.", "Which thread has to release a lock?"),
+    )
+    turns = [Message("system", "You write one short question that the given sentence answers.")]
+    for text, question in shown:
+        turns += [Message("user", f"Sentence: {text}"), Message("assistant", question)]
+    return [*turns, Message("user", f"Sentence: {neutral(sentence)}")]
