@@ -18,6 +18,8 @@ from mainspring.parallel.mesh import Mesh
 from mainspring.parallel.parallelize import parallelize
 from mainspring.parallel.streaming import stream_weights, weights_checksum
 from mainspring.parallel.units import Units
+from mainspring.rl.samples import Sample
+from mainspring.rl.sft import SftSettings, sft
 from mainspring.train.rank_optimizer import RankOptimizer
 from mainspring.train.recipe import OptimizerSection
 from mainspring.train.verify import gradient_errors
@@ -108,6 +110,26 @@ def streamed(directory: str, layout: str) -> tuple[str, dict[str, str], int]:
         found[name] = f"{tuple(tensor.shape)} {hashlib.sha256(data).hexdigest()}"
         most = max(most, len(data))
     return weights_checksum(units), found, most
+
+
+def samples_of(config: ModelConfig) -> list[Sample]:
+    """The sequences of more than one token; all but their first third is written."""
+    given = [s for s in sequences(config) if len(s) > 1]
+    return [Sample(tuple(s), tuple(i > len(s) // 3 for i in range(len(s)))) for s in given]
+
+
+def tuned_by_sft(directory: str, layout: str) -> tuple[list[float], list[float]]:
+    """(losses, gradient norms) of two steps of supervised fine-tuning: the loop of one device, on every rank."""
+    units = units_of(directory, layout, torch.float32, "lockstep")
+    settings = SftSettings(prompts_per_step=6, tokens_per_microbatch=40, max_steps=2)
+    loop = sft(
+        units.model,  # type: ignore[arg-type]  # has what the loop asks of a Decoder
+        RankOptimizer(units, OptimizerSection(lr=0.01)),  # type: ignore[arg-type]
+        samples_of(units.model.config),
+        settings,
+    )
+    metrics = list(loop)
+    return [m.loss for m in metrics], [m.grad_norm for m in metrics]
 
 
 def fine_tuned(directory: str, layout: str, steps: int) -> tuple[list[float], dict[str, Any]]:

@@ -19,13 +19,14 @@ from mainspring.parallel.experts import Balance
 from mainspring.parallel.layout import Layout
 from mainspring.parallel.mesh import Mesh
 from mainspring.parallel.parallelize import parallelize
+from mainspring.rl.sft import SftSettings, sft
 from mainspring.train.optimizer import Optimizer
 from mainspring.train.recipe import OptimizerSection
 from mainspring.train.verify import VerifySettings, write_gradients
 from parallel.conftest import Reference
 from parallel.models import tiny
 from parallel.pool import Pool
-from parallel.scoring import TEMPERATURE, loss_of, sequences
+from parallel.scoring import TEMPERATURE, loss_of, samples_of, sequences
 
 SETTINGS = VerifySettings(steps=2)
 
@@ -91,6 +92,19 @@ def test_a_loop_of_its_own_losses_moves_the_weights_as_on_one_device(
             wanted = expected[name].detach().numpy()
             # AdamW's first steps are signs, which roundings turn where a gradient is nearly 0: so in norm.
             assert np.linalg.norm(tensor - wanted) < 0.01 * np.linalg.norm(wanted - before[name]), name
+
+
+def test_a_loop_of_post_training_runs_as_it_is_under_tensor_parallelism(
+    pool: Pool, reference: Callable[..., Reference]
+) -> None:
+    directory = str(reference("tied", SETTINGS).directory)
+    model = load_model(directory, dtype="float32").train()
+    settings = SftSettings(prompts_per_step=6, tokens_per_microbatch=40, max_steps=2)
+    optimizer = Optimizer(model, OptimizerSection(lr=0.01))
+    expected = list(sft(model, optimizer, samples_of(model.config), settings))
+    for losses, norms in pool.run("scoring:tuned_by_sft", 2, directory, "tp=2"):
+        assert losses == pytest.approx([m.loss for m in expected], rel=1e-5)
+        assert norms == pytest.approx([m.grad_norm for m in expected], rel=1e-4)
 
 
 @pytest.mark.parametrize("case", ["tied:tp=2", "biased:tp=4", "dense:tp=2,sequence_parallel=false"])

@@ -133,14 +133,23 @@ class Decoder(nn.Module):
         ends = torch.cumsum(torch.tensor(lengths, device=self.device), 0) - 1
         predicts = torch.ones_like(tokens, dtype=torch.bool)
         predicts[ends] = False  # a sequence's last token predicts nothing
-        log_p = ops.linear_log_probs(
-            hidden[predicts],
-            self.output_matrix,
-            tokens.roll(-1)[predicts],
-            temperature,
-            policy=self.policy,
-        )
+        log_p = self.token_log_probs(hidden[predicts], tokens.roll(-1)[predicts], temperature)
         return list(log_p.split([n - 1 for n in lengths]))
+
+    def token_log_probs(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+        """hidden: [M, H], rows of what `forward` gave; targets: [M] -> log p(target) [M] float32, differentiable."""
+        return ops.linear_log_probs(hidden, self.output_matrix, targets, temperature, policy=self.policy)
+
+    def token_log_probs_and_entropy(
+        self, hidden: Tensor, targets: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """(`token_log_probs` to the same bits, entropies in nats [M] float32), both differentiable.
+
+        Raises UnsupportedModelError for quantised weights.
+        """
+        return ops.linear_log_probs_and_entropy(
+            hidden, self.output_weight, targets, temperature, policy=self.policy
+        )
 
     def hf_tensors(self) -> dict[str, Tensor]:
         """Hugging Face name -> view of our parameter; tied output embeddings appear once."""

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mainspring import ops
 from mainspring.errors import ConfigError
 from mainspring.model.decoder import Decoder
 from mainspring.ops import TokenBatch
@@ -109,8 +108,7 @@ def written_log_probs(
     In lockstep these are to the bit what an engine of that `logprobs_temperature` reports for such tokens.
     """
     hidden, targets, counts = _before_written(model, samples)
-    log_p = ops.linear_log_probs(hidden, model.output_weight, targets, temperature, policy=model.policy)
-    return log_p, counts
+    return model.token_log_probs(hidden, targets, temperature), counts
 
 
 def written_log_probs_and_entropy(
@@ -118,10 +116,7 @@ def written_log_probs_and_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(`written_log_probs`' log p to the same bits, entropies [W] float32 in nats, counts [N]), differentiable."""
     hidden, targets, counts = _before_written(model, samples)
-    log_p, entropy = ops.linear_log_probs_and_entropy(
-        hidden, model.output_weight, targets, temperature, policy=model.policy
-    )
-    return log_p, entropy, counts
+    return *model.token_log_probs_and_entropy(hidden, targets, temperature), counts
 
 
 def _before_written(model: Decoder, samples: Sequence[Sample]) -> tuple[Tensor, Tensor, Tensor]:
