@@ -61,19 +61,22 @@ def verify_with_fault(
 
 def verify_and_count_overlaps(
     directory: str, layout: str, settings: VerifySettings, gradients: str
-) -> tuple[Run, dict[str, float], int]:
-    """However short the products are; also how many ran beside their gather."""
-    count = 0
-    whole = tensor.gathered_product
+) -> tuple[Run, dict[str, float], dict[str, int]]:
+    """However short the products are; also how many ran beside their gather, and beside their sum."""
+    counts = {"gathered_product": 0, "summed_product": 0}
 
-    def counting(*arguments: Any) -> Any:
-        nonlocal count
-        count += 1
-        return whole(*arguments)
+    def counting(name: str) -> Any:
+        whole = getattr(tensor, name)
 
-    with patch.object(tensor, "OVERLAP_ROWS", 0), patch.object(tensor, "gathered_product", counting):
+        def run(*arguments: Any) -> Any:
+            counts[name] += 1
+            return whole(*arguments)
+
+        return patch.object(tensor, name, run)
+
+    with patch.object(tensor, "OVERLAP_ROWS", 0), counting("gathered_product"), counting("summed_product"):
         run, errors = verify(directory, layout, settings, gradients)
-    return run, errors, count
+    return run, errors, counts
 
 
 def verify_and_count_empty(

@@ -142,7 +142,7 @@ def test_bfloat16_keeps_float32_masters_under_a_layout(
 @pytest.mark.parametrize(
     "case", ["biased:tp=2", "tied:tp=2,pp=2,recompute=full", "moe:tp=2,cp=2", "biased:tp=4"]
 )
-def test_products_that_run_beside_their_gather_equal_one_device(
+def test_products_that_run_beside_their_gather_or_sum_equal_one_device(
     pool: Pool, reference: Callable[..., Reference], case: str
 ) -> None:
     kind, _, layout = case.partition(":")
@@ -151,6 +151,6 @@ def test_products_that_run_beside_their_gather_equal_one_device(
         "jobs:verify_and_count_overlaps", Layout.parse(layout).world,
         str(known.directory), layout, DOUBLE, str(known.gradients),
     )  # fmt: skip
-    for run, errors, count in results:
+    for run, errors, counts in results:
         assert not judge(known.run, run, errors, DOUBLE).problems
-        assert count > 0
+        assert min(counts.values()) > 0

@@ -4,8 +4,8 @@ Megatron-LM (Shoeybi et al., arXiv 1909.08053), with its sequence parallelism (K
 between the layers each rank holds a slice of the tokens, which a column-parallel layer gathers and the row-parallel
 one after it sums and cuts again. Communication runs beside the product that does not need it.
 
-    forward    column: gather x beside y = x Wᵀ of the        row: partial = x Wᵀ, sum the rows
-               own rows, then of the others'
+    forward    column: gather x beside y = x Wᵀ of the        row: partial = x Wᵀ by pieces of rows, each summed
+               own rows, then of the others'                  over the ranks beside the next one's product
     backward   column: gather x beside dx = g W,              row: gather g beside dx = g W of the
                then dW = gᵀ x beside the sum of dx            own rows, then of the others'; dW = gᵀ x
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,9 +25,11 @@ from mainspring.model.layers import Linear
 from mainspring.ops import Policy
 from mainspring.ops.precision import accumulator
 from mainspring.parallel.collectives import (
+    Pending,
     gather_rows,
     gather_terms,
     in_order,
+    pass_on,
     start_all_reduce,
     start_gather_rows,
     start_sum_rows,
@@ -34,7 +37,7 @@ from mainspring.parallel.collectives import (
 from mainspring.parallel.mesh import Group, even_bounds
 
 OVERLAP_ROWS = 1024
-"""Own rows from which a gather runs beside their product: smaller products are too short to be cut in three."""
+"""Rows of a rank from which communication runs beside products of pieces: smaller ones are too short to be cut."""
 
 
 @dataclass
@@ -223,6 +226,31 @@ def gathered_product(
     return out, whole
 
 
+def summed_product(x: Tensor, matrix: Tensor, tp: TensorParallel) -> Tensor:
+    """This rank's rows of the sum of the ranks' x M, piece by piece around a ring, each passed on beside the next's
+    product.
+
+    x: [tp.tokens, in / tp], matrix: [in / tp, out] -> [the rank's piece, out]. A rank begins with the piece of the one
+    before it, adds what comes to the next piece, and ends with its own. Each sum has an order of its own, the same
+    every time, and is rounded on its way as a backend's would be: for fast numerics. Without a gradient.
+    """
+    group = tp.group
+    bounds = even_bounds(tp.tokens, group.size)
+    pieces = [slice(a, b) for a, b in pairwise(bounds)]
+    coming: tuple[Pending, Pending] | None = None
+    for step in range(group.size):
+        number = (group.rank - step - 1) % group.size
+        total = x[pieces[number]] @ matrix
+        if coming is not None:
+            received, sent = coming
+            total += received.wait()
+            sent.wait()
+        if step < group.size - 1:  # the rank before has just computed the piece that comes next here
+            following = pieces[(number - 1) % group.size]
+            coming = pass_on(total, total.new_empty(following.stop - following.start, total.shape[1]), group)
+    return total
+
+
 def _product_into(out: Tensor, x: Tensor, matrix: Tensor, bias: Tensor | None) -> None:
     if bias is None:
         torch.mm(x, matrix, out=out)
@@ -244,9 +272,12 @@ def row_product(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParall
             else gather_terms(partial, tp.group)
         )
         return ops.join_tp_partials(terms, bias, x.dtype)
-    wide = accumulator(x.dtype) if tp.ordered else x.dtype
-    partial = ops.linear(x, weight, None, out_dtype=wide, policy=tp.policy)
-    total = start_sum(partial, tp)()
+    if tp.sliced and not tp.ordered and x.shape[0] >= OVERLAP_ROWS * size:
+        total = summed_product(x, weight.t(), tp)
+    else:
+        wide = accumulator(x.dtype) if tp.ordered else x.dtype
+        partial = ops.linear(x, weight, None, out_dtype=wide, policy=tp.policy)
+        total = start_sum(partial, tp)()
     return (total if bias is None else total + bias.to(total.dtype)).to(x.dtype)
 
 
