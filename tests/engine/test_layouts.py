@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -13,10 +14,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engine.test_core import Job, Result, assert_bitwise_the_trainers, run
 from mainspring.engine.config import EngineConfig
 from mainspring.engine.core import EngineCore
+from mainspring.engine.ranks.cutting import cut_batch, piece_bounds
 from mainspring.engine.ranks.layout import serving_layout
 from mainspring.engine.ranks.lead import LeadModel
 from mainspring.engine.sampling_params import SamplingParams
@@ -25,6 +29,7 @@ from mainspring.engine.weights import weights_checksum
 from mainspring.errors import CheckpointError, ConfigError, EngineDeadError
 from mainspring.model.checkpoint import load_model, read_tensors, save_model
 from mainspring.model.initialise import create_model
+from mainspring.ops import KVCache, TokenBatch
 from parallel.models import tiny
 from parallel.pool import Pool
 
@@ -71,10 +76,10 @@ ARRIVALS = [0, 0, 1, 2, 2, 5, 9]
 
 
 @contextmanager
-def led(directory: Path, **degrees: int | bool) -> Iterator[LeadModel]:
+def led(directory: Path, piece_tokens: int | None = None, **degrees: int | bool) -> Iterator[LeadModel]:
     layout = serving_layout(None, **degrees)  # type: ignore[arg-type]
     assert layout is not None
-    model = LeadModel(directory, layout)
+    model = LeadModel(directory, layout, piece_tokens=piece_tokens)
     pids = model.worker_pids
     try:
         yield model
@@ -83,9 +88,11 @@ def led(directory: Path, **degrees: int | bool) -> Iterator[LeadModel]:
         assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
-def served(directory: Path, config: EngineConfig, **degrees: int | bool) -> list[Result]:
+def served(
+    directory: Path, config: EngineConfig, piece_tokens: int | None = None, **degrees: int | bool
+) -> list[Result]:
     """Of all jobs; where every rank has all layers, the bits of the model's own scores."""
-    with led(directory, **degrees) as model:
+    with led(directory, piece_tokens, **degrees) as model:
         results = run(EngineCore(model, config), jobs(), ARRIVALS)
         if model.layout.pp == 1:
             for result in results:
@@ -112,9 +119,9 @@ def test_log_probabilities_over_four_ranks_are_bitwise_those_of_one(
 
 
 @pytest.mark.slow  # two stages serve in tests/engine/server/test_layouts.py
-@pytest.mark.parametrize("pp", [2, 3])
-def test_stages_give_one_devices_bits(dense: Path, pp: int) -> None:
-    results = served(dense, TIGHT, pp=pp)
+@pytest.mark.parametrize(("pp", "piece_tokens"), [(2, None), (2, 1), (3, 2)])
+def test_stages_give_one_devices_bits(dense: Path, pp: int, piece_tokens: int | None) -> None:
+    results = served(dense, TIGHT, piece_tokens, pp=pp)
     trainer = load_model(dense)
     assert results == run(EngineCore(trainer, TIGHT), jobs(), ARRIVALS)
     for result in results:
@@ -185,6 +192,35 @@ def test_log_probabilities_are_bitwise_those_of_a_trainer_under_a_layout(
     for result, values in zip(results, expected, strict=True):
         got = [entry.logprobs[0] for entry in result.logprobs]
         assert got == values[len(result.prompt) - 1 :]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    known=st.lists(st.integers(0, 20), min_size=5, max_size=5),
+    stages=st.integers(1, 4),
+    least=st.integers(1, 8),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_pieces_of_a_step_are_the_step(
+    lengths: list[int], known: list[int], stages: int, least: int
+) -> None:
+    cache = KVCache.allocate(1, 41, 4, 1, 8, torch.float32, "cpu")
+    contexts = [have + new for have, new in zip(known, lengths, strict=False)]
+    tables = [[1 + 8 * s + b for b in range(8)] for s in range(len(lengths))]
+    whole = TokenBatch.paged(lengths, contexts, tables, cache)
+    bounds = piece_bounds(sum(lengths), stages, least)
+    seen: list[tuple[int, int]] = []  # position and slot of each token
+    for begin, end in itertools.pairwise(bounds):
+        piece = cut_batch(whole, begin, end)
+        assert piece.num_tokens == end - begin >= min(least, sum(lengths))
+        assert sum(piece.lengths) == piece.num_tokens
+        assert piece.cu_seqlens.tolist() == list(itertools.accumulate(piece.lengths, initial=0))
+        assert piece.context_lens.tolist() == list(piece.contexts)
+        again = TokenBatch.paged(piece.lengths, piece.contexts, piece.block_tables.tolist(), cache)
+        assert torch.equal(again.positions, piece.positions)
+        assert torch.equal(again.slots, piece.slots)
+        seen += zip(piece.positions.tolist(), piece.slots.tolist(), strict=True)
+    assert seen == list(zip(whole.positions.tolist(), whole.slots.tolist(), strict=True))
 
 
 def test_layouts_that_cannot_be_served_are_refused_before_anything_starts(dense: Path) -> None:

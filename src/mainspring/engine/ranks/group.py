@@ -207,6 +207,11 @@ def _refuse_other_groups(world: int) -> None:
         raise ConfigError(
             f"the layout needs {world} ranks, but torchrun has started {started}; say --nproc-per-node {world}"
         )
+    if started > 1 and int(os.environ["RANK"]) > 0:
+        raise ConfigError(
+            f"this is torchrun's rank {os.environ['RANK']}, but rank 0 builds the engine; here call "
+            'mainspring.engine.ranks.worker.work("cuda" or "cpu")'
+        )
 
 
 def _file_store(path: Path, world: int) -> Any:

@@ -41,11 +41,13 @@ class LeadModel(nn.Module):
         dtype: str | None = None,
         numerics: Numerics = "lockstep",
         num_threads: int | None = None,
+        piece_tokens: int | None = None,
     ) -> None:
         """Starts the ranks, each of which loads its own part.
 
         directory: a Hugging Face directory that all ranks see. layout: as `serving_layout` gives it. num_threads: of
         one operation of each rank, on a CPU; None: PyTorch's choice here, an equal share of the cores on the others.
+        piece_tokens: least tokens of the pieces that a step is cut into for the stages of a pipeline; None: by device.
 
         Raises:
             ConfigError: the layout does not divide the model, or there are too few devices; nothing was started.
@@ -65,7 +67,7 @@ class LeadModel(nn.Module):
         self._num_captures = 0
         order = {
             "directory": str(directory), "layout": str(layout), "dtype": dtype_name, "numerics": numerics,
-            "num_threads": num_threads,
+            "num_threads": num_threads, "piece_tokens": piece_tokens,
         }  # fmt: skip
         try:
             with self._group.alive():

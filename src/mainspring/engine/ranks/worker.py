@@ -56,7 +56,7 @@ def build_shard(order: dict[str, Any], device: torch.device) -> Shard:
         with agreed(mesh.group("world"), f"load {order['directory']}"):
             dtype = torch_dtype(order["dtype"])
             model = load_shard(order["directory"], layout, mesh, device=device, dtype=dtype, policy=policy)
-    return Shard(model)
+    return Shard(model, order["piece_tokens"])
 
 
 class Worker:
