@@ -161,3 +161,17 @@ def test_without_a_model_agents_can_only_search(served: Served) -> None:
 def test_an_endpoint_that_is_not_there_is_a_clear_error() -> None:
     with pytest.raises(RetrievalError, match=r"http://127.0.0.1:9/v1 cannot be reached"):
         EndpointModel("http://127.0.0.1:9/v1", timeout=2)
+
+
+def test_with_keys_every_route_but_health_wants_one(served: Served) -> None:
+    with TestClient(make_app(served.live, api_keys=["one", "two"])) as client:
+        assert client.get("/health").status_code == 200
+        asked = {"question": "red fox"}
+        for headers in ({}, {"Authorization": "Bearer three"}, {"Authorization": "Basic one"}):
+            refused = client.post("/v1/search", json=asked, headers=headers)
+            assert refused.status_code == 401
+            assert "Authorization: Bearer KEY" in refused.json()["error"]["message"]
+            assert client.post("/mcp", json={}, headers=headers).status_code == 401
+        for key in ("one", "two"):
+            found = client.post("/v1/search", json=asked, headers={"Authorization": f"Bearer {key}"})
+            assert found.json()["passages"][0]["file"] == "fox.md"

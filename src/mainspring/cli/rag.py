@@ -213,13 +213,21 @@ def serve(
     store: _Store = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8001,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(envvar="MAINSPRING_API_KEY", help="A key that opens the API and MCP; may be repeated."),
+    ] = None,
     stdio: Annotated[
         bool, typer.Option("--stdio", help="Speak MCP on standard input and output instead.")
     ] = False,
 ) -> None:
     """Serve an index: POST /v1/search and /v1/ask, and MCP tools `search` and `ask` at /mcp."""
+    from mainspring.errors import ConfigError
     from mainspring.rag.assembly import open_model, open_pipeline
     from mainspring.rag.serving.live import LivePipeline
+
+    if not all(api_key or ()):
+        raise ConfigError("an API key is empty: give --api-key KEY, or leave the option out")
 
     with _loading():
         answering = open_model(model) if model is not None else None
@@ -235,7 +243,7 @@ def serve(
     from mainspring.rag.serving.api import make_app
 
     Console(stderr=True).print(f"http://{host}:{port}  (search, ask, MCP at /mcp)", highlight=False)
-    uvicorn.run(make_app(live, host), host=host, port=port, log_level="warning")
+    uvicorn.run(make_app(live, host, api_key or ()), host=host, port=port, log_level="warning")
 
 
 @rag.command()

@@ -124,6 +124,9 @@ def open_evaluator(
         directory, plain, store=store, embedder=embedder, model=model, citations=False
     ).parts
 
+    if parts.sentences is None:  # a strategy that is tried may want them
+        parts = dataclasses.replace(parts, sentences=SentenceVectors(directory / "sentences", parts.embedder))
+
     def reranker(wanted: Strategy) -> Reranker | None:
         made = make_reranker(wanted, directory)
         if isinstance(made, PrecomputedLateInteraction):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import iterate_in_threadpool
 
+from mainspring.engine.server.keys import AccessKeys, KeyCheck
 from mainspring.errors import ConfigError, EmptyCorpusError, MainspringError
 from mainspring.rag.pipeline import Answer, Delta, Event
 from mainspring.rag.serving.live import LivePipeline
@@ -40,9 +41,10 @@ class AskRequest(_Question):
     stream: bool = False
 
 
-def make_app(live: LivePipeline, host: str = "127.0.0.1") -> FastAPI:
+def make_app(live: LivePipeline, host: str = "127.0.0.1", api_keys: Sequence[str] = ()) -> FastAPI:
     """The application, to be served on `host`: on a loopback address MCP refuses requests made for another name.
 
+    With `api_keys` every route but /health, MCP's too, wants one of them as `Authorization: Bearer KEY`.
     User errors answer 400 (404 for an empty index, 502 for a model that fails).
     """
     tools = mcp_server(live)
@@ -56,6 +58,7 @@ def make_app(live: LivePipeline, host: str = "127.0.0.1") -> FastAPI:
             yield
 
     app = FastAPI(title="Mainspring retrieval", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(KeyCheck, keys=AccessKeys(api=tuple(api_keys)))
 
     @app.exception_handler(MainspringError)
     async def refuse(_: Request, error: MainspringError) -> JSONResponse:
