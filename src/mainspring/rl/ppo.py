@@ -72,7 +72,8 @@ class PpoSettings:
     lockstep_check: Literal["first", "all"] = "first"
     """Hold the first mini-batch's log-probabilities against the engine's, or all of a step's before any update."""
     carried_checks: int = 4
-    """Unfinished conversations that are checked in each step, while the weights that wrote them are there."""
+    """Unfinished conversations that are checked in each step, while the weights that wrote them are there; and
+    answers, where the policy stays and computes no log-probabilities of its own."""
 
 
 PolicyLoss = Callable[[Experience, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
@@ -119,9 +120,11 @@ def ppo(
         )
         check.begin()
         check.score(rollouts.carried()[: settings.carried_checks], tokens_per_microbatch)
+        policy_learns = step >= settings.warmup_steps
         if settings.lockstep_check == "all":
             check.score(answers, tokens_per_microbatch)
-        policy_learns = step >= settings.warmup_steps
+        elif not policy_learns:
+            check.score(answers[: settings.carried_checks], tokens_per_microbatch)
         value_factor, policy_factor = _learning_rates(settings, step)
         totals: dict[str, float] = {}
         parts = mini_batches(len(answers), settings.mini_batches, settings.epochs, (settings.seed, step))
