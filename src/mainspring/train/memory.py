@@ -145,8 +145,9 @@ def activation_bytes(config: ModelConfig, layout: Layout, layer: int, itemsize: 
         return itemsize * (stream + attention + products * config.intermediate_size / tp)
     k, inner = config.num_experts_per_token, config.moe_intermediate_size / tp
     whole = hidden if layout.sequence_sliced else 0  # gathered tokens: the router's input
-    # Rows at the experts (one device gathers them as it goes), gate and up, their product, outputs.
-    rows = k * ((hidden if layout.world > 1 else 0) + products * inner + hidden)
+    # Rows at the experts (one device's plain decoder gathers them as it goes), gate and up, their product, outputs.
+    gathers = layout.world == 1 and not selective
+    rows = k * ((0 if gathers else hidden) + products * inner + hidden)
     return itemsize * (stream + attention + whole + rows) + 4 * config.num_experts
 
 
