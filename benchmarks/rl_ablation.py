@@ -35,37 +35,25 @@ from mainspring.rl.vapo import VapoSettings, vapo
 from rl import sorting_runs
 
 ANSWERS, GROUP = 128, 4  # of a step, and of a prompt
-POLICY_STEPS, PRETRAINING = 100, 20
+STEPS, PRETRAINING = 100, 20
 # Answers have 5 to 8 tokens: alpha = 1 gives them a λ of 0.8 to 0.875.
 FULL = VapoSettings(
-    max_steps=PRETRAINING + POLICY_STEPS,
-    warmup_steps=PRETRAINING,
-    mini_batches=2,
-    schedule=sorting_runs.WARM,
-    alpha=1.0,
-    shortest_lam=0.5,
-    entropy_bonus=0.01,
+    mini_batches=2, schedule=sorting_runs.WARM, alpha=1.0, shortest_lam=0.5, entropy_bonus=0.01
 )
-WITHOUT_PRETRAINING = {"warmup_steps": 0, "max_steps": POLICY_STEPS}
 VARIANTS: dict[str, VapoSettings] = {
     "VAPO": FULL,
-    "without value pretraining": replace(FULL, **WITHOUT_PRETRAINING),  # type: ignore[arg-type]
+    "without value pretraining": FULL,
     "without decoupled GAE": replace(FULL, critic_lam=FULL.lam),
     "without length-adaptive GAE": replace(FULL, alpha=None),
     "without clip-higher": replace(FULL, clip_high=0.2),
     "without token-level loss": replace(FULL, loss_mean="sequences"),
     "without positive NLL": replace(FULL, positive_nll=0.0),
     "without group sampling": FULL,
-    "PPO (without all but group sampling)": replace(
-        FULL,
-        **WITHOUT_PRETRAINING,  # type: ignore[arg-type]
-        critic_lam=FULL.lam,
-        alpha=None,
-        clip_high=0.2,
-        loss_mean="sequences",
-        positive_nll=0.0,
+    "PPO, in groups": replace(
+        FULL, critic_lam=FULL.lam, alpha=None, clip_high=0.2, loss_mean="sequences", positive_nll=0.0
     ),
 }
+WITHOUT_PRETRAINING = ("without value pretraining", "PPO, in groups")
 FULL_NAME = next(iter(VARIANTS))
 # Student's t at 0.975, for 1 to 15 degrees of freedom.
 T_975 = (
@@ -101,6 +89,8 @@ def main() -> None:
     run.add_argument(
         "--base", type=Path, help="directory of the partly trained model; made if it is not there"
     )
+    run.add_argument("--steps", type=int, default=STEPS, help="of the policy")
+    run.add_argument("--pretraining", type=int, default=PRETRAINING, help="steps of the critic alone")
     run.add_argument("--numerics", choices=("lockstep", "fast"), default="lockstep")
     table = commands.add_parser("table")
     table.add_argument("files", type=Path, nargs="+")
@@ -131,15 +121,19 @@ def run_all(arguments: argparse.Namespace) -> None:
             if started - began + 1.05 * longest > arguments.seconds:
                 break
             model = load_model(base, numerics=arguments.numerics)
-            row = one(model, name, seed) | {"numerics": arguments.numerics}
+            row = one(model, name, seed, arguments.steps, arguments.pretraining)
             longest = max(longest, time.monotonic() - started)
             row["seconds"] = round(time.monotonic() - started, 1)
             print(json.dumps(row), file=out, flush=True)
 
 
-def one(model: Decoder, name: str, seed: int) -> dict[str, object]:
+def one(model: Decoder, name: str, seed: int, policy_steps: int, pretraining: int) -> dict[str, object]:
     """A whole run of a variant."""
-    settings = replace(VARIANTS[name], seed=seed)
+    if name in WITHOUT_PRETRAINING:
+        pretraining = 0
+    settings = replace(
+        VARIANTS[name], seed=seed, warmup_steps=pretraining, max_steps=pretraining + policy_steps
+    )
     group = 1 if name == "without group sampling" else GROUP
     source = sorting_runs.rollouts(model, seed, prompts_per_step=ANSWERS // group, group_size=group)
     critic = sorting_runs.critic_of(model, lr=5e-4)
@@ -148,6 +142,8 @@ def one(model: Decoder, name: str, seed: int) -> dict[str, object]:
     return {
         "variant": name,
         "seed": seed,
+        "steps": policy_steps,
+        "numerics": model.numerics,
         "accuracy": sorting_runs.accuracy(source, samples=4),
         "start": mean(m.reward for m in steps[:3]),
         "rewards": [round(m.reward, 4) for m in trained],
@@ -165,7 +161,10 @@ def show(rows: Sequence[dict[str, object]]) -> None:
     )
     if len(seeds) < 2:
         raise SystemExit(f"there are {len(seeds)} seeds of which all variants are done; a table needs two")
-    table = Table(title=f"{len(seeds)} seeds, {POLICY_STEPS} policy steps of {ANSWERS} answers")
+    steps = {row["steps"] for row in rows}
+    if len(steps) > 1:
+        raise SystemExit(f"runs of {steps} steps are no table; give files of one length")
+    table = Table(title=f"{len(seeds)} seeds, {steps.pop()} policy steps of {ANSWERS} answers")
     for column in (
         "variant",
         "held-out accuracy",
