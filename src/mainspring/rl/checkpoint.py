@@ -22,6 +22,7 @@ from mainspring.model.decoder import Decoder
 from mainspring.rl.conversation import Written
 from mainspring.rl.critic import Critic
 from mainspring.rl.rollouts import RolloutState
+from mainspring.rl.trajectories import Trajectory
 from mainspring.rl.value_model import ValueModel
 from mainspring.train.checkpoint import load_optimizer, publish, random_states, write_tensors
 from mainspring.train.optimizer import Optimizer
@@ -81,7 +82,10 @@ def read_run_state(path: Path) -> RlState:
             tuple(Written(**_tuples(conversation)) for conversation in group)
             for group in record["rollouts"]["carried"]
         )
-        rollouts = RolloutState(record["rollouts"]["position"], carried)
+        ahead = tuple(
+            tuple(Trajectory(**_tuples(answer)) for answer in group) for group in record["rollouts"]["ahead"]
+        )
+        rollouts = RolloutState(record["rollouts"]["position"], carried, ahead)
         return RlState(record["step"], record["elapsed"], rollouts, record["recipe"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mainspring.errors import MainspringError
-from mainspring.rl.rollouts import Rollouts
+from mainspring.rl.rollouts import RolloutReport, Rollouts
 from mainspring.rl.trajectories import Group
 
 
@@ -22,6 +22,9 @@ class Drawn:
     """Answers without a reward."""
     seconds: float
     reward_seconds: float
+    max_delta: float
+    """The rollouts' own, where they run ahead; of so many tokens:"""
+    compared: int
 
 
 def draw(rollouts: Rollouts, step: int, *, max_rounds: int | None) -> Drawn:
@@ -32,7 +35,8 @@ def draw(rollouts: Rollouts, step: int, *, max_rounds: int | None) -> Drawn:
     """
     found: list[Group] = []
     rewards: list[float] = []
-    drawn, taught, dropped, seconds, reward_seconds = 0, 0, 0, 0.0, 0.0
+    reports: list[RolloutReport] = []
+    drawn, taught = 0, 0
     wanted = rollouts.settings.prompts_per_step
     for _ in range(1 if max_rounds is None else max_rounds):
         groups = rollouts.collect()
@@ -40,9 +44,7 @@ def draw(rollouts: Rollouts, step: int, *, max_rounds: int | None) -> Drawn:
         found += groups if max_rounds is None else teaching
         rewards += [answer.reward for group in groups for answer in group]
         drawn, taught = drawn + len(groups), taught + len(teaching)
-        report = rollouts.report
-        dropped += report.dropped
-        seconds, reward_seconds = seconds + report.seconds, reward_seconds + report.reward_seconds
+        reports.append(rollouts.report)
         if len(found) >= wanted:
             break
     mean = sum(rewards) / len(rewards)
@@ -52,4 +54,13 @@ def draw(rollouts: Rollouts, step: int, *, max_rounds: int | None) -> Drawn:
             f"mean is {mean:.3g}), so there is nothing to learn; give prompts that the model solves sometimes, or "
             "raise group_size or max_rounds"
         )
-    return Drawn(found[:wanted], mean, taught / drawn, dropped, seconds, reward_seconds)
+    return Drawn(
+        groups=found[:wanted],
+        reward=mean,
+        teaching=taught / drawn,
+        dropped=sum(report.dropped for report in reports),
+        seconds=sum(report.seconds for report in reports),
+        reward_seconds=sum(report.reward_seconds for report in reports),
+        max_delta=max(report.max_delta for report in reports),
+        compared=sum(report.compared for report in reports),
+    )

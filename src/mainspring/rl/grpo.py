@@ -30,7 +30,11 @@ from mainspring.rl.math import kl
 from mainspring.rl.math.aggregation import constant_normalised, mean_over_sequences, mean_over_tokens
 from mainspring.rl.math.groups import group_advantages
 from mainspring.rl.math.length_penalty import overlong_penalty
-from mainspring.rl.math.policy_loss import clipped_policy_loss, sequence_log_ratio
+from mainspring.rl.math.policy_loss import (
+    clipped_policy_loss,
+    sequence_log_ratio,
+    truncated_importance_weights,
+)
 from mainspring.rl.policy_update import MicroBatch, add_sums, mini_batches, policy_gradient
 from mainspring.rl.rollouts import Rollouts
 from mainspring.rl.samples import cut, written_log_probs
@@ -77,6 +81,9 @@ class GrpoSettings:
     overlong_penalty: float = 1.0
     lockstep_check: Literal["first", "all"] = "first"
     """Hold the first mini-batch's log-probabilities against the engine's, or all of a step's before any update."""
+    importance_cap: float | None = None
+    """Where answers are of older weights or other numerics: clip the ratio to the weights at the step's beginning, and
+    weigh each token by their probability over the writers', at most this. Costs a forward pass."""
     carried_checks: int = 4
     """Unfinished conversations that are checked in each step, while the weights that wrote them are there."""
 
@@ -159,6 +166,8 @@ def grpo(
             batch, [len(g) for g in drawn.groups], rollouts.settings.max_tokens, settings
         )
         anchors = None if reference is None else _log_probs(reference, batch, rollouts, tokens_per_microbatch)
+        capped = settings.importance_cap is not None
+        nearby = _log_probs(model, batch, rollouts, tokens_per_microbatch) if capped else None
         check.begin()
         check.score(rollouts.carried()[: settings.carried_checks], tokens_per_microbatch)
         if settings.lockstep_check == "all":
@@ -166,21 +175,23 @@ def grpo(
         totals: dict[str, float] = {}
         parts = mini_batches(len(answers), settings.mini_batches, settings.epochs, (settings.seed, step))
         for number, chosen in enumerate(parts):
-            mini = pack([answers[i] for i in chosen], model.device)
-            anchor = None if anchors is None else torch.cat([anchors[i] for i in chosen])
-            loss = partial(_loss, settings, rollouts.settings.max_tokens, mini, advantages[chosen], anchor)
+            mini = _Mini(
+                pack([answers[i] for i in chosen], model.device),
+                advantages[chosen],
+                *(None if one is None else torch.cat([one[i] for i in chosen]) for one in (anchors, nearby)),
+            )
             sums = policy_gradient(
                 model,
                 optimizer,
-                mini,
-                loss,
+                mini.batch,
+                partial(_loss, settings, rollouts.settings.max_tokens, mini),
                 tokens_per_microbatch=tokens_per_microbatch,
                 temperature=rollouts.temperature,
                 observe=check if number == 0 else None,  # later the weights are not those that wrote
             )
             factor = learning_rate_factor(settings.schedule, (step + 0.5) / settings.max_steps)
             sums["grad_norm"] = optimizer.step(factor, settings.clip_norm)
-            add_sums(totals, sums, mini.num_tokens, step)
+            add_sums(totals, sums, mini.batch.num_tokens, step)
         rollouts.take_weights(step + 1)
         yield _metrics(step, drawn, batch, advantages, anchors, totals, check, time.monotonic() - began)
 
@@ -194,33 +205,41 @@ def _advantages(batch: Packed, sizes: Sequence[int], max_tokens: int, settings: 
     return group_advantages(rewards, sizes, divide_by_std=settings.divide_by_std)
 
 
+@dataclass(frozen=True)
+class _Mini:
+    """A mini-batch: its N answers and W written tokens."""
+
+    batch: Packed
+    advantages: Tensor  # [N]
+    anchors: Tensor | None  # [W] log-probabilities of the reference
+    nearby: Tensor | None  # [W] of the weights at the step's beginning
+
+
 def _loss(
-    settings: GrpoSettings,
-    max_tokens: int,
-    mini: Packed,
-    advantages: Tensor,
-    anchors: Tensor | None,
-    micro: MicroBatch,
+    settings: GrpoSettings, max_tokens: int, mini: _Mini, micro: MicroBatch
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """A micro-batch's share of the loss. advantages: [N] of the mini-batch; anchors: [W] of the reference."""
-    log_ratio = micro.log_probs - micro.old_log_probs
+    """A micro-batch's share of the loss."""
+    old = micro.old_log_probs if mini.nearby is None else mini.nearby[micro.tokens]
+    log_ratio = micro.log_probs - old
     if settings.ratio == "sequence":
         log_ratio = sequence_log_ratio(log_ratio, micro.written, micro.lengths)
     losses, clipped = clipped_policy_loss(
         log_ratio,
-        advantages[micro.trajectories].repeat_interleave(micro.lengths),
+        mini.advantages[micro.trajectories].repeat_interleave(micro.lengths),
         clip_low=settings.clip_low,
         clip_high=settings.clip_high,
         dual_clip=settings.dual_clip,
     )
+    if settings.importance_cap is not None:
+        losses = losses * truncated_importance_weights(old - micro.old_log_probs, settings.importance_cap)
     if settings.entropy_bonus:
         losses = losses - settings.entropy_bonus * micro.entropy
-    if settings.kl_loss and anchors is not None:
-        penalty = _KL[settings.kl_estimator](micro.log_probs, anchors[micro.tokens])
+    if settings.kl_loss and mini.anchors is not None:
+        penalty = _KL[settings.kl_estimator](micro.log_probs, mini.anchors[micro.tokens])
         losses = losses + settings.kl_loss * penalty
-    count = len(mini.samples)
+    count = len(mini.batch.samples)
     if settings.loss_mean == "tokens":
-        share = mean_over_tokens(losses, micro.written, num_tokens=mini.num_tokens)
+        share = mean_over_tokens(losses, micro.written, num_tokens=mini.batch.num_tokens)
     elif settings.loss_mean == "sequences":
         share = mean_over_sequences(losses, micro.written, micro.lengths, num_sequences=count)
     else:
@@ -265,8 +284,8 @@ def _metrics(
         if anchors is None
         else float(kl.k3(batch.old_log_probs, torch.cat(anchors)).mean()),
         grad_norm=totals["grad_norm"] / totals["mini_batches"],
-        max_delta=check.max_delta,
-        compared=check.num_compared,
+        max_delta=max(check.max_delta, drawn.max_delta),
+        compared=check.num_compared + drawn.compared,
         lag=step - float(batch.versions.double().mean()),
         dropped=drawn.dropped,
         rollout_seconds=drawn.seconds,

@@ -91,6 +91,8 @@ class EngineSection:
     kv_cache_bytes: int | None = None
     snapshot: bool = False
     """Let it compute with a copy of the weights."""
+    ahead: bool = False
+    """Let it write the next step's answers, with a copy of the weights, while a step is learnt from (`rl.ahead`)."""
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,8 @@ class RolloutState:
     """Prompts of the endless stream that have been taken."""
     carried: tuple[tuple[Written, ...], ...] = ()
     """Groups that are not finished, each with the conversations that it has so far."""
+    ahead: tuple[tuple[Trajectory, ...], ...] = ()
+    """Groups that are finished and not learnt from yet, where rollouts run ahead."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,10 @@ class RolloutReport:
     """Conversations without a reward."""
     carried: int = 0
     """Conversations that go on in the next step."""
+    max_delta: float = 0.0
+    """Where rollouts run ahead: of the engine's log-probabilities against its own copy's."""
+    compared: int = 0
+    """Tokens of which that was measured."""
 
 
 class Rollouts:
@@ -185,6 +191,10 @@ class Rollouts:
 
         Raises MainspringError where rewards or environments have failed too often, or no group has a reward at all.
         """
+        groups, self.report = self._collect()
+        return groups
+
+    def _collect(self) -> tuple[list[Group], RolloutReport]:
         began = time.monotonic()
         settings = self.settings
         groups = self._carried
@@ -204,7 +214,7 @@ class Rollouts:
         result = self._rewarded(finished)
         carried = sum(not c.done for group in groups for c in group)
         dropped = sum(map(len, finished)) - sum(map(len, result))
-        self.report = RolloutReport(
+        report = RolloutReport(
             tokens, wrote - began, time.monotonic() - wrote, dropped=dropped, carried=carried
         )
         result = [group for group in result if group]
@@ -213,7 +223,7 @@ class Rollouts:
                 f"none of the {len(finished)} groups has a reward: every one of {dropped} samples was dropped; "
                 "see the reward function's failures"
             )
-        return result
+        return result, report
 
     def carried(self) -> list[Trajectory]:
         """The unfinished conversations so far, their rewards 0: for checks against the weights that wrote them."""

@@ -25,6 +25,7 @@ from mainspring.formats.tokenizer import Tokenizer
 from mainspring.model.checkpoint import load_model
 from mainspring.model.decoder import Decoder
 from mainspring.rl import materials
+from mainspring.rl.ahead import RolloutsAhead
 from mainspring.rl.checkpoint import RlState, load_critic, load_run_optimizers, read_run_state, save_run
 from mainspring.rl.critic import Critic
 from mainspring.rl.dpo import DpoMetrics, DpoSettings, dpo, judge, reference_log_probs
@@ -186,23 +187,22 @@ class RlRun:
             )
         self._scorer = scorer
         engine = recipe.engine
+        config = EngineConfig(
+            max_num_seqs=engine.max_num_seqs,
+            max_num_batched_tokens=engine.max_num_batched_tokens,
+            kv_cache_bytes=engine.kv_cache_bytes,
+            max_model_len=_longest(prompts, self._held_out, recipe.rollouts.max_tokens, self._model)
+            if not recipe.reward.environment
+            else None,
+        )
+        sampling = SamplingParams(temperature=engine.temperature)
+        environment = materials.environment_factory(recipe.reward)
+        parts = (self._model, prompts, texts, scorer, recipe.rollouts)
+        if engine.ahead:
+            ahead = RolloutsAhead(*parts, sampling=sampling, engine=config, environment=environment)
+            return self._resources.enter_context(ahead)
         return Rollouts(
-            self._model,
-            prompts,
-            texts,
-            scorer,
-            recipe.rollouts,
-            sampling=SamplingParams(temperature=engine.temperature),
-            engine=EngineConfig(
-                max_num_seqs=engine.max_num_seqs,
-                max_num_batched_tokens=engine.max_num_batched_tokens,
-                kv_cache_bytes=engine.kv_cache_bytes,
-                max_model_len=_longest(prompts, self._held_out, recipe.rollouts.max_tokens, self._model)
-                if not recipe.reward.environment
-                else None,
-            ),
-            environment=materials.environment_factory(recipe.reward),
-            snapshot=engine.snapshot,
+            *parts, sampling=sampling, engine=config, environment=environment, snapshot=engine.snapshot
         )
 
     def _make_critic(self, start: Path | None) -> Critic | None:
