@@ -50,7 +50,10 @@ def serve(
         int | None, typer.Option(help="Longest sequence in tokens, prompt and answer together.")
     ] = None,
     max_num_seqs: Annotated[
-        int | None, typer.Option(help="Most requests that run at once; 64 on a CPU, 256 on a GPU.")
+        int | None,
+        typer.Option(
+            help="Most requests that run at once; 64 on a CPU, 256 to 1,024 on a GPU, by its cache."
+        ),
     ] = None,
     max_num_batched_tokens: Annotated[
         int | None, typer.Option(help="Most tokens in one forward pass.")

@@ -62,7 +62,7 @@ class StepGraphs:
         self._sampler = sampler
         self._cache = cache
         self._max_model_len = max_model_len
-        self._numbers = _sizes_up_to(max_num_tokens)
+        self._numbers = sizes_up_to(max_num_tokens)
         self._pool = decodes.pool
         self._stream = torch.cuda.Stream()
         self._sizes: dict[int, _Size] = {}
@@ -157,7 +157,7 @@ class StepGraphs:
         return logits, tokens
 
 
-def _sizes_up_to(most: int) -> list[int]:
+def sizes_up_to(most: int) -> list[int]:
     """Powers of two and the numbers half way between them, from 512 on those at each quarter of the way; and `most`."""
     sizes, size = [], _SMALLEST
     while size < most:
