@@ -186,8 +186,9 @@ def test_a_second_write_waits_for_the_first_and_failures_are_told_once() -> None
     assert writer.collect() is None
     with pytest.raises(RuntimeError, match="uncollected"):
         writer.start(lambda: Path("b"))
-    gate.set()
-    assert writer.wait() == Path("a")
+    waited = []
+    assert writer.wait(lambda: (waited.append(1), gate.set())[1]) == Path("a")
+    assert waited
 
     def fail() -> Path:
         raise OSError("no disk")

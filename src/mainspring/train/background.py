@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+_POLL_S = 0.5
+
 
 class BackgroundWriter:
     """Runs `write`, which needs nothing of the training loop any more, in a thread of its own.
@@ -37,11 +39,17 @@ class BackgroundWriter:
             return None
         return self.wait()
 
-    def wait(self) -> Path | None:
-        """Waits for the write and gives its result, None without one. Raises what the write raised."""
+    def wait(self, meanwhile: Callable[[], None] | None = None) -> Path | None:
+        """Waits for the write and gives its result, None without one. Raises what the write raised.
+
+        meanwhile: called every now and then, to tell a watchdog that this is no hang.
+        """
         if self._thread is None:
             return None
-        self._thread.join()
+        while self._thread.is_alive():
+            self._thread.join(_POLL_S)
+            if meanwhile is not None:
+                meanwhile()
         self._thread = None
         result, failure = self._result, self._failure
         self._result = self._failure = None

@@ -77,6 +77,10 @@ class Runner(Protocol):
         """What writes a checkpoint; see `train.checkpoint`. In the background: of copies, while training goes on."""
         ...
 
+    def waits(self) -> None:
+        """This process waits for its own disk: a watchdog need not count that as a hang."""
+        ...
+
     def close(self) -> None:
         """The run is over: nothing is watched any more."""
         ...
@@ -168,6 +172,9 @@ class SingleDevice:
     ) -> Callable[[], Path]:
         copies = self._copies if background else None
         return checkpoint_writer(output, self.model, self._optimizer, tokenizer, state, keep, copies)
+
+    def waits(self) -> None:
+        """Nothing watches."""
 
     def close(self) -> None:
         """Nothing was opened."""

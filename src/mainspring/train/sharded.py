@@ -188,6 +188,10 @@ class Sharded:
 
         return write
 
+    def waits(self) -> None:
+        # A peer that hangs while this rank waits is ended by its own watchdog, which breaks the writers' connections.
+        self.mesh.monitor.progress()
+
     def close(self) -> None:
         self.mesh.monitor.stop()
 

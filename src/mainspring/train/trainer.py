@@ -279,7 +279,7 @@ class Trainer:
 
     def _finish_save(self) -> None:
         """Waits for the checkpoint that is being written, if there is one. Raises what writing it raised."""
-        self._record_save(self._writer.wait())
+        self._record_save(self._writer.wait(self._runner.waits))
 
     def _record_save(self, path: Path | None) -> None:
         if path is not None:
