@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-from mainspring.errors import ConfigError, EmptyCorpusError
+from mainspring.errors import ConfigError, EmptyCorpusError, ModelNotFoundError
 from mainspring.rag.classification.classifier import QueryClassifier
 from mainspring.rag.embedding.embedder import Embedder
 from mainspring.rag.embedding.models import load_embedder
@@ -23,6 +23,7 @@ from mainspring.rag.ranking.precomputed import PrecomputedLateInteraction
 from mainspring.rag.ranking.reranker import Reranker
 from mainspring.rag.retrieval.lexical import Lexical, LexicalIndex, StoreLexical
 from mainspring.rag.retrieval.sentence_vectors import SentenceVectors
+from mainspring.rag.retrieval.splade import SpladeIndex, SpladeModel
 from mainspring.rag.search.cached_parts import Recorder
 from mainspring.rag.search.evaluator import PipelineEvaluator
 from mainspring.rag.search.stage_cache import StageCache
@@ -84,7 +85,7 @@ def open_pipeline(
     parts = Parts(
         embedder=loaded,
         store=opened,
-        lexical=_open_lexical(directory, strategy, opened),
+        lexical=open_lexical(directory, strategy, opened),
         reranker=reranker,
         attributor=attributor,
         summariser=make_summariser(strategy, loaded, model),
@@ -95,9 +96,17 @@ def open_pipeline(
     return Pipeline(strategy, parts)
 
 
-def _open_lexical(directory: Path, strategy: Strategy, store: VectorStore) -> Lexical:
+def open_lexical(directory: Path, strategy: Strategy, store: VectorStore) -> Lexical:
+    """What searches by words, as the strategy names it. Raises ConfigError, ModelNotFoundError, CheckpointError."""
     if strategy.retrieve.lexical == "store":
         return StoreLexical(store)
+    if strategy.retrieve.lexical == "splade":
+        path = Path(strategy.retrieve.splade).expanduser()
+        if not strategy.retrieve.splade or not path.is_dir():
+            raise ModelNotFoundError(
+                f"SPLADE needs a model of yours: there is no directory {strategy.retrieve.splade!r} (retrieve.splade)"
+            )
+        return SpladeIndex.build(store, SpladeModel(path), StageCache(directory / "splade"))
     return LexicalIndex.open(directory / "bm25", store)
 
 

@@ -26,7 +26,7 @@ from mainspring.rag.retrieval.fusion import PAPER_ALPHA
 Chunking = Literal["sentences", "tokens", "small-to-big", "sliding-window"]
 QueryForm = Literal["original", "rewrite", "decompose", "hyde", "hyde-with-query"]
 Method = Literal["bm25", "dense", "hybrid"]
-Lexical = Literal["postings", "store"]
+Lexical = Literal["postings", "store", "splade"]
 Fusion = Literal["weighted", "reciprocal-rank"]
 RerankMethod = Literal["none", "cross-encoder", "late-interaction", "precomputed"]
 Order = Literal["forward", "reverse", "sides"]
@@ -72,7 +72,8 @@ class IndexStep:
 class RetrieveStep:
     """What is asked for, by which method; `alpha` weighs sparse scores in the fusion S = alpha · sparse + dense.
 
-    `lexical`: BM25 by postings of our own in memory, or by the store's full text (LanceDB), for corpora beyond memory.
+    `lexical`: BM25 by postings of our own in memory, by the store's full text (LanceDB), for corpora
+    beyond memory, or SPLADE by the model in the directory `splade`.
     `sentences`: a passage is as near as the nearest of itself and its sentences, whose vectors indexing then makes too.
     `classify`: questions that need no document are answered without (`mainspring rag classify` trains what decides).
     """
@@ -84,6 +85,7 @@ class RetrieveStep:
     candidates: int = _bounded(50, 1, 1000)
     classify: bool = False
     lexical: Lexical = "postings"
+    splade: str = ""
     sentences: bool = False
 
 

@@ -6,8 +6,8 @@ import dataclasses
 import threading
 from pathlib import Path
 
+from mainspring.rag.assembly import open_lexical
 from mainspring.rag.pipeline import Pipeline
-from mainspring.rag.retrieval.lexical import LexicalIndex
 
 
 class LivePipeline:
@@ -26,7 +26,7 @@ class LivePipeline:
         with self._lock:
             parts = self._pipeline.parts
             if parts.store.version() != parts.lexical.version:
-                lexical = LexicalIndex.open(self._directory / "bm25", parts.store)
+                lexical = open_lexical(self._directory, self._pipeline.strategy, parts.store)
                 parts = dataclasses.replace(parts, lexical=lexical)
                 self._pipeline = dataclasses.replace(self._pipeline, parts=parts)
             return self._pipeline
