@@ -33,7 +33,9 @@ from mainspring.parallel.units import Units
 from mainspring.train.make_runner import Ranks
 from mainspring.train.metrics import Progress
 from mainspring.train.packing import MicroBatch
+from mainspring.train.recipe import OptimizerSection
 from mainspring.train.recipe_file import parse_recipe
+from mainspring.train.sharded import Sharded
 from mainspring.train.trainer import Trainer
 from mainspring.train.verify import DTYPES as VERIFY_DTYPES
 from mainspring.train.verify import Run, VerifySettings, gradient_errors, micro_batches, run_layout
@@ -276,18 +278,18 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def spoil(directory: str, layout: str, parameter: str) -> str | None:
-    """Puts a NaN into a weight, and asks which module was the first to be not finite."""
-    from mainspring.train.recipe import OptimizerSection
-    from mainspring.train.sharded import Sharded
-
+def sharded_of(directory: str, layout: str) -> tuple[Sharded, ModelConfig]:
     parsed = Layout.parse(layout)
     config = ModelConfig.from_file(directory)
-    mesh = mesh_for(parsed, config)
-    sharded = Sharded(
-        config, parsed, mesh, torch.device("cpu"), torch.float32, Policy("fast"), OptimizerSection()
-    )
+    mesh, cpu = mesh_for(parsed, config), torch.device("cpu")
+    sharded = Sharded(config, parsed, mesh, cpu, torch.float32, Policy("fast"), OptimizerSection())
     sharded.load_weights(Path(directory))
+    return sharded, config
+
+
+def spoil(directory: str, layout: str, parameter: str) -> str | None:
+    """Puts a NaN into a weight, and asks which module was the first to be not finite."""
+    sharded, config = sharded_of(directory, layout)
     for piece in sharded._units.pieces:
         if piece.block.parameter == parameter:
             piece.of(piece.unit.shard).fill_(1e38)  # finite, but its products are not
@@ -300,32 +302,14 @@ def spoil(directory: str, layout: str, parameter: str) -> str | None:
 
 def scores(directory: str, layout: str, count: int) -> list[float]:
     """Negative log-likelihoods of `count` batches, which need not divide by the ranks."""
-    from mainspring.train.recipe import OptimizerSection
-    from mainspring.train.sharded import Sharded
-
-    parsed = Layout.parse(layout)
-    config = ModelConfig.from_file(directory)
-    sharded = Sharded(
-        config, parsed, mesh_for(parsed, config), torch.device("cpu"), torch.float32, Policy("fast"),
-        OptimizerSection(),
-    )  # fmt: skip
-    sharded.load_weights(Path(directory))
+    sharded, config = sharded_of(directory, layout)
     batches: list[MicroBatch] = micro_batches(config, VerifySettings(micro_batches=count), 0)
     return sharded.negative_log_likelihoods(batches)
 
 
 def next_logits(directory: str, layout: str, sequences: list[list[int]]) -> Any:
     """What follows each, as a numpy array; once more after a step of training."""
-    from mainspring.train.recipe import OptimizerSection
-    from mainspring.train.sharded import Sharded
-
-    parsed = Layout.parse(layout)
-    config = ModelConfig.from_file(directory)
-    sharded = Sharded(
-        config, parsed, mesh_for(parsed, config), torch.device("cpu"), torch.float32, Policy("fast"),
-        OptimizerSection(),
-    )  # fmt: skip
-    sharded.load_weights(Path(directory))
+    sharded, config = sharded_of(directory, layout)
     before = sharded.next_logits(sequences).numpy()
     sharded.train_step(micro_batches(config, VerifySettings(), 0), 1.0, 1.0)
     after = sharded.next_logits(sequences).numpy()
@@ -357,7 +341,6 @@ def muon_error(
 ) -> tuple[float, float]:
     """(largest difference to the expected weights after two steps of given gradients, largest move of a weight)."""
     from mainspring.parallel.checkpoint import read_piece
-    from mainspring.train.recipe import OptimizerSection
     from mainspring.train.sharded_optimizer import ShardedOptimizer
 
     units = units_of(directory, Layout.parse(layout))

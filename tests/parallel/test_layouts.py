@@ -78,7 +78,7 @@ SLOW = [
     "biased:cp=4,dp=2,zero=2",
     "moe:pp=2,virtual=2,schedule=interleaved,dp=2,zero=3,recompute=full",
     "moe-tied:pp=2,virtual=2,schedule=interleaved,dp=2,zero=3,recompute=selective",
-    "dense:cp=4,context=ulysses,tp=2,recompute=selective",
+    "dense:cp=4,context=ulysses,dp=2,recompute=selective",
     # Four dimensions, 16 ranks.
     "tied:tp=2,pp=2,dp=2,cp=2,zero=1",
     "moe:tp=2,pp=2,dp=2,cp=2,ep=4,zero=3",

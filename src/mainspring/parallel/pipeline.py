@@ -91,21 +91,7 @@ class Pipeline:
         self.layout.check(self.model.config, len(micro_batches))
         group = self.mesh.group("dp")
         mine = list(micro_batches[group.rank :: group.size])
-        forward = make_schedule("afab", self.layout.stages, 1, len(mine))
-        # A chunk's micro-batches, then the next chunk's: the order in which they become ready.
-        schedule = [
-            [a for stage in self.layout.stages_of(rank) for a in forward[stage] if a.kind == "F"]
-            for rank in range(self.layout.pp)
-        ]
-        run = _Run(self, mine, 1, max(1, sum(len(m.tokens) for m in micro_batches)), schedule)
-        was_training = self.model.training
-        self.model.eval()
-        self.units.begin_step()
-        for action in schedule[self.mesh.index["pp"]]:
-            run.do(action)
-        run.finish()
-        self.units.release_all()
-        self.model.train(was_training)
+        run = self._forward_only(mine, max(1, sum(len(m.tokens) for m in micro_batches)))
         sums = torch.zeros(len(micro_batches), dtype=torch.float64, device=self.model.device)
         for micro, loss in run.losses.items():
             sums[micro * group.size + group.rank] = loss / self.layout.tp
@@ -117,39 +103,44 @@ class Pipeline:
 
         All replicas compute the same batch. Every rank of the stream has at least one of its tokens.
         """
-        forward = make_schedule("afab", self.layout.stages, 1, 1)
-        schedule = [
-            [a for stage in self.layout.stages_of(rank) for a in forward[stage] if a.kind == "F"]
-            for rank in range(self.layout.pp)
-        ]
-        run = _Run(self, [batch], 1, len(batch.tokens), schedule, keeps_output=True)
-        was_training = self.model.training
-        self.model.eval()
-        self.units.begin_step()
-        for action in schedule[self.mesh.index["pp"]]:
-            run.do(action)
-        run.finish()
-        logits = self._logits_after(batch, run.output)
-        self.units.release_all()
-        self.model.train(was_training)
-        return logits
-
-    def _logits_after(self, batch: PackedTokens, output: Tensor | None) -> Tensor:
-        """output: of the last stage, whose ranks have it."""
         model = self.model
         last = torch.tensor(batch.lengths, device=model.device).cumsum(0) - 1
         shape = (len(batch.lengths), model.config.vocab_size)
         found = torch.zeros(shape, dtype=accumulator(model.dtype), device=model.device)
-        if output is not None:
+
+        def take(output: Tensor, stream: TokenBatch) -> None:
             tokens = torch.arange(len(batch.tokens), device=model.device)
-            own = model.own(tokens, model.batch(batch.lengths))
+            own = model.own(tokens, stream)
             row = torch.full_like(tokens, -1)
             row[own] = torch.arange(len(own), device=model.device)
             here = row[last] >= 0
             logits = model.logits(whole_stream(output, model.tp)[row[last][here]])
             if self.mesh.index["tp"] == 0 and self.mesh.group("dp").rank == 0:
                 found[here] = logits
+
+        self._forward_only([batch], len(batch.tokens), take)
         return all_reduce(found, self.mesh.group("world"))  # one rank has each row, the others zeros
+
+    def _forward_only(
+        self, mine: list[PackedTokens], tokens: int, take: Callable[[Tensor, TokenBatch], None] | None = None
+    ) -> _Run:
+        """The forward passes of this replica's micro-batches, in evaluation mode."""
+        forward = make_schedule("afab", self.layout.stages, 1, len(mine))
+        # A chunk's micro-batches, then the next chunk's: the order in which they become ready.
+        schedule = [
+            [a for stage in self.layout.stages_of(rank) for a in forward[stage] if a.kind == "F"]
+            for rank in range(self.layout.pp)
+        ]
+        run = _Run(self, mine, 1, tokens, schedule, take)
+        was_training = self.model.training
+        self.model.eval()
+        self.units.begin_step()
+        for action in schedule[self.mesh.index["pp"]]:
+            run.do(action)
+        run.finish()
+        self.units.release_all()
+        self.model.train(was_training)
+        return run
 
 
 class _Run:
@@ -162,18 +153,16 @@ class _Run:
         count: int,
         tokens: int,
         schedule: list[list[Action]],
-        *,
-        keeps_output: bool = False,
+        take: Callable[[Tensor, TokenBatch], None] | None = None,
     ) -> None:
-        """keeps_output: of the last stage its output is wanted, and not the loss."""
+        """take: is given the last stage's output, of which there is then no loss."""
         self.model, self.units, self.mesh = pipeline.model, pipeline.units, pipeline.mesh
         self.stages, self.ranks = pipeline.layout.stages, pipeline.layout.pp
         self.device = self.model.device
         self.micro_batches, self.count, self.tokens = micro_batches, count, tokens
         self.rank = self.mesh.index["pp"]
         self.losses: dict[int, Tensor] = {}
-        self.output: Tensor | None = None
-        self._keeps_output = keeps_output
+        self._take = take
         self._batches: dict[int, TokenBatch] = {}
         self._flight: dict[tuple[int, int], _InFlight] = {}
         self._sending: list[Pending] = []
@@ -218,8 +207,8 @@ class _Run:
         balance.weight = len(packed.tokens) / self.tokens
         out = self.model.run_stage(stage, x, batch)
         outputs = [out]
-        if stage == self.stages - 1 and self._keeps_output:
-            self.output = out
+        if stage == self.stages - 1 and self._take is not None:
+            self._take(out, batch)
         elif stage == self.stages - 1:
             targets = self.model.own(torch.from_numpy(packed.targets).to(self.device), batch)
             loss = self.model.loss_sum(out, batch, targets)
