@@ -25,7 +25,7 @@ SETTINGS = VerifySettings(steps=2)
 def test_a_rank_holds_what_zeros_formula_says(
     pool: Pool, reference: Callable[..., Reference], zero: int, ranks: int, replicate: int
 ) -> None:
-    """Elements of parameters, gradients (once summed) and each kind of state; units are padded by less than 8 a rank."""
+    """Elements of parameters, gradients (once summed) and each kind of state; a unit is padded by under 8 a rank."""
     known = reference("dense", SETTINGS)
     total = sum(math.prod(s) for s in full_shapes(ModelConfig.from_file(known.directory)).values())
     shards = ranks // replicate if zero else 1
