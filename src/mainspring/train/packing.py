@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,20 +113,21 @@ def plan_epoch(
 def cut_windows(
     offsets: NDArray[np.int64], sequence_length: int, random: np.random.Generator
 ) -> NDArray[np.int64]:
-    """All windows [W, 2] of the documents whose offsets are given."""
-    pieces: list[NDArray[np.int64]] = []
-    for begin, end in pairwise(offsets):
-        targets = int(end - begin) - 1
-        if targets < 1:
-            continue
-        # A document that fits stays whole; a longer one begins with a window of random length.
-        first = 0 if targets <= sequence_length else int(random.integers(sequence_length))
-        starts = np.arange(first, targets, sequence_length, dtype=np.int64)
-        if first:
-            starts = np.concatenate([np.zeros(1, dtype=np.int64), starts])
-        lengths = np.diff(starts, append=targets)
-        pieces.append(np.stack([starts + begin, lengths], axis=1))
-    return np.concatenate(pieces)
+    """All windows [W, 2] of the documents whose offsets are given, in their order."""
+    targets = np.diff(offsets) - 1
+    begins, targets = offsets[:-1][targets > 0], targets[targets > 0]
+    # A document that fits stays whole; a longer one begins with a window of random length.
+    first = np.zeros_like(targets)
+    is_long = targets > sequence_length
+    first[is_long] = random.integers(sequence_length, size=int(is_long.sum()))
+    counts = -(-(targets - first) // sequence_length) + (first > 0)
+    document = np.repeat(np.arange(len(targets)), counts)
+    number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
+    # Of the whole windows; the random one before them is number -1.
+    number -= first[document] > 0
+    starts = np.where(number < 0, 0, first[document] + number * sequence_length)
+    ends = np.minimum(first[document] + (number + 1) * sequence_length, targets[document])
+    return np.stack([begins[document] + starts, ends - starts], axis=1)
 
 
 def _pack(windows: NDArray[np.int64], capacity: int) -> list[NDArray[np.int64]]:
