@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mainspring.errors import ConfigError
 from mainspring.model.decoder import Decoder
+from mainspring.parallel.mesh import Group
 from mainspring.rl.dynamic_sampling import Drawn, draw
 from mainspring.rl.lockstep import LockstepCheck
 from mainspring.rl.math import kl
@@ -35,11 +36,19 @@ from mainspring.rl.math.policy_loss import (
     sequence_log_ratio,
     truncated_importance_weights,
 )
-from mainspring.rl.policy_update import MicroBatch, add_sums, mini_batches, policy_gradient
+from mainspring.rl.policy_update import (
+    ALONE,
+    MicroBatch,
+    PolicyOptimizer,
+    add_sums,
+    mini_batches,
+    policy_gradient,
+    total,
+)
 from mainspring.rl.rollouts import Rollouts
-from mainspring.rl.samples import cut, written_log_probs
-from mainspring.rl.trajectories import Group, Packed, pack
-from mainspring.train.optimizer import Optimizer
+from mainspring.rl.samples import PolicyModel, cut, written_log_probs
+from mainspring.rl.trajectories import Group as AnswerGroup
+from mainspring.rl.trajectories import Packed, pack
 from mainspring.train.recipe import ScheduleSection
 from mainspring.train.schedule import learning_rate_factor
 
@@ -98,7 +107,8 @@ GSPO = GrpoSettings(ratio="sequence", clip_low=3e-4, clip_high=4e-4)
 
 @dataclass(frozen=True)
 class GrpoMetrics:
-    """Of one step. What the optimizer's steps see is averaged over them."""
+    """Of one step. What the optimizer's steps see is averaged over them. Over ranks, what comes of the update (loss,
+    entropy, clip_fraction, kl_old, grad_norm) is of all answers, the rest of the rank's own."""
 
     step: int
     reward: float
@@ -132,24 +142,26 @@ class GrpoMetrics:
     rollout_seconds: float
     reward_seconds: float
     update_seconds: float
-    groups: Sequence[Group] = field(repr=False)
+    groups: Sequence[AnswerGroup] = field(repr=False)
     """What was learnt from."""
     advantages: Sequence[float] = field(repr=False)
     """Of each answer, in the groups' order."""
 
 
 def grpo(
-    model: Decoder,
-    optimizer: Optimizer,
+    model: PolicyModel,
+    optimizer: PolicyOptimizer,
     rollouts: Rollouts,
     settings: GrpoSettings,
     *,
     reference: Decoder | None = None,
     first_step: int = 0,
+    group: Group = ALONE,
 ) -> Iterator[GrpoMetrics]:
     """Trains up to max_steps; each `next` is one step. first_step: the steps already done by a run that resumes.
 
-    reference: what the policy shall stay near, where kl_loss is set. Raises ConfigError for what does not fit,
+    reference: what the policy shall stay near, where kl_loss is set. group: the ranks that run this together, each with
+    its own rollouts (`rl.ranks`). Raises ConfigError for what does not fit,
     MainspringError where the loss is no longer finite or no group teaches anything, LockstepError where the trainer's
     log-probabilities are not the engine's.
     """
@@ -167,16 +179,20 @@ def grpo(
         )
         anchors = None if reference is None else _log_probs(reference, batch, rollouts, tokens_per_microbatch)
         capped = settings.importance_cap is not None
-        nearby = _log_probs(model, batch, rollouts, tokens_per_microbatch) if capped else None
+        nearby = _log_probs(check.whole, batch, rollouts, tokens_per_microbatch) if capped else None
         check.begin()
-        check.score(rollouts.carried()[: settings.carried_checks], tokens_per_microbatch)
-        if settings.lockstep_check == "all":
-            check.score(answers, tokens_per_microbatch)
+        scored = rollouts.carried()[: settings.carried_checks]
+        scored += answers if settings.lockstep_check == "all" else []
+        check.score(scored, tokens_per_microbatch)
         totals: dict[str, float] = {}
         parts = mini_batches(len(answers), settings.mini_batches, settings.epochs, (settings.seed, step))
         for number, chosen in enumerate(parts):
+            mine = pack([answers[i] for i in chosen], model.device)
+            num_tokens, num_answers = map(int, total([mine.num_tokens, len(chosen)], group))
             mini = _Mini(
-                pack([answers[i] for i in chosen], model.device),
+                mine,
+                num_tokens,
+                num_answers,
                 advantages[chosen],
                 *(None if one is None else torch.cat([one[i] for i in chosen]) for one in (anchors, nearby)),
             )
@@ -188,10 +204,11 @@ def grpo(
                 tokens_per_microbatch=tokens_per_microbatch,
                 temperature=rollouts.temperature,
                 observe=check if number == 0 else None,  # later the weights are not those that wrote
+                group=group,
             )
             factor = learning_rate_factor(settings.schedule, (step + 0.5) / settings.max_steps)
             sums["grad_norm"] = optimizer.step(factor, settings.clip_norm)
-            add_sums(totals, sums, mini.batch.num_tokens, step)
+            add_sums(totals, sums, num_tokens, step)
         rollouts.take_weights(step + 1)
         yield _metrics(step, drawn, batch, advantages, anchors, totals, check, time.monotonic() - began)
 
@@ -207,9 +224,11 @@ def _advantages(batch: Packed, sizes: Sequence[int], max_tokens: int, settings: 
 
 @dataclass(frozen=True)
 class _Mini:
-    """A mini-batch: its N answers and W written tokens."""
+    """This rank's part of a mini-batch: its N answers and W written tokens."""
 
     batch: Packed
+    num_tokens: int  # written ones of the mini-batch, on all ranks
+    num_answers: int
     advantages: Tensor  # [N]
     anchors: Tensor | None  # [W] log-probabilities of the reference
     nearby: Tensor | None  # [W] of the weights at the step's beginning
@@ -237,9 +256,9 @@ def _loss(
     if settings.kl_loss and mini.anchors is not None:
         penalty = _KL[settings.kl_estimator](micro.log_probs, mini.anchors[micro.tokens])
         losses = losses + settings.kl_loss * penalty
-    count = len(mini.batch.samples)
+    count = mini.num_answers
     if settings.loss_mean == "tokens":
-        share = mean_over_tokens(losses, micro.written, num_tokens=mini.batch.num_tokens)
+        share = mean_over_tokens(losses, micro.written, num_tokens=mini.num_tokens)
     elif settings.loss_mean == "sequences":
         share = mean_over_sequences(losses, micro.written, micro.lengths, num_sequences=count)
     else:

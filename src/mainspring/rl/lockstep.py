@@ -24,7 +24,7 @@ from mainspring.ops import KVCache, TokenBatch
 from mainspring.ops.log_probs import token_log_probs
 from mainspring.rl.policy_update import MicroBatch
 from mainspring.rl.rollouts import Rollouts
-from mainspring.rl.samples import Sample, cut, written_log_probs
+from mainspring.rl.samples import PolicyModel, Sample, cut, written_log_probs
 from mainspring.rl.trajectories import Trajectory, pack
 
 _BLOCK = 16  # tokens of a block of the cache in which the engine's pass is repeated
@@ -38,10 +38,12 @@ class LockstepCheck:
     moved since `rollouts.take_weights`.
     """
 
-    def __init__(self, model: Decoder, rollouts: Rollouts) -> None:
+    def __init__(self, model: PolicyModel, rollouts: Rollouts) -> None:
         self._model = model
         self._rollouts = rollouts
-        self._must_agree = rollouts.is_lockstep and model.numerics == "lockstep"
+        self.whole = model if isinstance(model, Decoder) else rollouts.engine_model
+        """What scores without the other ranks: the engine's whole copy, if the trainer is spread over ranks."""
+        self._must_agree = rollouts.is_lockstep and model.policy.numerics == "lockstep"
         self.max_delta = 0.0
         """The largest |trainer's − engine's| log-probability since `begin`, in nats."""
         self.num_compared = 0
@@ -59,8 +61,8 @@ class LockstepCheck:
         """Compares these too, by forward passes of their own. Raises LockstepError."""
         temperature = self._rollouts.temperature
         for run in cut([len(t.tokens) for t in trajectories], tokens_per_microbatch):
-            packed = pack(trajectories[run.start : run.stop], self._model.device)
-            log_probs, _ = written_log_probs(self._model, packed.samples, temperature)
+            packed = pack(trajectories[run.start : run.stop], self.whole.device)
+            log_probs, _ = written_log_probs(self.whole, packed.samples, temperature)
             self._compare(packed.samples, log_probs, packed.old_log_probs, packed.versions)
 
     def _compare(
@@ -77,17 +79,16 @@ class LockstepCheck:
             return
         at = int((delta != 0).nonzero()[0, 0])
         number, place = _locate(samples, at)
-        found = first_difference(
-            self._model,
-            self._rollouts.engine_model,
-            samples[number].tokens,
-            place,
-            self._rollouts.temperature,
-        )
+        explained = "The trainer is spread over ranks, where the operation is not looked for."
+        if isinstance(self._model, Decoder):
+            tokens, temperature = samples[number].tokens, self._rollouts.temperature
+            explained = first_difference(
+                self._model, self._rollouts.engine_model, tokens, place, temperature
+            ).explain()
         raise LockstepError(
             f"token {place} of sequence {number} (id {samples[number].tokens[place]}, version "
             f"{int(versions[at])}): the trainer's log-probability is {float(log_probs[at])!r}, the engine's "
-            f"{float(engines[at])!r}; max |delta| = {self.max_delta:.3g}. {found.explain()}"
+            f"{float(engines[at])!r}; max |delta| = {self.max_delta:.3g}. {explained}"
         )
 
 

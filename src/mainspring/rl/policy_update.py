@@ -9,18 +9,22 @@ A loss divides by what the whole step counts, so gradients add up to the same ho
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mainspring.errors import MainspringError
-from mainspring.model.decoder import Decoder
-from mainspring.rl.samples import Sample, cut, written_log_probs_and_entropy
+from mainspring.parallel.collectives import all_reduce, all_reduce_max
+from mainspring.parallel.mesh import Group
+from mainspring.rl.samples import PolicyModel, Sample, cut, written_log_probs_and_entropy
 from mainspring.rl.trajectories import Packed
-from mainspring.train.optimizer import Optimizer
+
+ALONE = Group.alone("dp")
+"""No other rank takes part."""
 
 
 @dataclass(frozen=True)
@@ -51,25 +55,42 @@ Observer = Callable[[MicroBatch], None]
 """Sees each micro-batch before its loss is made; `lockstep.LockstepCheck` is one."""
 
 
+class PolicyOptimizer(Protocol):
+    """What a loop asks of an optimizer: `train.optimizer.Optimizer`, or over ranks `train.rank_optimizer`'s."""
+
+    def accumulate(self) -> None:
+        """Takes the gradients of a backward pass over and clears them."""
+        ...
+
+    def step(self, lr_factor: float, clip_norm: float) -> float:
+        """Moves the weights; returns the gradient's norm before clipping."""
+        ...
+
+
 def policy_gradient(
-    model: Decoder,
-    optimizer: Optimizer,
+    model: PolicyModel,
+    optimizer: PolicyOptimizer,
     packed: Packed,
     loss: TokenLoss,
     *,
     tokens_per_microbatch: int,
     temperature: float = 1.0,
     observe: Observer | None = None,
+    group: Group = ALONE,
 ) -> dict[str, float]:
     """Adds the mini-batch's gradient to the optimizer's; the weights stay. Returns the sums, that of the "loss" too.
 
     tokens_per_microbatch: of prompts and answers; it decides memory and speed, not the result. Raises ConfigError if a
     trajectory alone is longer, and whatever `observe` raises.
+
+    group: the ranks among which the mini-batch is divided; all call this together, each with its own part. They make
+    equally many passes, and the sums are those of all.
     """
     sums: dict[str, Tensor] = {}
     first_token = 0
     ends = packed.lengths.cumsum(0).tolist()
-    for run in cut([len(sample.tokens) for sample in packed.samples], tokens_per_microbatch):
+    runs = cut([len(sample.tokens) for sample in packed.samples], tokens_per_microbatch)
+    for run in runs:
         samples = packed.samples[run.start : run.stop]
         tokens = slice(first_token, ends[run.stop - 1])
         first_token = tokens.stop
@@ -93,7 +114,25 @@ def policy_gradient(
             sums[name] = (
                 sums.get(name, torch.zeros((), dtype=torch.float64, device=value.device)) + value.detach()
             )
-    return {name: float(value) for name, value in sums.items()}
+    for _ in range(most(len(runs), group) - len(runs)):  # another rank has more: take part with nothing
+        log_probs, _, _ = written_log_probs_and_entropy(model, packed.samples[:1], temperature)
+        (log_probs.sum() * 0).backward()
+        optimizer.accumulate()
+    totals = total([float(value) for value in sums.values()], group)
+    return dict(zip(sums, totals, strict=True))
+
+
+def total(values: Sequence[float], group: Group) -> list[float]:
+    """Each value's sum over the ranks of a group."""
+    if group.size == 1:
+        return list(values)
+    summed: list[float] = all_reduce(torch.tensor(values, dtype=torch.float64), group).tolist()
+    return summed
+
+
+def most(value: int, group: Group) -> int:
+    """The largest over the ranks of a group."""
+    return int(all_reduce_max(torch.tensor(value), group)) if group.size > 1 else value
 
 
 def add_sums(totals: dict[str, float], sums: Mapping[str, float], num_tokens: int, step: int) -> None:

@@ -76,7 +76,7 @@ class RolloutState:
     """Where rollouts stand between two steps."""
 
     position: int = 0
-    """Prompts of the endless stream that have been taken."""
+    """Prompts of the endless stream that have been taken, by this rank if there are several."""
     carried: tuple[tuple[Written, ...], ...] = ()
     """Groups that are not finished, each with the conversations that it has so far."""
     ahead: tuple[tuple[Trajectory, ...], ...] = ()
@@ -153,6 +153,7 @@ class Rollouts:
             )
         self._sampling = sampling
         self._position = 0
+        self._share = (0, 1)  # which of how many takers of the stream of prompts this one is
         self._order: tuple[int, list[int]] = (-1, [])
         self._carried: list[list[Conversation]] = []
         self._failures = 0
@@ -247,12 +248,14 @@ class Rollouts:
         return self._rewarded(groups)
 
     def _next_group(self) -> list[Conversation]:
-        epoch, at = divmod(self._position, len(self.prompts))
+        rank, ranks = self._share
+        position = self._position * ranks + rank
+        epoch, at = divmod(position, len(self.prompts))
         if self._order[0] != epoch:
             self._order = (epoch, epoch_order(epoch, len(self.prompts), self.settings.seed))
         index = self._order[1][at]
         seeds = [
-            _seed("training", self.settings.seed, self._position, member)
+            _seed("training", self.settings.seed, position, member)
             for member in range(self.settings.group_size)
         ]
         self._position += 1

@@ -12,6 +12,10 @@ from torch import Tensor
 from mainspring.errors import ConfigError
 from mainspring.model.decoder import Decoder
 from mainspring.ops import TokenBatch
+from mainspring.parallel.decoder import ParallelDecoder
+
+PolicyModel = Decoder | ParallelDecoder
+"""The whole model, or a rank's part of it (`parallel.parallelize`)."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ def drawn(count: int, prompts_per_step: int, seed: int, first_step: int = 0) -> 
 
 
 def written_log_probs(
-    model: Decoder, samples: Sequence[Sample], temperature: float = 1.0
+    model: PolicyModel, samples: Sequence[Sample], temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """(log p of the written tokens, end to end [W] float32; how many each sample has [N] int64), differentiable.
 
@@ -112,14 +116,14 @@ def written_log_probs(
 
 
 def written_log_probs_and_entropy(
-    model: Decoder, samples: Sequence[Sample], temperature: float = 1.0
+    model: PolicyModel, samples: Sequence[Sample], temperature: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(`written_log_probs`' log p to the same bits, entropies [W] float32 in nats, counts [N]), differentiable."""
     hidden, targets, counts = _before_written(model, samples)
     return *model.token_log_probs_and_entropy(hidden, targets, temperature), counts
 
 
-def _before_written(model: Decoder, samples: Sequence[Sample]) -> tuple[Tensor, Tensor, Tensor]:
+def _before_written(model: PolicyModel, samples: Sequence[Sample]) -> tuple[Tensor, Tensor, Tensor]:
     """(hidden states [W, H] from which the written tokens were predicted, those tokens [W], how many a sample [N])."""
     tokens = torch.tensor([t for s in samples for t in s.tokens], dtype=torch.int64, device=model.device)
     written = torch.tensor([w for s in samples for w in s.written], device=model.device)
