@@ -258,6 +258,31 @@ def train(text: str, overrides: list[str], resume: bool = False, fail_at: int = 
     return {"checkpoint": str(result.checkpoint), "step": result.step}
 
 
+def train_into_infinity(text: str, overrides: list[str], after: int, parameter: str) -> str:
+    """The error of a run whose weight `parameter` is spoiled once `after` steps are done, their checkpoint begun."""
+    trainer = Trainer(
+        parse_recipe(text, overrides=overrides), show=Progress(silent=True), ranks=Ranks.present()
+    )
+    whole = trainer._train_step
+
+    def step(*arguments: Any) -> float:
+        if trainer._step == after:
+            runner = trainer._runner
+            assert isinstance(runner, Sharded)
+            for piece in runner._units.pieces:
+                if piece.block.parameter == parameter:
+                    piece.of(piece.unit.shard).fill_(1e38)  # finite, but its products are not
+            runner._units.refresh()
+        return whole(*arguments)
+
+    trainer._train_step = step  # type: ignore[method-assign]
+    try:
+        trainer.run()
+    except MainspringError as error:
+        return str(error)
+    raise AssertionError("the run did not stop")
+
+
 def die_in_a_write(rank: int, ranks: int, store: str, text: str, overrides: list[str], step: int) -> None:
     """What a process of its own runs: training in a fresh group; the last rank is killed while it writes `step`."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"

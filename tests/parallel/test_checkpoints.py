@@ -19,6 +19,7 @@ import pytest
 from mainspring.errors import CheckpointError
 from mainspring.formats.model_config import ModelConfig
 from mainspring.formats.safetensors_file import CheckpointReader
+from mainspring.model.checkpoint import load_model
 from mainspring.train.checkpoint import checkpoints
 from mainspring.train.recipe_file import parse_recipe
 from mainspring.train.trainer import Trainer
@@ -184,6 +185,21 @@ def test_a_full_disk_on_one_rank_is_an_error_on_all_and_leaves_the_old_checkpoin
     CheckpointReader(output / f"step-{every:08d}")
     again = pool.run("jobs:train", 2, recipe(), overrides, True)
     assert again[0]["step"] == 6
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_the_checkpoint_being_written_is_the_last_good_one(
+    pool: Pool, recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    overrides = ["parallel.zero=3", "checkpoint.every=1", f"output='{output}'", "model.head_dim=8"]
+    spoiled = "layers.1.attention.qkv.weight"
+    for error in pool.run("jobs:train_into_infinity", 2, recipe(), overrides, 2, spoiled):
+        assert "step 3: the loss is" in error
+        assert "first to be not finite is the output of layers.1" in error
+        assert "The last checkpoint is untouched" in error
+    assert [step for step, _ in checkpoints(output)] == [1, 2]
+    weights = load_model(output / "latest", dtype="float32")
+    assert all(bool(p.isfinite().all()) and float(p.detach().abs().max()) < 100 for p in weights.parameters())
 
 
 def test_a_rank_killed_while_it_writes_loses_only_what_came_after_the_last_complete_checkpoint(
