@@ -10,6 +10,12 @@ import pytest
 from mainspring.engine.collector import spared
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_frozen() -> None:
+    """Whatever ran before in this process."""
+    gc.unfreeze()
+
+
 class Node:
     """Something that a cycle keeps alive."""
 
