@@ -348,6 +348,39 @@ def tune(
     typer.echo(f"{recipe} (for --strategy), {report}{left}")
 
 
+@rag.command("tuning-data")
+def tuning_data(
+    questions: Annotated[Path, typer.Option(help="As for `tune`; `tune` without --questions makes some.")],
+    out: Annotated[Path, typer.Option(help="Where the samples go: JSON lines for `mainspring rl` (sft).")],
+    kind: Annotated[
+        str,
+        typer.Option(
+            help="dg: the relevant passage, dr: a random one, dgr: both, dgg: the relevant one twice."
+        ),
+    ] = "dgr",
+    directory: _Index = Path(_INDEX_NAME),
+    store: _Store = None,
+    seed: Annotated[int, typer.Option(help="Of the random passages.")] = 0,
+) -> None:
+    """Write data to fine-tune the generator on, from the index and questions about it."""
+    from typing import cast
+
+    from mainspring.formats.files import write_file
+    from mainspring.rag.assembly import open_pipeline
+    from mainspring.rag.generation.tuning_data import ContextKind, tuning_rows
+    from mainspring.rag.search.questions import load_questions
+
+    asked = load_questions(questions)
+    with _loading():
+        parts = open_pipeline(directory, _loaded("fast"), store=store, citations=False).parts
+    rows = tuning_rows(asked, parts.store.scan(), cast(ContextKind, kind), seed)
+    lines = [json.dumps({"prompt": row.prompt, "answer": row.answer}) + "\n" for row in rows]
+    write_file(out.absolute(), "".join(lines).encode())
+    typer.echo(
+        f"{len(rows)} samples in {out}; {len(asked) - len(rows)} questions have their evidence in no passage"
+    )
+
+
 def _made_questions(
     chunks: Iterator[Chunk],
     model: LanguageModel | None,
