@@ -5,8 +5,8 @@
 
 Each contestant trains the same shape on the same sequences a step, cut into as many micro-batches as its line says:
 tokens a second and rank, MFU, peak memory of the fullest rank beside what `mainspring plan` estimates (on CUDA), and
-what it reaches of `one`: every rank training a whole model for itself, by the code of layouts (`single`: by that of
-one device). FSDP2 and DDP wrap a plain PyTorch Llama whose
+what it reaches of `single`: every rank training a whole model for itself by the code of one device (`one`: by that of
+layouts). FSDP2 and DDP wrap a plain PyTorch Llama whose
 blocks are compiled (`training/peers.py`). They come one after the other, for together they would not fit; the median
 of the rounds counts, of the slowest rank.
 """
@@ -56,7 +56,7 @@ def main() -> None:
         "--runs",
         nargs="*",
         default=list(_RUNS),
-        help="'LAYOUT xMICRO-BATCHES'; single, one, fsdp2 or ddp for LAYOUT",
+        help="'LAYOUT xN' or 'LAYOUT xNxSEQUENCES', micro-batches and their size; single, one, fsdp2 or ddp for LAYOUT",
     )
     parser.add_argument("--profile", nargs="*", default=[], help="which are profiled as well")
     parser.add_argument("--rounds", type=int, default=5)
@@ -101,8 +101,8 @@ def run(arguments: argparse.Namespace, weights: Path) -> None:
             traceback.print_exc()
             continue
         rows.append(row)
-        alone = row.seconds if text.startswith("one") else alone
-        say(f"{row.text()} {alone / row.seconds:7.1%} of one")
+        alone = row.tokens_per_second if text.startswith("single") else alone
+        say(f"{row.text()} {row.tokens_per_second / max(1.0, alone):7.1%} of single")
         if row.planned_bytes:
             share = row.planned_bytes / max(1, row.peak_bytes)
             say(f"{'':30s} planned {row.planned_bytes / 2**30:.2f} GiB, {share:.1%}")
@@ -121,11 +121,12 @@ def _row(
     device: torch.device,
     arguments: argparse.Namespace,
 ) -> Row:
-    name, _, count = text.partition(" x")
-    number = int(count)
+    name, _, cuts = text.partition(" ")
+    number, _, each = cuts.removeprefix("x").partition("x")
     lonely = name in ("single", "one")  # a rank alone has its own share of the sequences
-    mine = 1 if lonely else world
-    cut = replace(case, sequences=case.sequences * mine // number)
+    ranks = 1 if lonely else world
+    cut = replace(case, sequences=int(each) if each else case.sequences * ranks // int(number))
+    count, tokens = int(number), int(number) * cut.tokens // ranks
     planned = 0
     make: Callable[[], Step]
     if name in ("fsdp2", "ddp"):
@@ -140,12 +141,12 @@ def _row(
         mesh = Mesh.single() if name == "one" else None
         make = partial(under, case.config, weights, layout, device, mesh)
         memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-        batch = Batch(number, cut.tokens, dtype_for(device).itemsize)
+        batch = Batch(count, cut.tokens, dtype_for(device).itemsize)
         planned = int(estimate(case.config, layout, batch, memory).total)
-    flops = training_flops(case.config, [case.length] * case.sequences)
+    flops = training_flops(case.config, [case.length]) * tokens / case.length
     seed = dist.get_rank() if lonely else 0
     row = measure(
-        text, make, cut.micro_batches(number, seed), case.tokens, flops, peak, device, arguments.rounds,
+        text, make, cut.micro_batches(count, seed), tokens, flops, peak, device, arguments.rounds,
         text in arguments.profile,
     )  # fmt: skip
     row.planned_bytes = planned

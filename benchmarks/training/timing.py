@@ -68,6 +68,7 @@ def measure(
     """Makes a contestant, times its steps and forgets it. flops: of a step and device; peak: of the device."""
     cuda = device.type == "cuda"
     clear(device)
+    before = torch.cuda.memory_allocated(device) if cuda else 0
     began = time.perf_counter()
     step = make()
     loss = step(batches)
@@ -84,7 +85,7 @@ def measure(
         settle(device)
         seconds.append(time.perf_counter() - start)
     quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
-    memory = torch.cuda.max_memory_allocated(device) if cuda else 0
+    memory = torch.cuda.max_memory_allocated(device) - before if cuda else 0
     figures = torch.tensor([quartiles[1], float(memory)], dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(figures, op=dist.ReduceOp.MAX)

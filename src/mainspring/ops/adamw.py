@@ -38,6 +38,10 @@ class AdamWParameter:
 class AdamW(Protocol):
     """Moves its parameters by one step."""
 
+    def prepare(self, gradients: Sequence[Tensor | None]) -> None:
+        """Does what `step` with these gradients asks of the host, while the device still computes them. Optional."""
+        ...
+
     def step(
         self,
         gradients: Sequence[Tensor | None],
@@ -62,6 +66,9 @@ class TorchAdamW:
             p.exp_avg.dtype is not torch.float32 for p in parameters
         ):
             raise BackendError("adamw: torch's kernel takes float32 masters and states only")
+
+    def prepare(self, gradients: Sequence[Tensor | None]) -> None:
+        """Nothing is to be prepared."""
 
     @torch.no_grad()
     def step(

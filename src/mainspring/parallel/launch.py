@@ -42,6 +42,8 @@ def joined(device: str) -> Iterator[None]:
         yield
         return
     if device == "cuda":
+        # Sums and gathers begin as soon as a layer's kernel ends, not when the device has nothing else to do.
+        os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
         present = torch.cuda.device_count()
         if local_rank() >= present:
             raise ConfigError(

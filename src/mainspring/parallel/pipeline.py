@@ -68,6 +68,10 @@ class Pipeline:
         Gradients are left in the units, summed over all ranks (`Units.gradient`). Returns the mean loss over all
         targets of the step, auxiliary losses left out. Every rank is given the same micro-batches.
         """
+        return float(self.start(micro_batches))
+
+    def start(self, micro_batches: Sequence[PackedTokens]) -> Tensor:
+        """As `run`, with the loss left on the device, a scalar of float64: reading it waits for the whole step."""
         self.layout.check(self.model.config, len(micro_batches))
         count = max(1, sum(int((m.targets != IGNORE_INDEX).sum()) for m in micro_batches))
         group = self.mesh.group("dp")
@@ -83,7 +87,7 @@ class Pipeline:
         mine_total = torch.zeros((), dtype=torch.float64, device=self.model.device)
         for loss in run.losses.values():
             mine_total += loss / self.layout.tp
-        return float(all_reduce(mine_total, self.mesh.group("world"))) / count
+        return all_reduce(mine_total, self.mesh.group("world")) / count
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[PackedTokens]) -> list[float]:

@@ -8,6 +8,7 @@ the one before are being summed. The embedding, norm and output units are whole 
 from __future__ import annotations
 
 import math
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -86,8 +87,10 @@ class Units:
             [span.weight for span in self.spans], dtype=torch.float64, device=self._device
         )
         self._names = {parameter: name for name, parameter in model.named_parameters()}
+        # A tensor's hook is no part of what Python's collector can follow: it must not hold what holds the tensor.
+        collect = weakref.WeakMethod(self._collect)
         for name, parameter in model.named_parameters():
-            parameter.register_post_accumulate_grad_hook(partial(self._collect, name))
+            parameter.register_post_accumulate_grad_hook(partial(_call, collect, name))
         model.tp.deferred.collect = lambda parameter: self._collect(self._names[parameter], parameter)
         self._order = [int(number) for number in model.layers]
         model.observer = self
@@ -128,9 +131,13 @@ class Units:
     @torch.no_grad()
     def gradient_norm(self) -> float:
         """Of the whole model's gradient, each parameter once."""
+        return math.sqrt(float(self.gradient_square()))
+
+    @torch.no_grad()
+    def gradient_square(self) -> Tensor:
+        """The norm's square, a scalar of float64 on the device: whoever does not read it need not wait."""
         squares = norms([self.gradient(span) for span in self.spans]).square_()
-        total = squares @ self._weights
-        return math.sqrt(float(all_reduce(total, self.mesh.group("world"))))
+        return all_reduce(squares @ self._weights, self.mesh.group("world"))
 
     def scale_gradients(self, factor: float) -> None:
         for unit in self.units:
@@ -273,6 +280,12 @@ class Units:
         whole = all_reduce(torch.cat(tensors), group)
         for tensor, total in zip(tensors, whole.split([t.shape[0] for t in tensors]), strict=True):
             tensor.copy_(total)
+
+
+def _call(method: weakref.WeakMethod[Any], name: str, parameter: Tensor) -> None:
+    collect = method()
+    if collect is not None:
+        collect(name, parameter)
 
 
 def _joined(pieces: list[Piece]) -> tuple[list[Span], list[int]]:

@@ -96,7 +96,11 @@ class Optimizer:
         """
         gradients = self._gradients
         self._gradients = {}
-        norm = _total_norm(list(gradients.values()))
+        total = _total_norm(list(gradients.values()))
+        pieces = _of_one_dtype([gradients.get(name) for name in self._adamw_names])
+        if self._adamw is not None:
+            self._adamw.prepare(pieces)
+        norm = float(total)
         if not math.isfinite(norm):
             return norm
         # Multiplied where gradients are read: no pass over them of its own.
@@ -106,13 +110,13 @@ class Optimizer:
                 name: gradients[name].to(torch.float32) * scale
                 for name in dict.fromkeys(part.parameter for part in self._muon_parts)
             }
-            pieces = [part.view(wide[part.parameter]) for part in self._muon_parts]
-            self._muon.step(pieces, self._settings.muon_lr * lr_factor)
+            matrices = [part.view(wide[part.parameter]) for part in self._muon_parts]
+            self._muon.step(matrices, self._settings.muon_lr * lr_factor)
         if self._adamw is not None:
             self._adamw_step += 1
             s = self._settings
             self._adamw.step(
-                _of_one_dtype([gradients.get(name) for name in self._adamw_names]),
+                pieces,
                 step=int(self._adamw_step),
                 lr=s.lr * lr_factor,
                 beta1=s.beta1,
@@ -163,9 +167,10 @@ class Optimizer:
             yield f"muon.momentum.{part.name}", buffer
 
 
-def _total_norm(gradients: list[Tensor]) -> float:
-    """Of all together."""
-    return float(torch.linalg.vector_norm(norms(gradients)))
+def _total_norm(gradients: list[Tensor]) -> Tensor:
+    """Of all together, a scalar on their device."""
+    total: Tensor = torch.linalg.vector_norm(norms(gradients))
+    return total
 
 
 def _of_one_dtype(gradients: list[Tensor | None]) -> list[Tensor | None]:

@@ -124,12 +124,12 @@ class Sharded:
     ) -> tuple[float, float]:
         self._step += 1
         self.mesh.monitor.begin_step(self._step)
-        loss = self._pipeline.run(micro_batches)
+        loss = self._pipeline.start(micro_batches)
         norm = self.optimizer.step(lr_factor, clip_norm)
         loads = take_loads(self._model)
         move_biases(self._model, loads)
         self.experts = statistics(loads)
-        return loss, norm
+        return float(loss), norm
 
     def first_non_finite(self, micro_batches: Sequence[MicroBatch]) -> str | None:
         self._units.gather_all()

@@ -6,6 +6,7 @@ of one is read by the other, and by any layout.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -64,7 +65,11 @@ class ShardedOptimizer:
     def step(self, lr_factor: float, clip_norm: float) -> float:
         """As `Optimizer.step`: the norm is that of the whole model's gradient, the same on every rank."""
         units, s = self._units, self._settings
-        norm = units.gradient_norm()
+        square = units.gradient_square()
+        gradients = [units.gradient(span) for span in self._spans]
+        if self._adamw is not None and not self._offload:
+            self._adamw.prepare(gradients)
+        norm = math.sqrt(float(square))
         if norm == norm and norm != float("inf"):
             scale = clip_norm / norm if clip_norm and norm > clip_norm else 1.0
             self.steps += 1
@@ -74,7 +79,6 @@ class ShardedOptimizer:
                     scale = 1.0
                 self._muon.step(s.muon_lr * lr_factor)
             if self._adamw is not None:
-                gradients = [units.gradient(span) for span in self._spans]
                 self._adamw.step(
                     [gradient.to("cpu") for gradient in gradients] if self._offload else gradients,
                     step=self.steps,

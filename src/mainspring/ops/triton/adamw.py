@@ -167,6 +167,11 @@ class FusedAdamW:
         )
         self._addresses = torch.zeros((len(sizes), _FIELDS), dtype=torch.int64, device=self._device)
         self._known: list[list[int]] = []
+        self._prepared: tuple[list[Tensor | None], list[Tensor | None], torch.dtype | None] | None = None
+
+    def prepare(self, gradients: Sequence[Tensor | None]) -> None:
+        """Checks them and writes the table of addresses, so that `step` only launches. Raises BackendError."""
+        self._prepared = self._laid_out(gradients)
 
     def step(
         self,
@@ -185,6 +190,25 @@ class FusedAdamW:
         grad_scale; None leaves a parameter and its state as they are. Raises BackendError.
         """
         require("adamw", step >= 1, f"steps count from 1, got {step}")
+        prepared, self._prepared = self._prepared, None
+        if prepared is None or not _same(prepared[0], gradients):
+            prepared = self._laid_out(gradients)
+        dtype = prepared[2]  # the copies in `prepared` live until the launch
+        if dtype is None:
+            return
+        with on_device(self._addresses):
+            adamw_kernel[(self._owners.shape[0],)](
+                self._addresses, self._sizes, self._decays, self._owners, self._blocks, float(lr), float(beta2),
+                1.0 - beta1, 1.0 - beta2, float(eps), 1.0 - beta1**step, (1.0 - beta2**step) ** 0.5, float(grad_scale),
+                self._seed, step, GRAD=_TYPES[dtype], WEIGHT=_TYPES[self._weight_dtype or torch.float32],
+                HAS_MASTER=self._has_master, HAS_WEIGHT=self._weight_dtype is not None, STOCHASTIC=self._stochastic,
+                EIGHT_BIT=self._state_dtype is torch.uint8, BLOCK=BLOCK, num_warps=4,
+            )  # fmt: skip
+
+    def _laid_out(
+        self, gradients: Sequence[Tensor | None]
+    ) -> tuple[list[Tensor | None], list[Tensor | None], torch.dtype | None]:
+        """(the gradients, their contiguous copies whose addresses the table has, their dtype or None for none)."""
         require(
             "adamw",
             len(gradients) == len(self._parameters),
@@ -192,10 +216,10 @@ class FusedAdamW:
         )
         dtypes = {g.dtype for g in gradients if g is not None}
         if not dtypes:
-            return
+            return list(gradients), [], None
         dtype = dtypes.pop()
         require("adamw", not dtypes and dtype in _TYPES, "gradients must all be of one floating dtype")
-        # A copy that a gradient's layout asks for must live until the launch.
+        held: list[Tensor | None]
         held = [g if g is None else g.contiguous() for g in gradients]
         for p, g in zip(self._parameters, held, strict=True):
             require(
@@ -211,16 +235,12 @@ class FusedAdamW:
             for p, g in zip(self._parameters, held, strict=True)
         ]
         if table != self._known:
-            self._addresses.copy_(torch.tensor(table, dtype=torch.int64))
+            addresses = torch.tensor(table, dtype=torch.int64)
+            if self._device.type == "cuda":  # pinned, so that the host need not wait for the device
+                addresses = addresses.pin_memory()
+            self._addresses.copy_(addresses, non_blocking=True)
             self._known = table
-        with on_device(self._addresses):
-            adamw_kernel[(self._owners.shape[0],)](
-                self._addresses, self._sizes, self._decays, self._owners, self._blocks, float(lr), float(beta2),
-                1.0 - beta1, 1.0 - beta2, float(eps), 1.0 - beta1**step, (1.0 - beta2**step) ** 0.5, float(grad_scale),
-                self._seed, step, GRAD=_TYPES[dtype], WEIGHT=_TYPES[self._weight_dtype or torch.float32],
-                HAS_MASTER=self._has_master, HAS_WEIGHT=self._weight_dtype is not None, STOCHASTIC=self._stochastic,
-                EIGHT_BIT=self._state_dtype is torch.uint8, BLOCK=BLOCK, num_warps=4,
-            )  # fmt: skip
+        return list(gradients), held, dtype
 
     def _check(self, p: AdamWParameter) -> None:
         states = (p.exp_avg, p.exp_avg_sq)
@@ -268,6 +288,10 @@ class FusedAdamW:
             f"8-bit states of {p.exp_avg.numel()} elements have two contiguous float32 scales of "
             f"{triton.cdiv(p.exp_avg.numel(), QUANTUM)} elements, float32 states none",
         )
+
+
+def _same(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> bool:
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
 def _states(p: AdamWParameter) -> tuple[Tensor | None, ...]:
