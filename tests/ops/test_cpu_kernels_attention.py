@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mainspring import ops
 from mainspring.errors import BackendError
+from mainspring.ops import TokenBatch
 from mainspring.ops.cpu.attention import attention, write_cache
 from support.cpu_kernels import (
     DTYPES,
@@ -273,3 +275,14 @@ def test_refuses_what_it_cannot_read() -> None:
         attention(q, k[None], k[None], ends, lengths, torch.zeros(2, 1, dtype=torch.int32), 1.0)
     with pytest.raises(BackendError, match="slots"):
         write_cache(k, k, torch.zeros(3, dtype=torch.int64), k[None], k[None])
+
+
+def test_head_sizes_that_the_kernel_does_not_know_are_left_to_the_reference() -> None:
+    """Also without a gradient: a model that trains is evaluated, too."""
+    batch = TokenBatch.packed([3, 4])
+    q, k, v = (
+        torch.randn(7, heads, 4, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2)
+    )
+    out = ops.attention(q, k, v, batch, layer=0, scale=0.5)
+    graph = ops.attention(q.requires_grad_(), k, v, batch, layer=0, scale=0.5)
+    assert torch.equal(out, graph)

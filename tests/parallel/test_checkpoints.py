@@ -191,7 +191,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_the_checkpoint_being_written
     pool: Pool, recipe: Callable[..., str], tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    overrides = ["parallel.zero=3", "checkpoint.every=1", f"output='{output}'", "model.head_dim=8"]
+    overrides = ["parallel.zero=3", "checkpoint.every=1", f"output='{output}'"]
     spoiled = "layers.1.attention.qkv.weight"
     for error in pool.run("jobs:train_into_infinity", 2, recipe(), overrides, 2, spoiled):
         assert "step 3: the loss is" in error

@@ -312,9 +312,15 @@ def _refuses_cuda(call: Call) -> str | None:
     return cuda_refuses(call)
 
 
+def _refuses_cpu(call: Call) -> str | None:
+    if call.size is not None and (call.size % 8 or call.size > 256):
+        return f"has head sizes that are multiples of 8 up to 256, not {call.size}"
+    return refuses(call)
+
+
 ATTENTION = Operation(
     "attention",
-    Implementation("cpu", _cpu, refuses),
+    Implementation("cpu", _cpu, _refuses_cpu),
     Implementation("flash", _flash, _refuses_flash),
     Implementation("cuda", partial(_kernels, "cuda"), _refuses_cuda),
     Implementation("triton", partial(_kernels, "triton"), triton_refuses),
