@@ -187,6 +187,15 @@ def test_a_full_disk_on_one_rank_is_an_error_on_all_and_leaves_the_old_checkpoin
     assert again[0]["step"] == 6
 
 
+def test_texts_that_cannot_be_read_are_an_error_on_all_ranks(
+    pool: Pool, recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(AssertionError, match="another rank cannot start") as raised:
+        pool.run("jobs:train", 2, recipe(), [f"output='{tmp_path / 'out'}'"])
+    assert "byte 0 is not valid utf-8" in str(raised.value)
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_and_the_checkpoint_being_written_is_the_last_good_one(
     pool: Pool, recipe: Callable[..., str], tmp_path: Path
 ) -> None:

@@ -20,7 +20,7 @@ from mainspring.ops import Policy
 from mainspring.parallel.experts import Balance
 from mainspring.parallel.launch import local_rank
 from mainspring.parallel.layout import Layout
-from mainspring.parallel.mesh import Mesh
+from mainspring.parallel.mesh import DISK_TIMEOUT, Mesh
 from mainspring.train.captured import CapturedPass
 from mainspring.train.initialise import initialise
 from mainspring.train.prepare import PreparedData
@@ -55,26 +55,29 @@ class Ranks:
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
-        """The first rank goes through the block before the others do. If one fails, so do all."""
+        """The first rank goes through the block before the others do. If one fails, so do all.
+
+        The others wait as long as reading and tokenizing large texts may take.
+        """
         if self.world == 1:
             yield
             return
+        group = dist.new_group(timeout=DISK_TIMEOUT, backend="gloo")
         if not self.speaks:
-            self._agree(None)
+            self._agree(None, group)
         failure: Exception | None = None
         try:
             yield
         except MainspringError as error:
             failure = error
         if self.speaks:
-            self._agree(failure)
+            self._agree(failure, group)
         if failure is None or not self.speaks:
-            self._agree(failure)
+            self._agree(failure, group)
 
-    def _agree(self, failure: Exception | None) -> None:
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        failed = torch.tensor([float(failure is not None)], device=device)
-        dist.all_reduce(failed)
+    def _agree(self, failure: Exception | None, group: dist.ProcessGroup | None) -> None:
+        failed = torch.tensor([float(failure is not None)])
+        dist.all_reduce(failed, group=group)
         if failure is not None:
             raise failure
         if float(failed):
