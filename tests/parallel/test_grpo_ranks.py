@@ -1,8 +1,6 @@
-"""GRPO over data-parallel ranks is GRPO on one device: the same answers, the same weights, in lockstep on every rank."""
+"""GRPO over data-parallel ranks is GRPO on one device: the same answers, the same weights, all ranks in lockstep."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import pytest
