@@ -123,11 +123,14 @@ def poisoned_memory() -> Iterator[None]:
     """Every uninitialised tensor is full of NaN, so that an element that a kernel forgets to write shows."""
     # torch.use_deterministic_algorithms, but for the compiler that it imports, which takes seconds
     torch._C._set_deterministic_algorithms(True, warn_only=True)
+    filled = torch._C._get_deterministic_fill_uninitialized_memory()  # a trainer of this process turns it off
+    torch._C._set_deterministic_fill_uninitialized_memory(True)
     try:
         assert torch.empty(3, device=DEVICE).isnan().all()
         yield
     finally:
         torch._C._set_deterministic_algorithms(False)
+        torch._C._set_deterministic_fill_uninitialized_memory(filled)
 
 
 def bits(x: Tensor) -> Tensor:
