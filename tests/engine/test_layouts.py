@@ -17,7 +17,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.test_core import Job, Result, assert_bitwise_the_trainers, run
+from engine.test_core import Job, Result, assert_bitwise_the_trainers, collect, run
+from engine.test_lora import ALL as ALL_TARGETS
+from engine.test_lora import write_adapter
+from mainspring.engine.admission import make_request
 from mainspring.engine.config import EngineConfig
 from mainspring.engine.core import EngineCore
 from mainspring.engine.ranks.cutting import cut_batch, piece_bounds
@@ -126,6 +129,44 @@ def test_stages_give_one_devices_bits(dense: Path, pp: int, piece_tokens: int | 
     assert results == run(EngineCore(trainer, TIGHT), jobs(), ARRIVALS)
     for result in results:
         assert_bitwise_the_trainers(trainer, result)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("degrees", [{"tp": 2}, {"pp": 2}, {"tp": 2, "tp_invariant": True}])
+def test_adapters_are_cut_as_the_weights_are(
+    dense: Path, tmp_path: Path, degrees: dict[str, int | bool]
+) -> None:
+    model = load_model(dense)
+    names = {"a": ALL_TARGETS, "b": ["q_proj", "down_proj"]}
+    for seed, (name, targets) in enumerate(names.items()):
+        write_adapter(tmp_path / name, model, targets, 4, seed)
+    config = EngineConfig(
+        num_blocks=40,
+        block_size=4,
+        max_num_batched_tokens=9,
+        lora_adapters={n: str(tmp_path / n) for n in names},
+    )
+
+    def results(core: EngineCore) -> list[Result]:
+        found = [Result(prompt, [], [], None, None, None, 0) for prompt, _ in jobs()]
+        for number, (prompt, params) in enumerate(jobs()):
+            core.add_request(make_request(str(number), prompt, params, core.limits, (), lora_id=number % 3))
+        while core.has_work():
+            for output in core.step():
+                collect(found[int(output.request_id)], output)
+        return found
+
+    expected = results(EngineCore(model, config))
+    plain = run(EngineCore(model, TIGHT), jobs())
+    assert [r.tokens for r in plain] != [r.tokens for r in expected]
+    with led(dense, 2, **degrees) as spread:
+        got = results(EngineCore(spread, config))
+    if degrees == {"pp": 2}:
+        assert got == expected
+    for mine, theirs in zip(got, expected, strict=True):
+        first, second = mine.logprobs[0], theirs.logprobs[0]
+        assert first.token_ids[0] == second.token_ids[0]
+        assert first.logprobs[0] == pytest.approx(second.logprobs[0], abs=1e-4)
 
 
 def test_experts_over_two_ranks_give_one_devices_bits_with_drafts_too(tmp_path: Path) -> None:
@@ -249,8 +290,6 @@ def test_layouts_that_cannot_be_served_are_refused_before_anything_starts(dense:
 
 def test_what_is_not_served_under_a_layout_is_refused_with_the_way_out(dense: Path) -> None:
     with led(dense, tp_invariant=True) as model:
-        with pytest.raises(ConfigError, match="merge them into the model"):
-            EngineCore(model, EngineConfig(lora_adapters={"a": "somewhere"}))
         core = EngineCore(model, TIGHT)
         with pytest.raises(ConfigError, match="update_weights"):
             core.receive_weights(0)

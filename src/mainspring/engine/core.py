@@ -18,7 +18,6 @@ from mainspring.engine.block_allocator import BlockAllocator
 from mainspring.engine.block_hash import root_hash
 from mainspring.engine.config import EngineConfig
 from mainspring.engine.drafters import blocks_beside, load_draft_model, make_drafter
-from mainspring.engine.lora import LoraAdapters
 from mainspring.engine.messages import EngineLimits, EngineRequest, EngineStats, TokenLogprobs, TokenOutput
 from mainspring.engine.model_runner import ModelRunner, StepResult
 from mainspring.engine.outputs import FinishReason
@@ -33,6 +32,7 @@ from mainspring.engine.served_model import (
     check_supported,
     close_model,
     free_memory,
+    load_adapters,
     replace_weights,
     supports_graphs,
     watched,
@@ -118,8 +118,8 @@ class EngineCore:
             graphs=supports_graphs(model) if config.cuda_graphs is None else config.cuda_graphs,
             logprobs_temperature=config.logprobs_temperature,
         )
-        if config.lora_adapters and isinstance(model, Decoder):
-            self._runner.adapters = LoraAdapters(model, config.lora_adapters)
+        if config.lora_adapters:
+            self._runner.adapters = load_adapters(model, config.lora_adapters)
         # Steps that have been launched and whose results have not been looked at; at most so many more than one.
         self._launched: deque[StepResult] = deque()
         asynchronous = device.type == "cuda" if config.async_scheduling is None else config.async_scheduling

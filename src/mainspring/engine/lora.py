@@ -28,7 +28,7 @@ _RANK_STEP = (
 
 
 @dataclass(frozen=True)
-class _Layer:
+class AdapterLayer:
     """The adapters of one linear layer, adapter 0 all zeros. a: [E, R, in]; b: [E, out, R], scaled."""
 
     a: Tensor
@@ -38,8 +38,10 @@ class _Layer:
 class LoraAdapters:
     """Implements `hooks.Adapters` for the adapters of one model, whose ids count from 1 in order of loading."""
 
-    def __init__(self, model: Decoder, adapters: Mapping[str, str | Path]) -> None:
-        """Loads the adapters: name -> directory.
+    def __init__(
+        self, model: Decoder, adapters: Mapping[str, str | Path], *, device: torch.device | None = None
+    ) -> None:
+        """Loads the adapters: name -> directory. device: None for the model's.
 
         Raises:
             ConfigError: a name is empty.
@@ -59,8 +61,12 @@ class LoraAdapters:
                 by_layer.setdefault(part.parameter.removesuffix(".weight"), []).append((part, lora))
             loaded.append(by_layer)
         layers = dict.fromkeys(layer for by_layer in loaded for layer in by_layer)
-        self._layers = {
-            layer: _stack([by_layer.get(layer, []) for by_layer in loaded], parameters[f"{layer}.weight"])
+        self.layers = {
+            layer: _stack(
+                [by_layer.get(layer, []) for by_layer in loaded],
+                parameters[f"{layer}.weight"],
+                model.device if device is None else device,
+            )
             for layer in layers
         }
 
@@ -79,14 +85,14 @@ class LoraAdapters:
             places=places[:, None].to(torch.int32),
             offsets=offsets.to(torch.int32),
         )
-        return BatchAdapters(self._layers, routing, places, lora_ids[:, None] > 0, self._policy)
+        return BatchAdapters(self.layers, routing, places, lora_ids[:, None] > 0, self._policy)
 
 
 @dataclass(frozen=True)
 class BatchAdapters:
     """Implements `ops.batch.LinearAdapters` for the tokens of one batch."""
 
-    layers: Mapping[str, _Layer]
+    layers: Mapping[str, AdapterLayer]
     routing: Routing
     places: Tensor
     has_adapter: Tensor
@@ -98,11 +104,13 @@ class BatchAdapters:
         if layer is None:
             return y
         offsets = self.routing.offsets
-        low = ops.grouped_linear(
-            x, layer.a, offsets, gather=self.routing, policy=self.policy
-        )  # [T, R], sorted
+        low = self.low(name, layer, x)
         delta = ops.grouped_linear(low, layer.b, offsets, policy=self.policy).index_select(0, self.places)
         return torch.where(self.has_adapter, y + delta, y)
+
+    def low(self, name: str, layer: AdapterLayer, x: Tensor) -> Tensor:
+        """x Aᵀ of each token's adapter, sorted by adapter: [T, R]."""
+        return ops.grouped_linear(x, layer.a, self.routing.offsets, gather=self.routing, policy=self.policy)
 
 
 def _checked_part(
@@ -126,23 +134,25 @@ def _checked_part(
     return part
 
 
-def _stack(adapters: list[list[tuple[Part, LoraModule]]], weight: Tensor) -> _Layer:
+def _stack(
+    adapters: list[list[tuple[Part, LoraModule]]], weight: Tensor, device: torch.device
+) -> AdapterLayer:
     """The parts of a fused layer share one A (theirs below each other) and one B (theirs beside each other)."""
     ranks = [sum(lora.rank for _, lora in modules) for modules in adapters]
     rank = -(-max(ranks) // _RANK_STEP) * _RANK_STEP
     count = len(adapters) + 1
     rows, columns = weight.shape
-    a = torch.zeros((count, rank, columns), dtype=weight.dtype, device=weight.device)
-    b = torch.zeros((count, rows, rank), dtype=weight.dtype, device=weight.device)
+    a = torch.zeros((count, rank, columns), dtype=weight.dtype, device=device)
+    b = torch.zeros((count, rows, rank), dtype=weight.dtype, device=device)
     for number, modules in enumerate(adapters, start=1):
         first = 0
         for part, lora in modules:
             ranked = slice(first, first + lora.rank)
             first += lora.rank
-            a[number, ranked] = _values(lora.a).to(weight)
+            a[number, ranked] = _values(lora.a).to(a)
             target = part.view(b[number])
-            target[:, ranked] = (_values(lora.b).float() * lora.scale).to(weight)
-    return _Layer(a, b)
+            target[:, ranked] = (_values(lora.b).float() * lora.scale).to(b)
+    return AdapterLayer(a, b)
 
 
 def _values(entry: TensorEntry) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from mainspring.engine.config import EngineConfig
+from mainspring.engine.hooks import Adapters
+from mainspring.engine.lora import LoraAdapters
 from mainspring.engine.ranks.lead import LeadModel
 from mainspring.engine.ranks.shard import CacheShape, copy_blocks
 from mainspring.engine.sizing import free_bytes
@@ -63,16 +65,18 @@ def check_supported(model: ServedModel, config: EngineConfig) -> None:
     """Raises ConfigError for settings that a model over several processes does not serve with."""
     if isinstance(model, Decoder):
         return
-    if config.lora_adapters:
-        raise ConfigError(
-            f"LoRA adapters ({', '.join(config.lora_adapters)}) are not served under a layout ({model.layout}); merge "
-            "them into the model, or serve it in one process"
-        )
     if config.cuda_graphs and not model.supports_graphs:
         raise ConfigError(
             f"CUDA graphs are not captured under layout {model.layout}, whose pipeline stages or spread experts are "
             "launched from the host; leave cuda_graphs out"
         )
+
+
+def load_adapters(model: ServedModel, adapters: Mapping[str, str]) -> Adapters:
+    """Of every process its part. Raises CheckpointError, ConfigError."""
+    if isinstance(model, LeadModel):
+        return model.load_adapters(adapters)
+    return LoraAdapters(model, adapters)
 
 
 def supports_graphs(model: ServedModel) -> bool:

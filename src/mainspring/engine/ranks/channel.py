@@ -33,7 +33,8 @@ class Op(IntEnum):
     COPY_WEIGHT = 9
     CHECKSUM = 10
     SCORE = 11
-    STOP = 12
+    ADAPTERS = 12
+    STOP = 13
 
 
 @dataclass(frozen=True)

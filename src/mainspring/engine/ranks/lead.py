@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from mainspring.engine.ranks.adapters import ShardAdapters, ShardBatchAdapters
 from mainspring.engine.ranks.channel import Message, Op
 from mainspring.engine.ranks.group import RankGroup
 from mainspring.engine.ranks.layout import check_serving_layout
@@ -134,11 +135,15 @@ class LeadModel(nn.Module):
                 capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
                 self._num_captures += capturing
                 tickets = 0 if batch.tickets is None else batch.tickets.numel()
-                shape = (batch.num_tokens, len(batch.lengths), batch.block_tables.shape[1])
+                ids = (
+                    batch.adapters.lora_ids if isinstance(batch.adapters, ShardBatchAdapters) else tokens[:0]
+                )
+                shape = (batch.num_tokens, len(batch.lengths), batch.block_tables.shape[1], len(ids))
                 host = (*batch.lengths, *batch.contexts, *batch.rope_lengths)
                 self._send(Op.FORWARD, int(capturing), *shape, tickets, *host)
                 pieces = (
                     tokens, batch.positions, batch.slots, batch.cu_seqlens, batch.context_lens, batch.block_tables,
+                    ids,
                 )  # fmt: skip
                 size, _ = packed_pieces(None, *shape)
                 packed = torch.empty(size, dtype=torch.int32, device=self.device)
@@ -207,6 +212,18 @@ class LeadModel(nn.Module):
                 self._send(Op.REPLAY, number)
 
         return announce
+
+    def load_adapters(self, adapters: Mapping[str, str | Path]) -> ShardAdapters:
+        """Each rank its part of LoRA adapters: name -> directory, ids from 1 in this order.
+
+        Raises CheckpointError, and ConfigError for an empty name; then no other rank has been told.
+        """
+        own = ShardAdapters(self.model, adapters)
+        with self._group.alive():
+            given = {name: str(directory) for name, directory in adapters.items()}
+            self._post(Message.with_json(Op.ADAPTERS, given))
+        self._shard.adapters = own
+        return own
 
     def free_device_bytes(self) -> int:
         """The least of all ranks."""

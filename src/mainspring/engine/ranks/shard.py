@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,13 +12,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mainspring.engine.ranks.adapters import ShardAdapters, ShardBatchAdapters
 from mainspring.engine.ranks.cutting import cut_batch, piece_bounds
-from mainspring.model.layers import DecoderLayer, MixtureOfExperts
+from mainspring.model.layers import DecoderLayer, Linear, MixtureOfExperts
 from mainspring.ops.batch import KVCache, TokenBatch
 from mainspring.parallel.collectives import Pending, gather_rows, start_receive, start_send
 from mainspring.parallel.decoder import ParallelDecoder
 from mainspring.parallel.experts import ParallelExperts
 from mainspring.parallel.mesh import Group, even_bounds
+from mainspring.parallel.tensor import ColumnParallelLinear, RowParallelLinear
 
 _CPU_PIECE, _GPU_PIECE = 64, 1024
 _ALIGNMENT = 64  # elements of int32: kernels are compiled for what an allocation's address is divisible by
@@ -49,10 +52,13 @@ def copy_blocks(cache: KVCache, pairs: Tensor) -> None:
         blocks[pairs[:, 1]] = blocks[pairs[:, 0]]
 
 
-def packed_pieces(packed: Tensor | None, tokens: int, sequences: int, width: int) -> tuple[int, list[Tensor]]:
+def packed_pieces(
+    packed: Tensor | None, tokens: int, sequences: int, width: int, adapted: int
+) -> tuple[int, list[Tensor]]:
     """How long the packed int32 tensor of a step is, and its pieces: tokens, positions and slots of each token, the
-    boundaries of the sequences, their context lengths, and their block tables. Each is aligned like a tensor."""
-    sizes = (tokens, tokens, tokens, sequences + 1, sequences, sequences * width)
+    boundaries of the sequences, their context lengths, their block tables, and the adapters of `adapted` tokens (all or
+    none). Each is aligned like a tensor."""
+    sizes = (tokens, tokens, tokens, sequences + 1, sequences, sequences * width, adapted)
     starts = [0]
     for size in sizes:
         starts.append(starts[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)
@@ -84,6 +90,10 @@ class Shard:
         self.cache_shape = CacheShape(len(layers[self.stage]), heads, self.config.head_dim)
         self.largest_cache_shape = CacheShape(max(map(len, layers)), heads, self.config.head_dim)
         self.cache: KVCache | None = None
+        self.adapters: ShardAdapters | None = None
+        for name, module in model.named_modules():
+            if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+                cast(Linear, module).name = name  # by which adapters know it
 
     @property
     def is_last(self) -> bool:
@@ -115,7 +125,7 @@ class Shard:
         sent: list[Pending] = []
         for number, (begin, end) in enumerate(cuts):
             x = given[number].wait() if self.stage else tokens[begin:end]
-            x = self.model.run_stage(self.stage, x, cut_batch(batch, begin, end))
+            x = self.model.run_stage(self.stage, x, self._cut(batch, begin, end))
             results.append(x)
             if not self.is_last:
                 sent.append(start_send(x, 1, self.mesh.edge(self.stage, self.stage + 1), number))
@@ -126,6 +136,14 @@ class Shard:
         for work in sent:
             work.wait()
         return results[0] if len(results) == 1 else torch.cat(results)
+
+    def _cut(self, batch: TokenBatch, begin: int, end: int) -> TokenBatch:
+        piece = cut_batch(batch, begin, end)
+        if isinstance(piece.adapters, ShardBatchAdapters) and piece is not batch:
+            assert self.adapters is not None  # the batch's are made by them
+            adapters = self.adapters.of_batch(piece.adapters.lora_ids[begin:end])
+            piece = dataclasses.replace(piece, adapters=adapters)
+        return piece
 
     def _received(self, cuts: Sequence[tuple[int, int]], source: int, to: int) -> list[Pending]:
         """The pieces of the stream, or of the hidden states, that are to come from another stage."""

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mainspring.engine.parent_watch import end_with_parent
+from mainspring.engine.ranks.adapters import ShardAdapters
 from mainspring.engine.ranks.channel import Channel, Message, Op
 from mainspring.engine.ranks.group import control_channel, join, on_this_machine
 from mainspring.engine.ranks.shard import Shard, copy_blocks, packed_pieces
@@ -105,6 +106,8 @@ class Worker:
                     name, shape, dtype = message.value
                     whole = torch.empty(shape, dtype=getattr(torch, dtype), device=self._device)
                     copy_weight(shard.model, shard.parameters, name, shard.broadcast(whole))
+                case Op.ADAPTERS:
+                    shard.adapters = ShardAdapters(shard.model, message.value)
                 case Op.SCORE:
                     shard.model.log_probs(*message.value)
                 case Op.CHECKSUM:
@@ -113,14 +116,18 @@ class Worker:
                     return
 
     def _forward(self, shard: Shard, message: Message) -> None:
-        _, num_tokens, num_sequences, width, num_tickets, *host = message.words
+        _, num_tokens, num_sequences, width, num_adapted, num_tickets, *host = message.words
         lengths, contexts, rope_lengths = (
             tuple(host[n * num_sequences : (n + 1) * num_sequences]) for n in range(3)
         )
-        shape = (num_tokens, num_sequences, width)
+        shape = (num_tokens, num_sequences, width, num_adapted)
         packed = torch.empty(packed_pieces(None, *shape)[0], dtype=torch.int32, device=self._device)
         _, pieces = packed_pieces(shard.broadcast(packed), *shape)
-        tokens, positions, slots, boundaries, context_lens, tables = pieces
+        tokens, positions, slots, boundaries, context_lens, tables, lora_ids = pieces
+        adapters = None
+        if num_adapted:
+            assert shard.adapters is not None  # rank 0 has them too
+            adapters = shard.adapters.of_batch(lora_ids.to(torch.int64))
         if num_tickets and (self._tickets is None or self._tickets.numel() < num_tickets):
             self._tickets = torch.zeros(num_tickets, dtype=torch.int32, device=self._device)
         batch = TokenBatch(
@@ -133,6 +140,7 @@ class Worker:
             cache=shard.cache,
             slots=slots.to(torch.int64),
             block_tables=tables.view(num_sequences, width),
+            adapters=adapters,
             tickets=self._tickets if num_tickets else None,
         )
         shard.forward(tokens.to(torch.int64), batch)
