@@ -10,6 +10,7 @@ Query embedding is included, reranking is not. `--folder` indexes real documents
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import tempfile
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mainspring.ops.threads import set_num_threads
 from mainspring.rag.assembly import open_index
 from mainspring.rag.chunking.chunk import Chunk
 from mainspring.rag.documents.document import Place
@@ -53,20 +55,23 @@ def made_chunks(task: Task, count: int, embedder: Embedder) -> tuple[list[Chunk]
     return chunks, vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def latency(task: Task, count: int, searches: int, dtype: str) -> None:
+def latency(task: Task, count: int, searches: int, dtype: str, work: Path | None) -> None:
     """Builds a store of `count` chunks and times searches, one after another."""
     embedder = load_embedder(dtype=dtype)
-    chunks, vectors = made_chunks(task, count, embedder)
-    with tempfile.TemporaryDirectory() as folder:
-        store = LanceStore(Path(folder) / "store", embedder.dimension)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = work or Path(temporary)
+        store = LanceStore(folder / "store", embedder.dimension)
+        there = store.count() == count
+        chunks, vectors = ([], np.empty(0)) if there else made_chunks(task, count, embedder)
         began = time.perf_counter()
-        for first in range(0, count, AT_ONCE):
+        for first in range(0, 0 if there else count, AT_ONCE):
             part = chunks[first : first + AT_ONCE]
             store.replace(sorted({c.file for c in part}), part, vectors[first : first + AT_ONCE])
         written = time.perf_counter()
         store.optimise()
         indexed = time.perf_counter()
-        lexical = LexicalIndex.build(store)
+        LexicalIndex.refresh(folder / "bm25", store)
+        lexical = LexicalIndex.open(folder / "bm25", store)
         print(
             f"{count} chunks: written in {written - began:.1f} s, optimised (full text) in {indexed - written:.1f} s, "
             f"BM25 {time.perf_counter() - indexed:.1f} s",
@@ -136,11 +141,14 @@ def main() -> None:
     parser.add_argument("--squad", type=Path)
     parser.add_argument("--chunks", type=int, default=100_000)
     parser.add_argument("--searches", type=int, default=300)
+    parser.add_argument("--work", type=Path, help="keeps the store for the next run")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--dtype", default="float32", help="of the embedder")
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
+    set_num_threads(options.threads)
     if options.squad is not None:
-        latency(load_squad(options.squad), options.chunks, options.searches, options.dtype)
+        latency(load_squad(options.squad), options.chunks, options.searches, options.dtype, options.work)
     if options.folder is not None:
         indexing(options.folder)
 

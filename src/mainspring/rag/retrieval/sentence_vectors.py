@@ -26,6 +26,10 @@ _AT_ONCE = 64
 class Sentences(Protocol):
     """Knows how near a question is to the nearest sentence of a passage."""
 
+    def prepare(self, passages: Sequence[str], progress: Progress | None = None) -> None:
+        """Makes what searches among these passages will need; `progress` hears of passages."""
+        ...
+
     def cosines(self, vector: npt.NDArray[np.float32], passages: Sequence[str]) -> npt.NDArray[np.float32]:
         """[N]: the cosine of a unit vector [D] and each passage's nearest sentence."""
         ...

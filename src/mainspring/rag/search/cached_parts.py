@@ -185,6 +185,9 @@ class CachedSentences:
     embedder: str
     recorder: Recorder
 
+    def prepare(self, passages: Sequence[str], progress: Progress | None = None) -> None:
+        self.sentences.prepare(passages, progress)
+
     def cosines(self, vector: npt.NDArray[np.float32], passages: Sequence[str]) -> npt.NDArray[np.float32]:
         address = hashlib.sha256(np.ascontiguousarray(vector).tobytes()).hexdigest()
         compute = self.sentences.cosines

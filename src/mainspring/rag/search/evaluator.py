@@ -62,6 +62,7 @@ class PipelineEvaluator:
         self._make_reranker = make_reranker
         self._make_summariser = make_summariser
         self._reader = reader
+        self._sentences_ready = False
         self._reader_name = f"{type(reader).__name__} {self._model_name()}"
         self._rerankers: dict[str, Reranker | None] = {"none": None}
         self._summarisers: dict[str, Summariser | None] = {"none": None}
@@ -74,6 +75,10 @@ class PipelineEvaluator:
         return self._parts.store.scan()
 
     def __call__(self, strategy: Strategy, question: TuneQuestion) -> Outcome:
+        if strategy.retrieve.sentences and not self._sentences_ready:
+            assert self._parts.sentences is not None  # the assembly gives them to every evaluator
+            self._parts.sentences.prepare([chunk.text for chunk in self.chunks()])  # as indexing would have
+            self._sentences_ready = True
         pipeline = Pipeline(
             strategy,
             dataclasses.replace(
