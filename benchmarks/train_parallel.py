@@ -68,7 +68,8 @@ def main() -> None:
     # All ranks of this start know the name.
     weights = Path(tempfile.gettempdir()) / f"mainspring-train-parallel-{os.environ['MASTER_PORT']}"
     try:
-        with joined(arguments.device):
+        in_order = any(text.startswith("tp=") for text in arguments.runs)  # one start has one setting for all
+        with joined(arguments.device, in_order=in_order):
             run(arguments, weights)
     finally:
         shutil.rmtree(weights, ignore_errors=True)

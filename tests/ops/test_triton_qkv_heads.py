@@ -18,6 +18,7 @@ from support.triton_kernels import (
     DEVICE,
     DTYPES,
     EXAMPLES,
+    INTERPRETED,
     assert_same_bits,
     needs_triton,
     poisoned_memory,
@@ -45,10 +46,10 @@ def _angles(tokens: int, d: int, rowed: bool, scale: float) -> RopeAngles:
     return RopeAngles(torch.arange(tokens, device=DEVICE) * 37, inv_freq, rows, scale)
 
 
-@settings(max_examples=2 * EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(
     dtype=st.sampled_from(DTYPES),
-    tokens=st.sampled_from([1, 2, 21, 130]),
+    tokens=st.sampled_from([1, 2, 5] if INTERPRETED else [1, 2, 21, 1300]),
     heads=st.sampled_from([(1, 1), (9, 3), (4, 2)]),
     d=st.sampled_from([16, 48, 64]),
     normed=st.booleans(),
@@ -92,8 +93,8 @@ def test_heads_and_their_one_gradient(
 
 
 def test_without_a_gradient_the_bits_are_the_same() -> None:
-    fused = random_tensor(0, 40, 8, 64)
-    angles = _angles(40, 64, False, 1.0)
+    fused = random_tensor(0, 3, 8, 64)
+    angles = _angles(3, 64, False, 1.0)
     for norms in (None, HeadNorms(random_tensor(1, 64), random_tensor(2, 64), 1e-5)):
         with torch.no_grad():
             alone = qkv_heads(fused.clone(), 4, 2, norms, angles, policy=TRITON)

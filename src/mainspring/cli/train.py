@@ -56,7 +56,7 @@ def train(
         from mainspring.train.make_runner import Ranks
         from mainspring.train.trainer import Trainer
 
-        with joined(settings.training.device):
+        with joined(settings.training.device, in_order=settings.parallel.tp > 1):
             # torchrun --max-restarts starts the same command anew when a rank has died: then it continues.
             died = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
             if died and not resume:
