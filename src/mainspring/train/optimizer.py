@@ -7,18 +7,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from mainspring.errors import CheckpointError
-from mainspring.model.decoder import Decoder
+from mainspring.model.naming import Part
 from mainspring.ops.adamw import AdamWParameter, make_adamw
 from mainspring.ops.muon import Muon, MuonSettings, classic
 from mainspring.ops.norms import norms
 from mainspring.train.recipe import OptimizerSection
 
 _EMBEDDINGS = ("embedding", "output_embedding", "score.weight")  # and the head of a value model
+
+
+class Trainable(Protocol):
+    """What an optimizer asks of what it moves: a `Decoder`, or the adapters of one."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]: ...
+
+    def parts(self) -> list[Part]:
+        """Which rows of which parameter carry which name."""
+        ...
 
 
 class Optimizer:
@@ -31,7 +46,7 @@ class Optimizer:
     expert on its own); embeddings, the router, norms and biases to AdamW (Loshchilov and Hutter, arXiv 1711.05101).
     """
 
-    def __init__(self, model: Decoder, settings: OptimizerSection) -> None:
+    def __init__(self, model: Trainable, settings: OptimizerSection) -> None:
         self._settings = settings
         self._parts = model.parts()
         self._weights = {name: weight.detach() for name, weight in model.named_parameters()}
