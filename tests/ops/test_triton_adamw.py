@@ -44,6 +44,10 @@ def test_steps_are_those_of_torch(narrow: bool) -> None:
             group["lr"] = lr
         peer.step()
         given = [None if i == skipped and skips else g for i, g in enumerate(gradients)]
+        if step % 3 == 0:
+            ours.prepare(given)
+        elif step % 3 == 1:  # for other gradients than those that come
+            ours.prepare([g + 1 for g in gradients])
         ours.step(given, step=step, lr=lr, beta1=0.9, beta2=0.95, eps=1e-8, grad_scale=0.5)
         for mine, other, weight in zip(masters, theirs, weights, strict=True):
             torch.testing.assert_close(mine, other.detach(), rtol=1e-5, atol=5e-6)
