@@ -112,7 +112,7 @@ def test_a_run_leaves_a_model_metrics_and_validations(folder: Path, algorithm: s
 
 @pytest.mark.parametrize(
     ("algorithm", "change"),
-    [("grpo", "engine.ahead=true"), ("vapo", "rollouts.slice_tokens=4")],
+    [("grpo", "engine.ahead=true"), ("grpo", "lora.rank=2"), ("vapo", "rollouts.slice_tokens=4")],
 )
 def test_a_run_that_is_resumed_ends_at_the_same_bits(folder: Path, algorithm: str, change: str) -> None:
     run(recipe(folder, algorithm, change, f"output={str(folder / 'whole')!r}"))
@@ -165,6 +165,7 @@ def test_a_checkpoint_of_another_algorithm_or_model_is_refused(folder: Path) -> 
         (("algorithm='dappo'",), "'dappo'.*Did you mean 'dapo'"),
         (("grpo.max_step=3",), r"unknown key 'grpo\.max_step'; did you mean 'grpo\.max_steps'"),
         (("data.gym_task='chain_sum'",), "either data.train"),
+        (("lora.rank=4", "engine.ahead=true"), "adapters are trained only where"),
         (("rollouts.group_size='many'",), r"rollouts\.group_size = 'many' must be an integer"),
     ],
 )

@@ -2,6 +2,7 @@
 
     OUTPUT/step-00000100/            config.json, model.safetensors, tokenizer.json: a model to serve or train on
     OUTPUT/step-00000100/optimizer/  optimizer state, and state.json: the step, the recipe, the rollouts' state
+    OUTPUT/step-00000100/adapter/    where adapters are trained: they alone (the weights above have them added in)
     OUTPUT/step-00000100/critic/     the value model and its optimizer's state, where there is one
 
 A checkpoint appears whole or not at all; names and links are those of pretraining's (`train.checkpoint`).
@@ -21,6 +22,7 @@ from mainspring.model.checkpoint import save_model
 from mainspring.model.decoder import Decoder
 from mainspring.rl.conversation import Written
 from mainspring.rl.critic import Critic
+from mainspring.rl.lora import LoraDecoder
 from mainspring.rl.rollouts import RolloutState
 from mainspring.rl.trajectories import Trajectory
 from mainspring.rl.value_model import ValueModel
@@ -28,6 +30,7 @@ from mainspring.train.checkpoint import load_optimizer, publish, random_states, 
 from mainspring.train.optimizer import Optimizer
 from mainspring.train.recipe import OptimizerSection
 
+ADAPTER = "adapter"
 _VERSION = 1
 
 
@@ -56,6 +59,9 @@ def save_run(
     with replaced_directory(path) as partial:
         if isinstance(model, ValueModel):
             model.save(partial, tokenizer=tokenizer)
+        elif isinstance(model, LoraDecoder):
+            save_model(model.merged(), partial, tokenizer=tokenizer)
+            model.lora.save(partial / ADAPTER)
         else:
             save_model(model, partial, tokenizer=tokenizer)
         (partial / "optimizer").mkdir()

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from mainspring.errors import RecipeError
 from mainspring.rl.dpo import DpoSettings
 from mainspring.rl.grpo import DAPO, DR_GRPO, GSPO, GrpoSettings
+from mainspring.rl.lora import LoraSettings
 from mainspring.rl.ppo import PpoSettings
 from mainspring.rl.reward_model import RewardModelSettings
 from mainspring.rl.rollouts import RolloutSettings
@@ -117,6 +118,8 @@ class RlRecipe:
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     reward: RewardSection = RewardSection()
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    """With a rank above 0 adapters are trained instead of the weights."""
     rollouts: RolloutSettings = field(default_factory=RolloutSettings)
     engine: EngineSection = EngineSection()
     optimizer: OptimizerSection = field(default_factory=lambda: OptimizerSection(lr=1e-6, weight_decay=0.0))
@@ -180,6 +183,12 @@ def parse_rl_recipe(text: str, where: str = "recipe", overrides: Sequence[str] =
         raise RecipeError(f"{where}: set either data.train, a file of JSON lines, or data.gym_task")
     if data.gym_task and recipe.algorithm in ("sft", "dpo", "reward_model"):
         raise RecipeError(f"{where}: data.gym_task gives prompts; {recipe.algorithm} learns from data.train")
+    engine = recipe.engine
+    if recipe.lora.rank and (engine.snapshot or engine.ahead or recipe.algorithm == "reward_model"):
+        raise RecipeError(
+            f"{where}: lora.rank = {recipe.lora.rank} with engine.snapshot, engine.ahead or algorithm = "
+            "'reward_model'; adapters are trained only where the engine shares the trainer's tensors"
+        )
     return recipe
 
 

@@ -26,10 +26,18 @@ from mainspring.model.checkpoint import load_model
 from mainspring.model.decoder import Decoder
 from mainspring.rl import materials
 from mainspring.rl.ahead import RolloutsAhead
-from mainspring.rl.checkpoint import RlState, load_critic, load_run_optimizers, read_run_state, save_run
+from mainspring.rl.checkpoint import (
+    ADAPTER,
+    RlState,
+    load_critic,
+    load_run_optimizers,
+    read_run_state,
+    save_run,
+)
 from mainspring.rl.critic import Critic
 from mainspring.rl.dpo import DpoMetrics, DpoSettings, dpo, judge, reference_log_probs
 from mainspring.rl.grpo import GrpoMetrics, grpo
+from mainspring.rl.lora import LoraDecoder
 from mainspring.rl.ppo import ppo
 from mainspring.rl.ppo_metrics import PpoMetrics
 from mainspring.rl.prompts import Prompt, Texts
@@ -90,16 +98,18 @@ class RlRun:
                 f"{start} was written by algorithm = {state.recipe['algorithm']!r}, not {recipe.algorithm!r}; "
                 "set another output, or start anew with --restart"
             )
-        source = recipe.model.path if start is None else start
+        # Adapters belong to the weights that the recipe names; else a checkpoint has the weights themselves.
+        source = recipe.model.path if start is None or recipe.lora.rank else start
         directory = resolve(source, recipe.model.dtype).path
         self._tokenizer = Tokenizer.from_directory(directory)
-        self._model = _load(recipe, directory, device, is_start=start is None)
+        self._model = _load(recipe, directory, device, start)
         self._texts = materials.texts_of(self._tokenizer, self._model, recipe.data)
         self._samples: tuple[list[Sample], list[Sample]] = ([], [])
         self._pairs: tuple[list[Pair], list[Pair]] = ([], [])
         self._held_out: list[Prompt] = []
         self._rollouts = self._read_data()
-        self._optimizer = Optimizer(self._model, recipe.optimizer)
+        trained = self._model.lora if isinstance(self._model, LoraDecoder) else self._model
+        self._optimizer = Optimizer(trained, recipe.optimizer)
         self._critic = self._make_critic(start)
         self._reference = self._make_reference()
         self._step = 0
@@ -334,13 +344,20 @@ class RlRun:
         return path
 
 
-def _load(recipe: RlRecipe, directory: Path, device: torch.device, *, is_start: bool) -> Decoder:
+def _load(recipe: RlRecipe, directory: Path, device: torch.device, start: Path | None) -> Decoder:
     """The model to train; a reward model begins as a copy of a policy, or as what a former run has made of it."""
     model = recipe.model
-    if recipe.algorithm == "reward_model" and not is_start:
+    if recipe.algorithm == "reward_model" and start is not None:
         return ValueModel.load(directory, device=device, dtype=model.dtype, numerics=model.numerics)
     policy = load_model(directory, device=device, dtype=model.dtype, numerics=model.numerics)
-    return ValueModel.of(policy, "sequence") if recipe.algorithm == "reward_model" else policy
+    if recipe.algorithm == "reward_model":
+        return ValueModel.of(policy, "sequence")
+    if not recipe.lora.rank:
+        return policy
+    adapted = LoraDecoder(policy, recipe.lora)
+    if start is not None:
+        adapted.lora.load(start / ADAPTER)
+    return adapted
 
 
 def _longest(train: Sequence[Prompt], held_out: Sequence[Prompt], max_tokens: int, model: Decoder) -> int:
