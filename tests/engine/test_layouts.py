@@ -23,6 +23,7 @@ from engine.test_lora import write_adapter
 from mainspring.engine.admission import make_request
 from mainspring.engine.config import EngineConfig
 from mainspring.engine.core import EngineCore
+from mainspring.engine.llm import LLM
 from mainspring.engine.ranks.cutting import cut_batch, piece_bounds
 from mainspring.engine.ranks.layout import serving_layout
 from mainspring.engine.ranks.lead import LeadModel
@@ -35,6 +36,7 @@ from mainspring.model.initialise import create_model
 from mainspring.ops import KVCache, TokenBatch
 from parallel.models import tiny
 from parallel.pool import Pool
+from support.serving import write_tiny_model
 
 VOCAB = 61
 
@@ -286,6 +288,27 @@ def test_layouts_that_cannot_be_served_are_refused_before_anything_starts(dense:
     assert layout is not None
     with pytest.raises(ConfigError, match="tp_invariant is not promised of experts"):
         layout.check(tiny("moe"))
+
+
+def test_the_offline_engine_takes_a_layout(tmp_path: Path, dense: Path) -> None:
+    directory = write_tiny_model(tmp_path / "model")
+    params = SamplingParams(temperature=0, max_tokens=5, prompt_logprobs=0)
+    with LLM(directory, layout="tp_invariant=true", num_blocks=8) as llm:
+        assert isinstance(llm.model, LeadModel)
+        [output] = llm.generate("hello", params)
+        assert len(output.outputs[0].token_ids) == 5
+        assert output.prompt_logprobs is not None
+        ids = output.prompt_token_ids
+        given = [
+            position[token].logprob
+            for token, position in zip(ids, output.prompt_logprobs, strict=True)
+            if position
+        ]
+        assert given == llm.model.log_probs([ids])[0].tolist()
+    llm.close()  # again
+    for model, degrees in ((load_model(dense), {"tp": 2}), (dense, {"pp": 2, "quantized": True})):
+        with pytest.raises(ConfigError, match="needs a checkpoint that each rank reads its part of"):
+            LLM(model, **degrees)
 
 
 def test_what_is_not_served_under_a_layout_is_refused_with_the_way_out(dense: Path) -> None:
