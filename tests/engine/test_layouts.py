@@ -25,7 +25,7 @@ from mainspring.engine.config import EngineConfig
 from mainspring.engine.core import EngineCore
 from mainspring.engine.llm import LLM
 from mainspring.engine.ranks.cutting import cut_batch, piece_bounds
-from mainspring.engine.ranks.layout import serving_layout
+from mainspring.engine.ranks.layout import check_serving_layout, serving_layout
 from mainspring.engine.ranks.lead import LeadModel
 from mainspring.engine.sampling_params import SamplingParams
 from mainspring.engine.speculative import SpeculativeConfig
@@ -288,6 +288,34 @@ def test_layouts_that_cannot_be_served_are_refused_before_anything_starts(dense:
     assert layout is not None
     with pytest.raises(ConfigError, match="tp_invariant is not promised of experts"):
         layout.check(tiny("moe"))
+
+
+def test_what_the_gpus_cannot_serve_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(
+        "dense",
+        hidden_size=2048,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        intermediate_size=8192,
+    )
+    gpu = torch.device("cuda")
+
+    def check(device: torch.device, **degrees: int | bool) -> None:
+        layout = serving_layout(None, **degrees)  # type: ignore[arg-type]
+        assert layout is not None
+        check_serving_layout(layout, config, device)
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    check(gpu, tp=8)
+    check(gpu, tp=4, tp_invariant=True)
+    with pytest.raises(ConfigError, match="qkv's 3072 rows leave 384 a rank"):
+        check(gpu, tp=8, tp_invariant=True)  # the kernels sum so few rows in two chunks
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES"):
+        check(torch.device("cuda", 1), tp=2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="needs 2 CUDA devices on this machine, which has 1"):
+        check(gpu, tp=2)
 
 
 def test_the_offline_engine_takes_a_layout(tmp_path: Path, dense: Path) -> None:
