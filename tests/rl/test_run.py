@@ -210,3 +210,14 @@ def test_the_command_trains_and_shows_what_was_written(folder: Path) -> None:
     assert none.output.strip() == ""
     missing = runner.invoke(app, ["rl", "view", str(folder / "nowhere")])
     assert isinstance(missing.exception, ConfigError)
+
+
+def test_ranks_of_torchrun_are_not_silently_runs_of_their_own(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder / "recipe.toml"
+    path.write_text(RECIPE.format(folder=folder, algorithm="grpo"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused = CliRunner().invoke(app, ["rl", str(path)])
+    assert isinstance(refused.exception, ConfigError)
+    assert "2 ranks" in str(refused.exception)

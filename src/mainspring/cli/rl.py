@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from mainspring.errors import ConfigError
+
 _INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
 
@@ -45,6 +47,11 @@ def train(
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in `mainspring train`; read when PyTorch is loaded
     if resume and restart:
         raise typer.BadParameter("--resume and --restart exclude each other")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            f"torchrun has started {os.environ['WORLD_SIZE']} ranks, but a recipe of post-training runs on one device; "
+            "for several ranks call grpo with rl.ranks.RankRollouts (docs/rl.md)"
+        )
     from mainspring.rl.recipe import load_rl_recipe
     from mainspring.rl.run import RlRun
 

@@ -188,7 +188,7 @@ def grpo(
         parts = mini_batches(len(answers), settings.mini_batches, settings.epochs, (settings.seed, step))
         for number, chosen in enumerate(parts):
             mine = pack([answers[i] for i in chosen], model.device)
-            num_tokens, num_answers = map(int, total([mine.num_tokens, len(chosen)], group))
+            num_tokens, num_answers = map(int, total([mine.num_tokens, len(chosen)], group, model.device))
             mini = _Mini(
                 mine,
                 num_tokens,

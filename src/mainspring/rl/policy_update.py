@@ -114,25 +114,27 @@ def policy_gradient(
             sums[name] = (
                 sums.get(name, torch.zeros((), dtype=torch.float64, device=value.device)) + value.detach()
             )
-    for _ in range(most(len(runs), group) - len(runs)):  # another rank has more: take part with nothing
+    for _ in range(
+        most(len(runs), group, model.device) - len(runs)
+    ):  # another rank has more: take part with nothing
         log_probs, _, _ = written_log_probs_and_entropy(model, packed.samples[:1], temperature)
         (log_probs.sum() * 0).backward()
         optimizer.accumulate()
-    totals = total([float(value) for value in sums.values()], group)
+    totals = total([float(value) for value in sums.values()], group, model.device)
     return dict(zip(sums, totals, strict=True))
 
 
-def total(values: Sequence[float], group: Group) -> list[float]:
-    """Each value's sum over the ranks of a group."""
+def total(values: Sequence[float], group: Group, device: torch.device) -> list[float]:
+    """Each value's sum over the ranks of a group, whose backend speaks on that device."""
     if group.size == 1:
         return list(values)
-    summed: list[float] = all_reduce(torch.tensor(values, dtype=torch.float64), group).tolist()
+    summed: list[float] = all_reduce(torch.tensor(values, dtype=torch.float64, device=device), group).tolist()
     return summed
 
 
-def most(value: int, group: Group) -> int:
+def most(value: int, group: Group, device: torch.device) -> int:
     """The largest over the ranks of a group."""
-    return int(all_reduce_max(torch.tensor(value), group)) if group.size > 1 else value
+    return int(all_reduce_max(torch.tensor(value, device=device), group)) if group.size > 1 else value
 
 
 def add_sums(totals: dict[str, float], sums: Mapping[str, float], num_tokens: int, step: int) -> None:
