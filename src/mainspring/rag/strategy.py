@@ -145,7 +145,7 @@ RECIPES: Mapping[str, Strategy] = MappingProxyType(
             context=ContextStep(order="reverse", summary="recomp"),
         ),
         "fast": Strategy(rerank=RerankStep("none")),
-        "fine": Strategy(retrieve=RetrieveStep(alpha=0.7, sentences=True), rerank=RerankStep("none")),
+        "fine": Strategy(retrieve=RetrieveStep(alpha=0.85, sentences=True), rerank=RerankStep("none")),
     }
 )
 
