@@ -99,8 +99,8 @@ def load_picture_encoder(name: str = PACKAGED) -> PictureEncoder:
         kind = json.loads((directory / "config.json").read_bytes()).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise ModelNotFoundError(
-            f"there is no picture encoder {name!r} ({error}): give {PACKAGED!r} or a directory with a CLIP model in "
-            "Hugging Face's format"
+            f"there is no picture encoder {name!r} ({error}): give a directory with a CLIP model in Hugging Face's "
+            "format, or one that benchmarks/rag_pictures.py has trained"
         ) from error
     if kind == KIND:
         model, thresholds = load_dual_encoder(directory)
