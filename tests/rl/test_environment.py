@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 
 from mainspring.model.decoder import Decoder
 from mainspring.model.initialise import create_model
-from mainspring.rl.environment import Calculator, calculate
+from mainspring.rl.conversation import Conversation
+from mainspring.rl.environment import Calculator, Turn, calculate
 from mainspring.rl.grpo import GrpoSettings, grpo
 from mainspring.rl.prompts import Prompt, Texts
 from mainspring.rl.rollouts import Rollouts, RolloutSettings
@@ -65,6 +67,32 @@ def test_a_call_is_answered_and_anything_else_is_the_final_answer() -> None:
     world.step("calc(1)")
     world.step("calc(2)")
     assert world.step("calc(3)").done, "no more calls than allowed"
+
+
+def test_a_conversation_that_is_replayed_has_the_rewards_it_had() -> None:
+    class Paying(Calculator):
+        def step(self, answer: str) -> Turn:
+            return replace(super().step(answer), reward=1.0)
+
+    def begun() -> Conversation:
+        return Conversation(0, Prompt(tuple(TEXTS.encode("6*7?")), "6*7?", "42"), 1, Paying(), TEXTS)
+
+    def written(conversation: Conversation, text: str, *, ends: bool) -> None:
+        tokens = [*TEXTS.encode(text), *([END] if ends else [])]
+        conversation.take(tokens, [-1.0] * len(tokens), 0)
+
+    original = begun()
+    for text, ends in (("calc(6*7)", True), ("calc(2)", True), ("so it", False)):
+        written(original, text, ends=ends)
+        if ends:
+            original.turn_over()
+        copy = begun()
+        copy.replay(original.written)
+        copy.replay(original.written)  # also over what it was
+        assert (copy.reward, copy.turns, copy.tokens) == (original.reward, original.turns, original.tokens)
+    original.end(finished=False)  # its budget has cut it off: the environment was not told
+    copy.replay(original.written)
+    assert (copy.reward, copy.done, copy.finished) == (2.0, True, False)
 
 
 def _model() -> Decoder:

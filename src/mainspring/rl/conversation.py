@@ -43,7 +43,7 @@ class Conversation:
         self.reward = 0.0
         self.turns = 0
         self._index = index
-        self._prompt = prompt
+        self.prompt = prompt
         self._environment = environment
         self._texts = texts
         self._marks = [False] * len(prompt.tokens)
@@ -101,12 +101,15 @@ class Conversation:
         self.done = self.failed = True
 
     def replay(self, kept: Written) -> None:
-        """Becomes the one that was kept; the environment is told again what it was told."""
-        first = len(self.tokens)
+        """Becomes the one that was kept, whatever it was; the environment is told again what it was told."""
+        first = len(self.prompt.tokens)
+        self.reward, self.turns, self._turn_began = 0.0, 0, first
+        if self._environment is not None:
+            self._environment.reset(self.prompt)
         runs = _runs(kept.written, first)
         for start, stop in runs:
-            in_the_middle = stop == len(kept.tokens) and not kept.done
-            ended = not in_the_middle or kept.tokens[stop - 1] in self._texts.ends
+            # What was cut off, by a slice or for good, was never told to the environment.
+            ended = stop < len(kept.tokens) or kept.finished or kept.tokens[stop - 1] in self._texts.ends
             if self._environment is not None and ended and not kept.failed:
                 turn = self._environment.step(self._texts.decode(kept.tokens[start:stop]))
                 self.reward += turn.reward
@@ -122,7 +125,7 @@ class Conversation:
         """What is to be rewarded: all that the policy wrote, as one text."""
         answer = [token for token, mine in zip(self.tokens, self._marks, strict=True) if mine]
         return Completion(
-            self._prompt.text, self._texts.decode(answer), self._prompt.reference, tuple(self.tokens)
+            self.prompt.text, self._texts.decode(answer), self.prompt.reference, tuple(self.tokens)
         )
 
     def trajectory(self, reward: float) -> Trajectory:

@@ -247,6 +247,24 @@ class Rollouts:
             self._core.sleep()
         return self._rewarded(groups)
 
+    def go_on(
+        self,
+        conversations: Sequence[tuple[Prompt, Written]],
+        sampling: SamplingParams | None = None,
+        *,
+        sliced: bool = True,
+    ) -> list[Written]:
+        """What becomes of conversations that were begun elsewhere, unrewarded; the stream of prompts stays."""
+        begun = []
+        for prompt, written in conversations:
+            conversation = self._begin(written.prompt, prompt, written.seed)
+            conversation.replay(written)
+            begun.append(conversation)
+        self._write(begun, sampling, sliced=sliced)
+        if self.settings.free_cache:
+            self._core.sleep()
+        return [conversation.written for conversation in begun]
+
     def _next_group(self) -> list[Conversation]:
         rank, ranks = self._share
         position = self._position * ranks + rank
