@@ -92,7 +92,12 @@ async def soak(server: Server, seconds: float) -> tuple[dict[str, int], list[int
 
 
 @pytest.mark.parametrize(
-    "seconds", [15, pytest.param(600, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
+    "seconds",
+    [
+        15,
+        pytest.param(60, marks=pytest.mark.slow),  # CI runs it beside the quick suite
+        pytest.param(600, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+    ],
 )
 def test_mixed_traffic_leaves_nothing_behind(server: Server, seconds: int) -> None:
     server.wait_idle()
