@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from mainspring.parallel import experts, tensor
 from mainspring.parallel.balance import take_loads
 from mainspring.parallel.checkpoint import NAMES, load_weights, stored_weights, write_together
 from mainspring.parallel.experts import Balance
+from mainspring.parallel.launch import joined
 from mainspring.parallel.layout import Layout
 from mainspring.parallel.mesh import Mesh
 from mainspring.parallel.parallelize import parallelize
@@ -297,6 +299,20 @@ def die_in_a_write(rank: int, ranks: int, store: str, text: str, overrides: list
 
     with patch.object(_SliceWriter, "_pwrite", deadly):
         train(text, overrides)
+
+
+def join_late(rank: int, port: int, attempt: int, delay: float) -> None:
+    """What a process that torchrun starts does, of two; it ends as one that is killed."""
+    time.sleep(delay)
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(attempt),
+        "GROUP_WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+    with joined("cpu"):
+        ranks = torch.tensor([float(rank)])
+        dist.all_reduce(ranks)
+        os._exit(0 if float(ranks) == 1.0 else 1)
 
 
 def digest(path: Path) -> str:

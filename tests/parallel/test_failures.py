@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 from mainspring.parallel.layout import Layout
 from mainspring.parallel.monitor import HUNG
 from mainspring.train.verify import VerifySettings
 from parallel.conftest import Reference
+from parallel.jobs import join_late
 from parallel.pool import Pool
 
 SETTINGS = VerifySettings(steps=2)
@@ -56,6 +58,16 @@ def test_a_watch_that_is_stopped_or_sees_progress_ends_nothing() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
+
+
+def test_a_restarted_rank_does_not_look_for_its_peers_where_they_died(pool: Pool) -> None:
+    """torchrun keeps the store: the first rank of the second attempt is there before the other has a new address."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for attempt, delay in ((0, 0.0), (1, 1.5)):
+        ranks = [pool.process(join_late, rank, store.port, attempt, delay * rank) for rank in (0, 1)]
+        for rank in ranks:
+            rank.join(60)
+        assert [rank.exitcode for rank in ranks] == [0, 0], attempt
 
 
 @pytest.mark.parametrize(

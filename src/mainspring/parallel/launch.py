@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from mainspring.errors import ConfigError
 from mainspring.parallel.mesh import TIMEOUT
@@ -57,7 +59,14 @@ def joined(device: str, *, in_order: bool = False) -> Iterator[None]:
                 "start at most as many processes a host"
             )
         torch.cuda.set_device(local_rank())
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
+    # torchrun may give its restarted processes the store of those that died, where a fast rank would find a slow one's
+    # old address: on one host, which counts its restarts alone, each attempt has names of its own there.
+    store, rank, world = next(iter(rendezvous("env://", timeout=TIMEOUT)))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=world, timeout=TIMEOUT
+    )
     try:
         yield
     finally:
