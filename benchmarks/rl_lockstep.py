@@ -26,7 +26,8 @@ from mainspring.formats.model_config import ModelConfig
 from mainspring.model.decoder import Decoder
 from mainspring.model.initialise import create_model
 from mainspring.ops import Policy
-from mainspring.rl.grpo import GrpoMetrics, GrpoSettings, grpo
+from mainspring.rl.grpo import GrpoSettings, grpo
+from mainspring.rl.grpo_metrics import GrpoMetrics
 from mainspring.rl.prompts import Prompt, Texts
 from mainspring.rl.rewards import Completion
 from mainspring.rl.rollouts import Rollouts, RolloutSettings

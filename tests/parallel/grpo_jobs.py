@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mainspring.model.checkpoint import load_model
 from mainspring.parallel.streaming import stream_weights
-from mainspring.rl.grpo import GrpoMetrics, GrpoSettings, grpo
+from mainspring.rl.grpo import GrpoSettings, grpo
+from mainspring.rl.grpo_metrics import GrpoMetrics
 from mainspring.rl.ranks import RankRollouts
 from mainspring.rl.rollouts import Rollouts, RolloutSettings
 from mainspring.train.optimizer import Optimizer

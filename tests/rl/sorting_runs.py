@@ -12,7 +12,8 @@ from typing import Literal, get_args
 
 from mainspring.model.decoder import Decoder
 from mainspring.rl.critic import Critic
-from mainspring.rl.grpo import DAPO, GrpoMetrics, grpo
+from mainspring.rl.grpo import DAPO, grpo
+from mainspring.rl.grpo_metrics import GrpoMetrics
 from mainspring.rl.ppo import PpoSettings, ppo
 from mainspring.rl.ppo_metrics import PpoMetrics
 from mainspring.rl.rollouts import Rollouts, RolloutSettings

@@ -13,7 +13,8 @@ import torch
 
 from mainspring.errors import ConfigError, LockstepError, MainspringError
 from mainspring.model.decoder import Decoder
-from mainspring.rl.grpo import DAPO, DR_GRPO, GSPO, GrpoMetrics, GrpoSettings, grpo
+from mainspring.rl.grpo import DAPO, DR_GRPO, GSPO, GrpoSettings, grpo
+from mainspring.rl.grpo_metrics import GrpoMetrics
 from mainspring.rl.math.length_penalty import overlong_penalty
 from mainspring.rl.rewards import Completion, Scorer
 from mainspring.rl.rollouts import Rollouts, RolloutSettings

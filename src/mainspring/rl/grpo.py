@@ -12,7 +12,6 @@ with these it continues to the bit.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,8 @@ from torch import Tensor
 from mainspring.errors import ConfigError
 from mainspring.model.decoder import Decoder
 from mainspring.parallel.mesh import Group
-from mainspring.rl.dynamic_sampling import Drawn, draw
+from mainspring.rl.dynamic_sampling import draw
+from mainspring.rl.grpo_metrics import GrpoMetrics, grpo_metrics
 from mainspring.rl.lockstep import LockstepCheck
 from mainspring.rl.math import kl
 from mainspring.rl.math.aggregation import constant_normalised, mean_over_sequences, mean_over_tokens
@@ -47,7 +47,6 @@ from mainspring.rl.policy_update import (
 )
 from mainspring.rl.rollouts import Rollouts
 from mainspring.rl.samples import PolicyModel, cut, written_log_probs
-from mainspring.rl.trajectories import Group as AnswerGroup
 from mainspring.rl.trajectories import Packed, pack
 from mainspring.train.recipe import ScheduleSection
 from mainspring.train.schedule import learning_rate_factor
@@ -105,49 +104,6 @@ GSPO = GrpoSettings(ratio="sequence", clip_low=3e-4, clip_high=4e-4)
 """Zheng et al., arXiv 2507.18071."""
 
 
-@dataclass(frozen=True)
-class GrpoMetrics:
-    """Of one step. What the optimizer's steps see is averaged over them. Over ranks, what comes of the update (loss,
-    entropy, clip_fraction, kl_old, grad_norm) is of all answers, the rest of the rank's own."""
-
-    step: int
-    reward: float
-    """Mean over the answers, without penalties, groups that taught nothing included."""
-    teaching: float
-    """Share of groups in which rewards differed; only those teach."""
-    length: float
-    """Written tokens of an answer."""
-    finished: float
-    """Share of answers that ended by themselves."""
-    tokens: int
-    """Written in the answers that the step learnt from."""
-    loss: float
-    entropy: float
-    """Nats a token."""
-    clip_fraction: float
-    kl_old: float
-    """k3 from the policy that wrote to the one that is trained."""
-    kl_reference: float
-    """k3 from the policy that wrote to the reference; nan without one."""
-    grad_norm: float
-    """Before clipping."""
-    max_delta: float
-    """The largest |trainer's − engine's| log-probability of those compared, in nats."""
-    compared: int
-    """Tokens whose log-probabilities were."""
-    lag: float
-    """Steps that the weights have moved since a token was written, mean over the tokens."""
-    dropped: int
-    """Answers without a reward."""
-    rollout_seconds: float
-    reward_seconds: float
-    update_seconds: float
-    groups: Sequence[AnswerGroup] = field(repr=False)
-    """What was learnt from."""
-    advantages: Sequence[float] = field(repr=False)
-    """Of each answer, in the groups' order."""
-
-
 def grpo(
     model: PolicyModel,
     optimizer: PolicyOptimizer,
@@ -161,9 +117,8 @@ def grpo(
     """Trains up to max_steps; each `next` is one step. first_step: the steps already done by a run that resumes.
 
     reference: what the policy shall stay near, where kl_loss is set. group: the ranks that run this together, each with
-    its own rollouts (`rl.ranks`). Raises ConfigError for what does not fit,
-    MainspringError where the loss is no longer finite or no group teaches anything, LockstepError where the trainer's
-    log-probabilities are not the engine's.
+    its own rollouts (`rl.ranks`). Raises ConfigError for what does not fit, MainspringError where the loss is no longer
+    finite or no group teaches anything, LockstepError where the trainer's log-probabilities are not the engine's.
     """
     _check(settings, rollouts, reference)
     check = LockstepCheck(model, rollouts)
@@ -172,7 +127,7 @@ def grpo(
     for step in range(first_step, settings.max_steps):
         drawn = draw(rollouts, step, max_rounds=settings.max_rounds if settings.dynamic_sampling else None)
         began = time.monotonic()
-        answers = [answer for group in drawn.groups for answer in group]
+        answers = [answer for one in drawn.groups for answer in one]
         batch = pack(answers, model.device)
         advantages = _advantages(
             batch, [len(g) for g in drawn.groups], rollouts.settings.max_tokens, settings
@@ -210,7 +165,7 @@ def grpo(
             sums["grad_norm"] = optimizer.step(factor, settings.clip_norm)
             add_sums(totals, sums, num_tokens, step)
         rollouts.take_weights(step + 1)
-        yield _metrics(step, drawn, batch, advantages, anchors, totals, check, time.monotonic() - began)
+        yield grpo_metrics(step, drawn, batch, advantages, anchors, totals, check, time.monotonic() - began)
 
 
 def _advantages(batch: Packed, sizes: Sequence[int], max_tokens: int, settings: GrpoSettings) -> Tensor:
@@ -276,43 +231,6 @@ def _log_probs(model: Decoder, batch: Packed, rollouts: Rollouts, tokens_per_mic
         log_probs, counts = written_log_probs(model, samples, rollouts.temperature)
         found += log_probs.split(counts.tolist())
     return found
-
-
-def _metrics(
-    step: int,
-    drawn: Drawn,
-    batch: Packed,
-    advantages: Tensor,
-    anchors: list[Tensor] | None,
-    totals: dict[str, float],
-    check: LockstepCheck,
-    update_seconds: float,
-) -> GrpoMetrics:
-    return GrpoMetrics(
-        step=step + 1,
-        reward=drawn.reward,
-        teaching=drawn.teaching,
-        length=float(batch.lengths.double().mean()),
-        finished=float(batch.finished.double().mean()),
-        tokens=batch.num_tokens,
-        loss=totals["loss"] / totals["mini_batches"],
-        entropy=totals["entropy"] / totals["tokens"],
-        clip_fraction=totals["clipped"] / totals["tokens"],
-        kl_old=totals["kl_old"] / totals["tokens"],
-        kl_reference=math.nan
-        if anchors is None
-        else float(kl.k3(batch.old_log_probs, torch.cat(anchors)).mean()),
-        grad_norm=totals["grad_norm"] / totals["mini_batches"],
-        max_delta=max(check.max_delta, drawn.max_delta),
-        compared=check.num_compared + drawn.compared,
-        lag=step - float(batch.versions.double().mean()),
-        dropped=drawn.dropped,
-        rollout_seconds=drawn.seconds,
-        reward_seconds=drawn.reward_seconds,
-        update_seconds=update_seconds,
-        groups=drawn.groups,
-        advantages=advantages.tolist(),
-    )
 
 
 def _check(settings: GrpoSettings, rollouts: Rollouts, reference: Decoder | None) -> None:

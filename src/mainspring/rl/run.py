@@ -36,7 +36,8 @@ from mainspring.rl.checkpoint import (
 )
 from mainspring.rl.critic import Critic
 from mainspring.rl.dpo import DpoMetrics, DpoSettings, dpo, judge, reference_log_probs
-from mainspring.rl.grpo import GrpoMetrics, grpo
+from mainspring.rl.grpo import grpo
+from mainspring.rl.grpo_metrics import GrpoMetrics
 from mainspring.rl.lora import LoraDecoder
 from mainspring.rl.ppo import ppo
 from mainspring.rl.ppo_metrics import PpoMetrics
