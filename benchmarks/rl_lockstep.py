@@ -30,7 +30,8 @@ from mainspring.rl.grpo import GrpoSettings, grpo
 from mainspring.rl.grpo_metrics import GrpoMetrics
 from mainspring.rl.prompts import Prompt, Texts
 from mainspring.rl.rewards import Completion
-from mainspring.rl.rollouts import Rollouts, RolloutSettings
+from mainspring.rl.rollout_settings import RolloutSettings
+from mainspring.rl.rollouts import Rollouts
 from mainspring.train.optimizer import Optimizer
 from mainspring.train.recipe import OptimizerSection
 

@@ -12,7 +12,8 @@ from mainspring.parallel.streaming import stream_weights
 from mainspring.rl.grpo import GrpoSettings, grpo
 from mainspring.rl.grpo_metrics import GrpoMetrics
 from mainspring.rl.ranks import RankRollouts
-from mainspring.rl.rollouts import Rollouts, RolloutSettings
+from mainspring.rl.rollout_settings import RolloutSettings
+from mainspring.rl.rollouts import Rollouts
 from mainspring.train.optimizer import Optimizer
 from mainspring.train.rank_optimizer import RankOptimizer
 from mainspring.train.recipe import OptimizerSection, ScheduleSection

@@ -16,7 +16,8 @@ from mainspring.rl.grpo import DAPO, grpo
 from mainspring.rl.grpo_metrics import GrpoMetrics
 from mainspring.rl.ppo import PpoSettings, ppo
 from mainspring.rl.ppo_metrics import PpoMetrics
-from mainspring.rl.rollouts import Rollouts, RolloutSettings
+from mainspring.rl.rollout_settings import RolloutSettings
+from mainspring.rl.rollouts import Rollouts
 from mainspring.rl.samples import Sample
 from mainspring.rl.sft import SftSettings, sft
 from mainspring.rl.value_model import ValueModel

@@ -12,7 +12,7 @@ from mainspring.errors import LockstepError
 from mainspring.model.decoder import Decoder
 from mainspring.rl.ahead import RolloutsAhead
 from mainspring.rl.grpo import GrpoSettings, grpo
-from mainspring.rl.rollouts import RolloutSettings
+from mainspring.rl.rollout_settings import RolloutSettings
 from mainspring.train.optimizer import Optimizer
 from mainspring.train.recipe import OptimizerSection, ScheduleSection
 from rl import oracles, sorting

@@ -15,7 +15,8 @@ from mainspring.rl.conversation import Conversation
 from mainspring.rl.environment import Calculator, Turn, calculate
 from mainspring.rl.grpo import GrpoSettings, grpo
 from mainspring.rl.prompts import Prompt, Texts
-from mainspring.rl.rollouts import Rollouts, RolloutSettings
+from mainspring.rl.rollout_settings import RolloutSettings
+from mainspring.rl.rollouts import Rollouts
 from mainspring.rl.samples import Sample
 from mainspring.rl.sft import SftSettings, sft
 from mainspring.train.optimizer import Optimizer

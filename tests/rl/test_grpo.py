@@ -17,7 +17,8 @@ from mainspring.rl.grpo import DAPO, DR_GRPO, GSPO, GrpoSettings, grpo
 from mainspring.rl.grpo_metrics import GrpoMetrics
 from mainspring.rl.math.length_penalty import overlong_penalty
 from mainspring.rl.rewards import Completion, Scorer
-from mainspring.rl.rollouts import Rollouts, RolloutSettings
+from mainspring.rl.rollout_settings import RolloutSettings
+from mainspring.rl.rollouts import Rollouts
 from mainspring.train.optimizer import Optimizer
 from mainspring.train.recipe import OptimizerSection, ScheduleSection
 from rl import oracles, sorting

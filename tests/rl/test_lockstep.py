@@ -11,7 +11,8 @@ import torch
 from mainspring.errors import LockstepError
 from mainspring.model.decoder import Decoder
 from mainspring.rl.lockstep import LockstepCheck, first_difference
-from mainspring.rl.rollouts import Rollouts, RolloutSettings
+from mainspring.rl.rollout_settings import RolloutSettings
+from mainspring.rl.rollouts import Rollouts
 from mainspring.rl.trajectories import Trajectory
 from rl import sorting
 

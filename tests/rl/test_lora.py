@@ -13,7 +13,8 @@ from mainspring.errors import CheckpointError, ConfigError
 from mainspring.model.decoder import Decoder
 from mainspring.rl.grpo import GrpoSettings, grpo
 from mainspring.rl.lora import LoraDecoder, LoraSettings
-from mainspring.rl.rollouts import Rollouts, RolloutSettings
+from mainspring.rl.rollout_settings import RolloutSettings
+from mainspring.rl.rollouts import Rollouts
 from mainspring.rl.samples import Sample, written_log_probs
 from mainspring.rl.sft import SftSettings, sft
 from mainspring.train.optimizer import Optimizer

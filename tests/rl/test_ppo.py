@@ -21,7 +21,8 @@ from mainspring.rl.ppo_metrics import PpoMetrics
 from mainspring.rl.prompts import Prompt
 from mainspring.rl.reward_model import ModelRewards
 from mainspring.rl.rewards import Completion, Scorer
-from mainspring.rl.rollouts import Rollouts, RolloutSettings
+from mainspring.rl.rollout_settings import RolloutSettings
+from mainspring.rl.rollouts import Rollouts
 from mainspring.rl.samples import written_log_probs, written_log_probs_and_entropy
 from mainspring.rl.trajectories import Trajectory, pack
 from mainspring.rl.value_model import ValueModel

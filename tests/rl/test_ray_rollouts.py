@@ -11,7 +11,8 @@ from mainspring.errors import EngineDeadError, LockstepError
 from mainspring.rl.environment import Calculator
 from mainspring.rl.grpo import GrpoSettings, grpo
 from mainspring.rl.ray_rollouts import RayRollouts
-from mainspring.rl.rollouts import Rollouts, RolloutSettings
+from mainspring.rl.rollout_settings import RolloutSettings
+from mainspring.rl.rollouts import Rollouts
 from mainspring.train.optimizer import Optimizer
 from mainspring.train.recipe import OptimizerSection, ScheduleSection
 from rl import sorting

@@ -16,7 +16,8 @@ from mainspring.model.decoder import Decoder
 from mainspring.rl.environment import Turn
 from mainspring.rl.prompts import Prompt
 from mainspring.rl.rewards import Completion
-from mainspring.rl.rollouts import Rollouts, RolloutSettings
+from mainspring.rl.rollout_settings import RolloutSettings
+from mainspring.rl.rollouts import Rollouts
 from mainspring.rl.samples import written_log_probs, written_log_probs_and_entropy
 from mainspring.rl.trajectories import Group, pack
 from rl import sorting

@@ -21,7 +21,8 @@ from mainspring.rl.environment import Environment
 from mainspring.rl.lockstep import LockstepCheck
 from mainspring.rl.prompts import Prompt, Texts
 from mainspring.rl.rewards import Scorer
-from mainspring.rl.rollouts import RolloutReport, Rollouts, RolloutSettings, RolloutState
+from mainspring.rl.rollout_settings import RolloutSettings
+from mainspring.rl.rollouts import RolloutReport, Rollouts, RolloutState
 from mainspring.rl.trajectories import Group, Trajectory
 
 _CHECKED_TOKENS = 8192  # of a step's answers, prompts included

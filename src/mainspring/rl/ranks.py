@@ -26,7 +26,8 @@ from mainspring.parallel.units import Units
 from mainspring.rl.environment import Environment
 from mainspring.rl.prompts import Prompt, Texts
 from mainspring.rl.rewards import Scorer
-from mainspring.rl.rollouts import Rollouts, RolloutSettings
+from mainspring.rl.rollout_settings import RolloutSettings
+from mainspring.rl.rollouts import Rollouts
 
 
 class RankRollouts(Rollouts):

@@ -31,7 +31,8 @@ from mainspring.rl.conversation import Conversation, Written
 from mainspring.rl.environment import Environment
 from mainspring.rl.prompts import Prompt, Texts
 from mainspring.rl.rewards import Completion, Scorer
-from mainspring.rl.rollouts import Rollouts, RolloutSettings
+from mainspring.rl.rollout_settings import RolloutSettings
+from mainspring.rl.rollouts import Rollouts
 
 _LOOPBACK = "127.0.0.1"
 

@@ -17,7 +17,7 @@ from mainspring.rl.grpo import DAPO, DR_GRPO, GSPO, GrpoSettings
 from mainspring.rl.lora import LoraSettings
 from mainspring.rl.ppo import PpoSettings
 from mainspring.rl.reward_model import RewardModelSettings
-from mainspring.rl.rollouts import RolloutSettings
+from mainspring.rl.rollout_settings import RolloutSettings
 from mainspring.rl.sft import SftSettings
 from mainspring.rl.vapo import VapoSettings
 from mainspring.rl.vc_ppo import VcPpoSettings
