@@ -7,14 +7,11 @@ are looked at as makes a miss unlikely (measured in docs/results/rag.md). Withou
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from mainspring.ops import FAST
-from mainspring.ops.cpu.extension import kernels
-from mainspring.ops.linear import linear
-from mainspring.ops.quantised_linear import BlockRows, QuantisedWeight
 from mainspring.rag.embedding.embedder import Vectors
 from mainspring.rag.retrieval.hits import Ranking, best
 
@@ -29,21 +26,18 @@ class VectorScan:
 
     def __init__(self, vectors: Vectors) -> None:
         self._vectors = vectors
-        self._weight: QuantisedWeight | None = None
-        if len(vectors) > _SMALL and vectors.shape[1] % _BLOCK == 0 and kernels() is not None:
-            self._weight = QuantisedWeight([BlockRows("Q8_0", _blocks(vectors))], torch.float32)
-            self._weight.prepare()
+        self._coarse: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]] | None = None
+        if len(vectors) > _SMALL and vectors.shape[1] % _BLOCK == 0:
+            self._coarse = _coarse_products(vectors)
 
     def search(
         self, vector: npt.NDArray[np.float32], k: int, allowed: npt.NDArray[np.bool_] | None = None
     ) -> Ranking:
         """The k nearest to a unit vector [D] by their cosine, of the `allowed` ones [N]."""
         again = max(_AGAIN * k, _LEAST)
-        if self._weight is None or again >= len(self._vectors):
+        if self._coarse is None or again >= len(self._vectors):
             return best(self._vectors @ vector, k, allowed)
-        with torch.inference_mode():
-            coarse = linear(torch.from_numpy(vector)[None], self._weight, policy=FAST)[0].numpy()
-        rows = np.sort(best(coarse, again, allowed).positions)
+        rows = np.sort(best(self._coarse(vector), again, allowed).positions)
         ranking = best(self._vectors[rows] @ vector, k)
         return Ranking(rows[ranking.positions], ranking.scores)
 
@@ -55,11 +49,37 @@ class VectorScan:
         return found
 
 
-def _blocks(vectors: Vectors) -> torch.Tensor:
-    """Q8_0 as in a GGUF file: uint8 [N, D / 32 * 34], a float16 scale before each 32 codes."""
+def _coarse_products(
+    vectors: Vectors,
+) -> Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]] | None:
+    """What multiplies the 8-bit copies by a vector [D]: [N]; None without the kernel."""
+    import torch  # takes a second to load: small stores do without
+
+    from mainspring.ops import FAST
+    from mainspring.ops.cpu.extension import kernels
+    from mainspring.ops.linear import linear
+    from mainspring.ops.quantised_linear import BlockRows, QuantisedWeight
+
+    if kernels() is None:
+        return None
+    weight = QuantisedWeight([BlockRows("Q8_0", torch.from_numpy(_blocks(vectors)))], torch.float32)
+    weight.prepare()
+
+    def products(vector: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        with torch.inference_mode():
+            found: npt.NDArray[np.float32] = linear(torch.from_numpy(vector)[None], weight, policy=FAST)[
+                0
+            ].numpy()
+        return found
+
+    return products
+
+
+def _blocks(vectors: Vectors) -> npt.NDArray[np.uint8]:
+    """Q8_0 as in a GGUF file: [N, D / 32 * 34], a float16 scale before each 32 codes."""
     grouped = vectors.reshape(len(vectors), -1, _BLOCK)
     scale = (np.abs(grouped).max(2, keepdims=True) / 127).astype(np.float16)
     inverse = 1 / np.maximum(scale.astype(np.float32), 1e-12)
     codes = np.clip(np.rint(grouped * inverse), -127, 127).astype(np.int8)
     blocks = np.concatenate([scale.view(np.uint8), codes.view(np.uint8)], axis=2)
-    return torch.from_numpy(blocks.reshape(len(vectors), -1))
+    return np.ascontiguousarray(blocks.reshape(len(vectors), -1))
