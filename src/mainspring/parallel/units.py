@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mainspring.ops.norms import norms
+from mainspring.ops.euclidean_norms import euclidean_norms
 from mainspring.parallel.balance import blocks_by_layer
 from mainspring.parallel.collectives import all_reduce
 from mainspring.parallel.decoder import ParallelDecoder, Stream
@@ -136,7 +136,7 @@ class Units:
     @torch.no_grad()
     def gradient_square(self) -> Tensor:
         """The norm's square, a scalar of float64 on the device: whoever does not read it need not wait."""
-        squares = norms([self.gradient(span) for span in self.spans]).square_()
+        squares = euclidean_norms([self.gradient(span) for span in self.spans]).square_()
         return all_reduce(squares @ self._weights, self.mesh.group("world"))
 
     def scale_gradients(self, factor: float) -> None:

@@ -16,8 +16,8 @@ from torch.nn import Parameter
 from mainspring.errors import CheckpointError
 from mainspring.model.naming import Part
 from mainspring.ops.adamw import AdamWParameter, make_adamw
+from mainspring.ops.euclidean_norms import euclidean_norms
 from mainspring.ops.muon import Muon, MuonSettings, classic
-from mainspring.ops.norms import norms
 from mainspring.train.recipe import OptimizerSection
 
 _EMBEDDINGS = ("embedding", "output_embedding", "score.weight")  # and the head of a value model
@@ -184,7 +184,7 @@ class Optimizer:
 
 def _total_norm(gradients: list[Tensor]) -> Tensor:
     """Of all together, a scalar on their device."""
-    total: Tensor = torch.linalg.vector_norm(norms(gradients))
+    total: Tensor = torch.linalg.vector_norm(euclidean_norms(gradients))
     return total
 
 

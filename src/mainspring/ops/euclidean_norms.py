@@ -13,7 +13,7 @@ _CHUNK = 1 << 14
 
 
 @torch.no_grad()
-def norms(tensors: Sequence[Tensor]) -> Tensor:
+def euclidean_norms(tensors: Sequence[Tensor]) -> Tensor:
     """Of each tensor, [n] float64.
 
     On a GPU by torch's own kernel, which adds in a tree. torch's CPU kernel adds float32 squares in one chain for each
