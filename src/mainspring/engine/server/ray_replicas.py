@@ -168,11 +168,10 @@ def _listen_on_loopback_only() -> None:
     """
     from ray.serve._private import replica
 
-    bind = getattr(replica, "add_port_to_grpc_server", None)
+    name = "add_port_to_grpc_server"
+    bind = getattr(replica, name, None)
     if bind is not None:
-        replica.add_port_to_grpc_server = lambda server, address: bind(  # type: ignore[attr-defined]
-            server, address.replace("[::]", "127.0.0.1")
-        )
+        setattr(replica, name, lambda server, address: bind(server, address.replace("[::]", "127.0.0.1")))
 
 
 def _application(
