@@ -181,10 +181,16 @@ def test_answers_and_code_can_be_copied(open_page: Callable[..., Page]) -> None:
     answer_with(page, text)
     answer = ask(page, "code please")
     settle(page)
-    answer.get_by_role("button", name="Copy code").click()
+
+    def copy(name: str) -> None:
+        button = answer.get_by_role("button", name=name).element_handle()
+        button.click()
+        page.wait_for_function("button => button.textContent == 'Copied'", arg=button)
+
+    copy("Copy code")
     page.locator("#prompt").press("Control+v")
     expect(page.locator("#prompt")).to_have_value("print('a')\n  indented")
-    answer.get_by_role("button", name="Copy answer").click()
+    copy("Copy answer")
     page.fill("#prompt", "")
     page.locator("#prompt").press("Control+v")
     expect(page.locator("#prompt")).to_have_value(text)
