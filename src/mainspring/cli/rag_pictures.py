@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mainspring.cli.rag_options import INDEX_NAME, Index
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -22,8 +24,6 @@ pictures = typer.Typer(
     no_args_is_help=True,
 )
 
-_Index = Annotated[Path, typer.Option("--index", help="The index directory.", envvar="MAINSPRING_RAG_INDEX")]
-_DEFAULT = Path(".mainspring-rag")
 _Encoder = Annotated[
     str, typer.Option(help='"small" (drawings and screenshots), or a Hugging Face directory of a CLIP model.')
 ]
@@ -38,7 +38,7 @@ def index_pictures(
     folder: Annotated[
         Path, typer.Argument(help="The folder with pictures and the documents that show them.")
     ],
-    directory: _Index = _DEFAULT,
+    directory: Index = Path(INDEX_NAME),
     encoder: _Encoder = "small",
 ) -> None:
     """Index a folder's pictures with the captions that its HTML, Markdown and reStructuredText give them.
@@ -74,7 +74,7 @@ def index_pictures(
 @pictures.command()
 def find(
     text: Annotated[str, typer.Argument(help="What the picture shows.")],
-    directory: _Index = _DEFAULT,
+    directory: Index = Path(INDEX_NAME),
     encoder: _Encoder = "small",
     k: Annotated[int, typer.Option("-k", min=1, max=100, help="How many pictures.")] = 5,
 ) -> None:
@@ -86,7 +86,7 @@ def find(
 @pictures.command()
 def caption(
     picture: Annotated[Path, typer.Argument(help="A picture file.")],
-    directory: _Index = _DEFAULT,
+    directory: Index = Path(INDEX_NAME),
     encoder: _Encoder = "small",
     vision: _Vision = None,
 ) -> None:
@@ -107,7 +107,7 @@ def caption(
 def ask_picture(
     picture: Annotated[Path, typer.Argument(help="A picture file.")],
     question: Annotated[str, typer.Argument(help="What to answer about it.")],
-    directory: _Index = _DEFAULT,
+    directory: Index = Path(INDEX_NAME),
     encoder: _Encoder = "small",
     model: Annotated[str, typer.Option(help="Who answers, as for `rag ask`.")] = "smollm2",
     strategy: Annotated[str, typer.Option(help="As for `rag ask`.")] = "default",
