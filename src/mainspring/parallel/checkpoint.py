@@ -137,7 +137,7 @@ def stored_weights(units: Units) -> Stored:
     specs = {name: TensorSpec(code, shape) for name, shape in hf_shapes(units.model.config).items()}
     return Stored(
         specs,
-        [(p.block.name, p, lambda p=p: p.of(p.unit.shard)) for p in units.pieces],  # type: ignore[misc]
+        [(p.block.name, p, lambda p=p: p.of(p.unit.shard)) for p in units.pieces],  # type: ignore[misc]  # a lambda's default has no type
     )
 
 
@@ -158,7 +158,7 @@ def held(stored: Stored, units: Units, kind: str, copies: HostCopies | None) -> 
         if writes(units, piece):
             if copies is not None:
                 copy = copies.copy(f"{kind}.{number}", value())
-                value = lambda copy=copy: copy  # type: ignore[misc]  # noqa: E731
+                value = lambda copy=copy: copy  # type: ignore[misc]  # a lambda's default has no type  # noqa: E731
             pieces.append((name, piece, value))
     return Stored(stored.specs, pieces, stored.whole)
 

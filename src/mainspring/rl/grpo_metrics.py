@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,50 +11,16 @@ from torch import Tensor
 from mainspring.rl.dynamic_sampling import Drawn
 from mainspring.rl.lockstep import LockstepCheck
 from mainspring.rl.math import kl
-from mainspring.rl.trajectories import Group, Packed
+from mainspring.rl.policy_metrics import PolicyMetrics
+from mainspring.rl.trajectories import Packed
 
 
-@dataclass(frozen=True)
-class GrpoMetrics:
-    """Of one step. What the optimizer's steps see is averaged over them. Over ranks, what comes of the update (loss,
-    entropy, clip_fraction, kl_old, grad_norm) is of all answers, the rest of the rank's own."""
+@dataclass(frozen=True, kw_only=True)
+class GrpoMetrics(PolicyMetrics):
+    """The reward is that of all answers, groups that taught nothing included."""
 
-    step: int
-    reward: float
-    """Mean over the answers, without penalties, groups that taught nothing included."""
     teaching: float
     """Share of groups in which rewards differed; only those teach."""
-    length: float
-    """Written tokens of an answer."""
-    finished: float
-    """Share of answers that ended by themselves."""
-    tokens: int
-    """Written in the answers that the step learnt from."""
-    loss: float
-    entropy: float
-    """Nats a token."""
-    clip_fraction: float
-    kl_old: float
-    """k3 from the policy that wrote to the one that is trained."""
-    kl_reference: float
-    """k3 from the policy that wrote to the reference; nan without one."""
-    grad_norm: float
-    """Before clipping."""
-    max_delta: float
-    """The largest |trainer's − engine's| log-probability of those compared, in nats."""
-    compared: int
-    """Tokens whose log-probabilities were."""
-    lag: float
-    """Steps that the weights have moved since a token was written, mean over the tokens."""
-    dropped: int
-    """Answers without a reward."""
-    rollout_seconds: float
-    reward_seconds: float
-    update_seconds: float
-    groups: Sequence[Group] = field(repr=False)
-    """What was learnt from."""
-    advantages: Sequence[float] = field(repr=False)
-    """Of each answer, in the groups' order."""
 
 
 def grpo_metrics(

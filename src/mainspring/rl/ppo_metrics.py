@@ -4,59 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from mainspring.rl.critic import Experience
 from mainspring.rl.lockstep import LockstepCheck
 from mainspring.rl.math import kl
 from mainspring.rl.math.value_loss import explained_variance
+from mainspring.rl.policy_metrics import PolicyMetrics
 from mainspring.rl.rollouts import RolloutReport
 from mainspring.rl.trajectories import Group
 
 
-@dataclass(frozen=True)
-class PpoMetrics:
-    """Of one step. What the optimizers' steps see is averaged over them; of the policy's, nan while it stays."""
+@dataclass(frozen=True, kw_only=True)
+class PpoMetrics(PolicyMetrics):
+    """What the policy's optimizer sees is nan while the policy stays."""
 
-    step: int
-    reward: float
-    """Mean over the answers, without penalties."""
-    length: float
-    """Written tokens of an answer."""
-    finished: float
-    """Share of answers that ended by themselves."""
-    tokens: int
-    """Written in the step's answers."""
-    loss: float
-    """The policy's."""
-    entropy: float
-    """Nats a token."""
-    clip_fraction: float
-    kl_old: float
-    """k3 from the policy that wrote to the one that is trained: how far a step has gone."""
-    kl_reference: float
-    """k3 from the policy that wrote to the reference; nan without one."""
-    grad_norm: float
-    """The policy's, before clipping."""
     value_loss: float
     value_grad_norm: float
     explained_variance: float
     """Of the returns, by the values before the step."""
-    max_delta: float
-    """The largest |trainer's − engine's| log-probability of those compared, in nats."""
-    compared: int
-    """Tokens whose log-probabilities were."""
-    lag: float
-    """Steps since a token was written, mean over the tokens."""
-    dropped: int
-    """Answers without a reward."""
-    rollout_seconds: float
-    reward_seconds: float
-    update_seconds: float
-    groups: Sequence[Group] = field(repr=False)
-    """What was learnt from."""
-    advantages: Sequence[float] = field(repr=False)
-    """The mean of each answer's tokens, in the groups' order."""
 
 
 def ppo_metrics(

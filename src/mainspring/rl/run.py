@@ -37,10 +37,9 @@ from mainspring.rl.checkpoint import (
 from mainspring.rl.critic import Critic
 from mainspring.rl.dpo import DpoMetrics, DpoSettings, dpo, judge, reference_log_probs
 from mainspring.rl.grpo import grpo
-from mainspring.rl.grpo_metrics import GrpoMetrics
 from mainspring.rl.lora import LoraDecoder
+from mainspring.rl.policy_metrics import PolicyMetrics
 from mainspring.rl.ppo import ppo
-from mainspring.rl.ppo_metrics import PpoMetrics
 from mainspring.rl.prompts import Prompt, Texts
 from mainspring.rl.recipe import RlRecipe, rl_recipe_to_dict
 from mainspring.rl.reward_model import ModelRewards, RewardModelMetrics, rank, reward_model
@@ -59,7 +58,7 @@ from mainspring.train.metrics import MetricsFile, Progress
 from mainspring.train.optimizer import Optimizer
 from mainspring.train.runner import usable_device
 
-Metrics = SftMetrics | DpoMetrics | RewardModelMetrics | GrpoMetrics | PpoMetrics
+Metrics = SftMetrics | DpoMetrics | RewardModelMetrics | PolicyMetrics
 
 
 @dataclass(frozen=True)
@@ -269,7 +268,7 @@ class RlRun:
     def _report(self, metrics: Metrics) -> None:
         record = _flat(metrics)
         record["elapsed"] = self._elapsed
-        if isinstance(metrics, GrpoMetrics | PpoMetrics):
+        if isinstance(metrics, PolicyMetrics):
             if isinstance(self._scorer, RewardWorker):
                 record["reward_failures"] = self._scorer.failures
             record["rollout_tokens_per_second"] = _rate(metrics.tokens, metrics.rollout_seconds)

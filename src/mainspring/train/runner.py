@@ -197,5 +197,5 @@ def usable_device(name: str, index: int | None = None) -> torch.device:
             raise ConfigError("training.device = 'cuda', but PyTorch sees no CUDA device; set it to 'cpu'")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # not in its stub
     return torch.device(name) if index is None else torch.device(name, index)

@@ -105,7 +105,7 @@ class ShardedOptimizer:
                 specs[f"{kind}{part.name}"] = TensorSpec("F32", shapes[part.name])
         return Stored(
             specs,
-            [(name, piece, lambda tensor=tensor: tensor) for name, piece, tensor in self.pieces()],  # type: ignore[misc]
+            [(name, piece, lambda tensor=tensor: tensor) for name, piece, tensor in self.pieces()],  # type: ignore[misc]  # a lambda's default has no type
         )
 
     def pieces(self) -> Iterator[tuple[str, Piece, Tensor]]:

@@ -88,7 +88,7 @@ def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a block may have (all there is to have in the interpreter)."""
     if device.type != "cuda":
         return 1 << 30
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]  # not in its stub
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:

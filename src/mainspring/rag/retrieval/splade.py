@@ -138,7 +138,7 @@ class SpladeIndex:
             kept = cache.get_rows(
                 "splade",
                 [[model.name, texts[i]] for i in part],
-                lambda missing, part=part: encode([part[i] for i in missing]),  # type: ignore[misc]
+                lambda missing, part=part: encode([part[i] for i in missing]),  # type: ignore[misc]  # a lambda's default has no type
             )
             rows += kept
         words = np.concatenate([np.empty(0, np.int32), *(row[0].astype(np.int32) for row in rows)])

@@ -65,14 +65,14 @@ class MilvusStore:
                 )
         for first in range(0, len(rows), _PAGE):
             part = rows[first : first + _PAGE]
-            self._guarded(lambda part=part: self._client.upsert(self._name, part))  # type: ignore[misc]
+            self._guarded(lambda part=part: self._client.upsert(self._name, part))  # type: ignore[misc]  # a lambda's default has no type
         kept = {chunk.id for chunk in chunks}
         for first in range(0, len(files), _PAGE):
             names = json.dumps(list(files[first : first + _PAGE]))
             stale = [r["id"] for r in self._query(f"file in {names}", ["id"]) if r["id"] not in kept]
             for start in range(0, len(stale), _PAGE):
                 ids = stale[start : start + _PAGE]
-                self._guarded(lambda ids=ids: self._client.delete(self._name, ids=ids))  # type: ignore[misc]
+                self._guarded(lambda ids=ids: self._client.delete(self._name, ids=ids))  # type: ignore[misc]  # a lambda's default has no type
 
     def files(self) -> Mapping[str, str]:
         return {row["file"]: row["content_hash"] for row in self._query("", ["file", "content_hash"])}
