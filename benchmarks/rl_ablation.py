@@ -3,9 +3,11 @@
     python benchmarks/rl_ablation.py run --out runs/ablation.jsonl --seeds 6 --seconds 3000
     python benchmarks/rl_ablation.py table runs/*.jsonl
 
-Every variant starts from the same partly trained model (107,648 parameters) and has as many answers a step and as many
-steps of the policy; value pretraining comes before them. A run ends with four sampled answers to each of 200 held-out
-prompts. Runs go seed by seed through all variants, so that stopping early leaves equal numbers; with --share i/n a
+Prompts have 2 to 10 digits, so that answers differ in length, and a step has four mini-batches, so that ratios leave 1
+and are clipped. Every variant starts from the same partly trained model (107,648 parameters) and has as many answers a
+step and as many steps of the policy; value pretraining comes before them. Accuracy is that of two sampled answers to
+each of 500 held-out prompts, the mean over four places: after a quarter, half, three quarters and all of the steps.
+Runs go seed by seed through all variants, so that stopping early leaves equal numbers; with --share i/n a
 process takes every n-th of them. The table gives means over seeds, and of each variant's difference from full VAPO at
 the same seed a 95% interval (Student's t).
 """
@@ -17,10 +19,11 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -35,10 +38,12 @@ from mainspring.rl.vapo import VapoSettings, vapo
 from rl import sorting_runs
 
 ANSWERS, GROUP = 128, 4  # of a step, and of a prompt
-STEPS, PRETRAINING = 100, 20
-# Answers have 5 to 8 tokens: alpha = 1 gives them a λ of 0.8 to 0.875.
+STEPS, PRETRAINING = 100, 15
+DIGITS = (2, 10)
+HELD_OUT = sorting_runs.held_out(DIGITS, 500)
+# Answers have 3 to 11 tokens: alpha = 1 gives them a λ of 0.67 to 0.91.
 FULL = VapoSettings(
-    mini_batches=2, schedule=sorting_runs.WARM, alpha=1.0, shortest_lam=0.5, entropy_bonus=0.01
+    mini_batches=4, schedule=sorting_runs.WARM, alpha=1.0, shortest_lam=0.5, entropy_bonus=0.01
 )
 VARIANTS: dict[str, VapoSettings] = {
     "VAPO": FULL,
@@ -53,26 +58,20 @@ VARIANTS: dict[str, VapoSettings] = {
         FULL, critic_lam=FULL.lam, alpha=None, clip_high=0.2, loss_mean="sequences", positive_nll=0.0
     ),
 }
+Row = dict[str, Any]
+MEASURES: dict[str, Callable[[Row], float]] = {
+    "held-out accuracy, four looks": lambda row: mean(row["accuracy"]),
+    "at the end": lambda row: row["accuracy"][-1],
+    "mean training reward": lambda row: mean(row["rewards"]),
+}
 WITHOUT_PRETRAINING = ("without value pretraining", "PPO, in groups")
 FULL_NAME = next(iter(VARIANTS))
-# Student's t at 0.975, for 1 to 15 degrees of freedom.
-T_975 = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
-    2.145,
-    2.131,
+# Student's t at 0.975, for 1 to 30 degrees of freedom.
+_T_975 = (
+    "12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 2.145 2.131 "
+    "2.120 2.110 2.101 2.093 2.086 2.080 2.074 2.069 2.064 2.060 2.056 2.052 2.048 2.045 2.042"
 )
+T_975 = tuple(map(float, _T_975.split()))
 
 
 def main() -> None:
@@ -107,16 +106,23 @@ def run_all(arguments: argparse.Namespace) -> None:
     began = time.monotonic()
     base = arguments.base or arguments.out.parent / "base"
     if not base.exists():
-        save_model(sorting_runs.partly_trained(), base)
+        save_model(sorting_runs.partly_trained(150, digits=DIGITS), base)
     share, shares = map(int, arguments.share.split("/"))
     jobs = [
         (seed, name)
         for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds)
         for name in VARIANTS
     ]
+    done = set()
+    if arguments.out.exists():
+        done = {
+            (row["seed"], row["variant"]) for row in map(json.loads, arguments.out.read_text().splitlines())
+        }
     longest = 0.0
     with arguments.out.open("a") as out:
         for seed, name in jobs[share::shares]:
+            if (seed, name) in done:  # by a former call
+                continue
             started = time.monotonic()
             if started - began + 1.05 * longest > arguments.seconds:
                 break
@@ -127,7 +133,7 @@ def run_all(arguments: argparse.Namespace) -> None:
             print(json.dumps(row), file=out, flush=True)
 
 
-def one(model: Decoder, name: str, seed: int, policy_steps: int, pretraining: int) -> dict[str, object]:
+def one(model: Decoder, name: str, seed: int, policy_steps: int, pretraining: int) -> Row:
     """A whole run of a variant."""
     if name in WITHOUT_PRETRAINING:
         pretraining = 0
@@ -135,27 +141,35 @@ def one(model: Decoder, name: str, seed: int, policy_steps: int, pretraining: in
         VARIANTS[name], seed=seed, warmup_steps=pretraining, max_steps=pretraining + policy_steps
     )
     group = 1 if name == "without group sampling" else GROUP
-    source = sorting_runs.rollouts(model, seed, prompts_per_step=ANSWERS // group, group_size=group)
+    source = sorting_runs.rollouts(
+        model, seed, prompts_per_step=ANSWERS // group, group_size=group, digits=DIGITS
+    )
     critic = sorting_runs.critic_of(model, lr=5e-4)
-    steps = list(vapo(model, sorting_runs.optimizer(model, lr=5e-4), critic, source, settings))
+    looks = {pretraining + policy_steps * quarter // 4 for quarter in (1, 2, 3, 4)}
+    steps, accuracies = [], []
+    for metrics in vapo(model, sorting_runs.optimizer(model, lr=5e-4), critic, source, settings):
+        steps.append(metrics)
+        if metrics.step in looks:
+            accuracies.append(sorting_runs.accuracy(source, 2, HELD_OUT))
     trained = [m for m in steps if m.step > settings.warmup_steps]
     return {
         "variant": name,
         "seed": seed,
         "steps": policy_steps,
         "numerics": model.numerics,
-        "accuracy": sorting_runs.accuracy(source, samples=4),
+        "accuracy": accuracies,
         "start": mean(m.reward for m in steps[:3]),
         "rewards": [round(m.reward, 4) for m in trained],
         "explained_variance": [round(m.explained_variance, 3) for m in steps],
         "entropy": [round(m.entropy, 3) for m in trained],
+        "clip_fraction": round(mean(m.clip_fraction for m in trained), 4),
         "max_delta": max(m.max_delta for m in steps),
     }
 
 
-def show(rows: Sequence[dict[str, object]]) -> None:
+def show(rows: Sequence[Row]) -> None:
     """The table, of the seeds that every variant has."""
-    found = {(str(r["variant"]), int(str(r["seed"]))): r for r in rows}
+    found = {(r["variant"], r["seed"]): r for r in rows}
     seeds = sorted(
         seed for seed in {seed for _, seed in found} if all((name, seed) in found for name in VARIANTS)
     )
@@ -165,34 +179,29 @@ def show(rows: Sequence[dict[str, object]]) -> None:
     if len(steps) > 1:
         raise SystemExit(f"runs of {steps} steps are no table; give files of one length")
     table = Table(title=f"{len(seeds)} seeds, {steps.pop()} policy steps of {ANSWERS} answers")
-    for column in (
-        "variant",
-        "held-out accuracy",
-        "less full VAPO [95%]",
-        "mean training reward",
-        "less full VAPO [95%]",
-    ):
-        table.add_column(column)
+    table.add_column("variant")
+    for measure in MEASURES:
+        table.add_column(measure)
+        table.add_column("less full VAPO [95%]")
+    table.add_column("explained variance")
+    table.add_column("clipped")
     for name in VARIANTS:
         cells = []
-        for key in ("accuracy", "rewards"):
-            values = [_value(found[name, seed], key) for seed in seeds]
-            differences = [
-                v - _value(found[FULL_NAME, seed], key) for v, seed in zip(values, seeds, strict=True)
-            ]
+        for value in MEASURES.values():
+            values = [value(found[name, seed]) for seed in seeds]
+            full = [value(found[FULL_NAME, seed]) for seed in seeds]
             cells.append(f"{mean(values):.3f}")
+            differences = [v - f for v, f in zip(values, full, strict=True)]
             cells.append("" if name == FULL_NAME else _interval(differences))
+        rows_of = [found[name, seed] for seed in seeds]
+        cells.append(f"{mean(mean(row['explained_variance'][-50:]) for row in rows_of):.2f}")
+        cells.append(f"{mean(row['clip_fraction'] for row in rows_of):.3f}")
         table.add_row(name, *cells)
-    Console(width=150).print(table)
-
-
-def _value(row: dict[str, object], key: str) -> float:
-    value = row[key]
-    return mean(value) if isinstance(value, list) else float(str(value))
+    Console(width=190).print(table)
 
 
 def _interval(differences: Sequence[float]) -> str:
-    half = T_975[min(len(differences) - 1, 15) - 1] * stdev(differences) / math.sqrt(len(differences))
+    half = T_975[min(len(differences) - 1, len(T_975)) - 1] * stdev(differences) / math.sqrt(len(differences))
     return f"{mean(differences):+.3f} [{mean(differences) - half:+.3f}, {mean(differences) + half:+.3f}]"
 
 

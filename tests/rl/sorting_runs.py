@@ -6,7 +6,7 @@ Slow tests and `benchmarks/rl_sorting.py`, `benchmarks/rl_ablation.py` share the
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -16,6 +16,7 @@ from mainspring.rl.grpo import DAPO, grpo
 from mainspring.rl.grpo_metrics import GrpoMetrics
 from mainspring.rl.ppo import PpoSettings, ppo
 from mainspring.rl.ppo_metrics import PpoMetrics
+from mainspring.rl.prompts import Prompt
 from mainspring.rl.rollout_settings import RolloutSettings
 from mainspring.rl.rollouts import Rollouts
 from mainspring.rl.samples import Sample
@@ -30,12 +31,16 @@ Algorithm = Literal["grpo", "ppo", "vapo"]
 ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 STEPS = 300
 
-LEAST, MOST = 4, 7  # digits of a prompt
-HELD_OUT = sorting.prompts(200, 99, least=LEAST, most=MOST)
+DIGITS = (4, 7)  # of a prompt, at least and at most
 WARM = ScheduleSection(kind="constant", warmup_fraction=0.05)
 
 
-def partly_trained(steps: int = 120, seed: int = 0) -> Decoder:
+def held_out(digits: tuple[int, int] = DIGITS, count: int = 200) -> list[Prompt]:
+    """Prompts that no run learns from."""
+    return sorting.prompts(count, 99, least=digits[0], most=digits[1])
+
+
+def partly_trained(steps: int = 120, seed: int = 0, digits: tuple[int, int] = DIGITS) -> Decoder:
     """107,648 parameters after so many steps of SFT on 32 samples each: it sorts a quarter of the time."""
     model = sorting.model(
         "lockstep",
@@ -46,17 +51,19 @@ def partly_trained(steps: int = 120, seed: int = 0) -> Decoder:
         num_key_value_heads=4,
         head_dim=16,
     )
-    prompts = sorting.prompts(32 * steps, 7 + seed, least=LEAST, most=MOST)
+    prompts = sorting.prompts(32 * steps, 7 + seed, least=digits[0], most=digits[1])
     samples = [Sample.answer(p.tokens, [*sorting.encode(p.reference), sorting.END]) for p in prompts]
     settings = SftSettings(32, max_steps=steps, schedule=WARM, seed=seed)
     deque(sft(model, Optimizer(model, OptimizerSection(lr=3e-3)), samples, settings), maxlen=0)
     return model
 
 
-def rollouts(model: Decoder, seed: int, *, prompts_per_step: int, group_size: int) -> Rollouts:
+def rollouts(
+    model: Decoder, seed: int, *, prompts_per_step: int, group_size: int, digits: tuple[int, int] = DIGITS
+) -> Rollouts:
     """By whole answers: 1 if all digits are in order, else 0."""
-    settings = RolloutSettings(prompts_per_step, group_size, max_tokens=MOST + 2, seed=seed)
-    prompts = sorting.prompts(16_000, 1000 + seed, least=LEAST, most=MOST)
+    settings = RolloutSettings(prompts_per_step, group_size, max_tokens=digits[1] + 2, seed=seed)
+    prompts = sorting.prompts(16_000, 1000 + seed, least=digits[0], most=digits[1])
     return Rollouts(model, prompts, sorting.TEXTS, sorting.Sorted(), settings)
 
 
@@ -69,9 +76,10 @@ def critic_of(model: Decoder, lr: float) -> Critic:
     return Critic(values, optimizer(values, lr))
 
 
-def accuracy(source: Rollouts, samples: int = 1) -> float:
+def accuracy(source: Rollouts, samples: int = 1, prompts: Sequence[Prompt] | None = None) -> float:
     """Of sampled answers to held-out prompts."""
-    answers = [t for group in source.answer(HELD_OUT, samples=samples) for t in group]
+    prompts = held_out() if prompts is None else prompts
+    answers = [t for group in source.answer(prompts, samples=samples) for t in group]
     return sum(answer.reward for answer in answers) / len(answers)
 
 
