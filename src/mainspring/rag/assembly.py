@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,11 +120,12 @@ def open_evaluator(
     model: LanguageModel | None = None,
     answers: bool = False,
     cache: Path | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> PipelineEvaluator:
     """What runs strategies on questions over an index; results are kept in its directory, or in `cache`.
 
-    With `answers` quality is that of the answer, by the model or, without one, by the best sentence. Raises as
-    `open_pipeline`.
+    With `answers` quality is that of the answer, by the model or, without one, by the best sentence. `clock` times the
+    parts; a cache holds times of one clock. Raises as `open_pipeline`.
     """
     reader: Reader | None = None
     if answers:
@@ -146,7 +148,7 @@ def open_evaluator(
 
     return PipelineEvaluator(
         dataclasses.replace(parts, summariser=None),
-        Recorder(StageCache(cache or directory / "tune")),
+        Recorder(StageCache(cache or directory / "tune"), clock),
         reranker,
         lambda wanted: make_summariser(wanted, parts.embedder, model),
         reader,
@@ -160,6 +162,8 @@ def open_variants(
     *,
     model: LanguageModel | None = None,
     answers: bool = False,
+    cache: Path | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> VariantEvaluator:
     """As `open_evaluator`, for strategies that cut or embed in other ways too.
 
@@ -175,7 +179,13 @@ def open_variants(
         if (sentences := make_sentences(wanted, place, opened.embedder)) is not None:
             sentences.prepare([chunk.text for chunk in opened.store.scan()])
         return open_evaluator(
-            place, wanted, embedder=opened.embedder, model=model, answers=answers, cache=directory / "tune"
+            place,
+            wanted,
+            embedder=opened.embedder,
+            model=model,
+            answers=answers,
+            cache=cache or directory / "tune",
+            clock=clock,
         )
 
     return VariantEvaluator(strategy.index, open_one)

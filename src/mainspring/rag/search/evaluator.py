@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from mainspring.rag.chunking.chunk import Chunk
 from mainspring.rag.evaluation.measures import token_f1
@@ -27,6 +28,26 @@ from mainspring.rag.search.questions import TuneQuestion
 from mainspring.rag.strategy import Strategy
 
 _WARM = "a first call is slower than the others"
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """What a strategy hands to the generator: `texts` in its order, the passage of each, and what that took.
+
+    `found` holds the passages as they were ranked, the best first. `seconds` are those of the parts without a cache,
+    by the recorder's clock; `read` counts the characters that models read.
+    """
+
+    found: tuple[Passage, ...]
+    texts: tuple[str, ...]
+    passages: tuple[Passage, ...]
+    seconds: float
+    read: int
+
+    @property
+    def sources(self) -> list[str]:
+        """Of each text: file and place."""
+        return [f"{passage.chunk.file}, {passage.chunk.place}" for passage in self.passages]
 
 
 class PipelineEvaluator:
@@ -74,7 +95,8 @@ class PipelineEvaluator:
         """Every passage of the index."""
         return self._parts.store.scan()
 
-    def __call__(self, strategy: Strategy, question: TuneQuestion) -> Outcome:
+    def retrieve(self, strategy: Strategy, question: str) -> Retrieved:
+        """What the strategy brings for a question; parts whose results are kept are not run again."""
         if strategy.retrieve.sentences and not self._sentences_ready:
             assert self._parts.sentences is not None  # the assembly gives them to every evaluator
             self._parts.sentences.prepare([chunk.text for chunk in self.chunks()])  # as indexing would have
@@ -87,32 +109,32 @@ class PipelineEvaluator:
         )
 
         def run() -> tuple[list[Passage], list[str], list[Passage]]:
-            found = pipeline.search(question.text)
-            return found, *pipeline.context(question.text, found)
+            found = pipeline.search(question)
+            return found, *pipeline.context(question, found)
 
         (found, texts, passages), seconds, read = self._recorder.measure(run)
-        cost = float(read + sum(map(len, texts)))
+        return Retrieved(tuple(found), tuple(texts), tuple(passages), seconds, read)
+
+    def __call__(self, strategy: Strategy, question: TuneQuestion) -> Outcome:
+        brought = self.retrieve(strategy, question.text)
+        cost = float(brought.read + sum(map(len, brought.texts)))
         if self._reader is not None:
-            return Outcome(self._answered(strategy, question, texts, passages), seconds, cost)
+            return Outcome(self._answered(strategy, question, brought), brought.seconds, cost)
         holding = {
             passage.chunk.id
-            for text, passage in zip(texts, passages, strict=True)
+            for text, passage in zip(brought.texts, brought.passages, strict=True)
             if question.found_in(text, passage.chunk.file)
         }
-        ranks = (1 / rank for rank, passage in enumerate(found, 1) if passage.chunk.id in holding)
-        quality = next(ranks, 0.0)
-        return Outcome(quality, seconds, cost)
+        ranks = (1 / rank for rank, passage in enumerate(brought.found, 1) if passage.chunk.id in holding)
+        return Outcome(next(ranks, 0.0), brought.seconds, cost)
 
-    def _answered(
-        self, strategy: Strategy, question: TuneQuestion, texts: list[str], passages: list[Passage]
-    ) -> float:
+    def _answered(self, strategy: Strategy, question: TuneQuestion, brought: Retrieved) -> float:
         """The F1 of the reader's answer."""
         assert self._reader is not None  # asked only with one
         read, limit = self._reader.read, strategy.answer.max_tokens
-        sources = [f"{p.chunk.file}, {p.chunk.place}" for p in passages]
-        inputs = [self._reader_name, question.text, texts, sources, limit]
+        inputs = [self._reader_name, question.text, brought.texts, brought.sources, limit]
         answer: str = self._recorder.call(
-            "answer", inputs, lambda: read(question.text, texts, sources, limit)
+            "answer", inputs, lambda: read(question.text, brought.texts, brought.sources, limit)
         )
         return token_f1(answer, question.evidence)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from mainspring.errors import DocumentError
 from mainspring.rag.chunking.chunk import Chunk
 from mainspring.rag.chunking.sentences import sentences
-from mainspring.rag.generation.language_model import LanguageModel, Message, complete
+from mainspring.rag.generation.language_model import InProcessModel, LanguageModel, Message, complete_each
 from mainspring.rag.generation.prompts import neutral
 from mainspring.rag.ranking.reranker import Reranker
 from mainspring.rag.retrieval.terms import terms
@@ -43,13 +43,17 @@ def make_questions(
     candidates = list(dict.fromkeys(candidates))
     random.Random(seed).shuffle(candidates)
     found: dict[str, TuneQuestion] = {}
-    for file, sentence in candidates[: _TRIES * count]:
-        question = _asked(model, sentence)
-        if question is None or question in found:
-            continue
-        if float(reranker.scores(question, [sentence])[0]) > _LEAST_SCORE:
-            found[question] = TuneQuestion(question, (sentence,), file)
-            progress(len(found), count)
+    at_once = model.at_once if isinstance(model, InProcessModel) else 1
+    for first in range(0, min(_TRIES * count, len(candidates)), at_once):
+        block = candidates[first : first + at_once]
+        texts = complete_each(model, [_prompt(sentence) for _, sentence in block], _QUESTION_TOKENS)
+        for (file, sentence), text in zip(block, texts, strict=True):
+            question = _asked(text, sentence)
+            if question is None or question in found or len(found) == count:
+                continue
+            if float(reranker.scores(question, [sentence])[0]) > _LEAST_SCORE:
+                found[question] = TuneQuestion(question, (sentence,), file)
+                progress(len(found), count)
         if len(found) == count:
             break
     return tuple(found.values())
@@ -61,9 +65,8 @@ def _worth_asking(sentence: str) -> bool:
     return len(words) in _WORDS and sentence[-1] in ".!" and letters > 0.85 * len(sentence)
 
 
-def _asked(model: LanguageModel, sentence: str) -> str | None:
-    """The model's question about a sentence; None if it is none, or repeats the sentence."""
-    text = complete(model, _prompt(sentence), _QUESTION_TOKENS).strip()
+def _asked(text: str, sentence: str) -> str | None:
+    """The question in what the model wrote about a sentence; None if there is none, or it repeats the sentence."""
     question = (
         text[: text.find("?") + 1].splitlines()[-1].strip().removeprefix("Question:").strip()
         if "?" in text

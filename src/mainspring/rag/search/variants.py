@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from mainspring.rag.chunking.chunk import Chunk
-from mainspring.rag.search.evaluator import PipelineEvaluator
+from mainspring.rag.search.evaluator import PipelineEvaluator, Retrieved
 from mainspring.rag.search.ledger import Outcome
 from mainspring.rag.search.questions import TuneQuestion
 from mainspring.rag.strategy import IndexStep, Strategy
@@ -26,6 +26,10 @@ class VariantEvaluator:
 
     def __call__(self, strategy: Strategy, question: TuneQuestion) -> Outcome:
         return self._evaluator(strategy.index)(strategy, question)
+
+    def retrieve(self, strategy: Strategy, question: str) -> Retrieved:
+        """What the strategy brings for a question, on its index."""
+        return self._evaluator(strategy.index).retrieve(strategy, question)
 
     def _evaluator(self, step: IndexStep) -> PipelineEvaluator:
         if step not in self._opened:
