@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mainspring import ops
 from mainspring.parallel import decoder, recompute, ring, tensor, vocabulary
@@ -162,7 +162,7 @@ def cross_entropy_of_the_first_ranks_vocabulary() -> AbstractContextManager[Any]
 def zero_bubble_that_loses_a_weight_gradient() -> AbstractContextManager[Any]:
     whole = WeightGradients.run
 
-    def short(self: WeightGradients, waiting: list[tuple[nn.Parameter, Callable[[], Tensor]]]) -> None:
+    def short(self: WeightGradients, waiting: list[tensor.Product]) -> None:
         whole(self, waiting[1:])
 
     return patch.object(WeightGradients, "run", short)

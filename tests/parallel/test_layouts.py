@@ -32,6 +32,7 @@ QUICK = [
     "tied:pp=2,split=1+3",
     "tied:pp=2,virtual=2,schedule=interleaved",
     "moe:pp=2,schedule=zero_bubble",
+    "tied:pp=2,split=3+1,schedule=zero_bubble_h2",
     "biased:tp=4",
     "tied:tp=2,pp=2",
     "biased:tp=2,cp=2",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mainspring.errors import BackendError
+from mainspring.ops.accumulated_product import accumulate_product
 from mainspring.ops.cpu.support import refuses as cpu_refuses
 from mainspring.ops.linear import LINEAR
 from mainspring.ops.policy import Policy
@@ -82,20 +83,10 @@ class WeightGradient:
         self.total: Tensor | None = None
 
     def add(self, d_logits: Tensor, hidden: Tensor) -> None:
-        a = d_logits.t()
-        if self.dtype is hidden.dtype:
-            if self.total is None:
-                self.total = a @ hidden
-            else:
-                self.total.addmm_(a, hidden)
-        elif _narrow_on_cuda(hidden):
-            if self.total is None:
-                self.total = torch.mm(a, hidden, out_dtype=self.dtype)
-            else:
-                torch.addmm(self.total, a, hidden, out_dtype=self.dtype, out=self.total)
-        else:
-            piece = a @ hidden
-            self.total = piece.to(self.dtype) if self.total is None else self.total.add_(piece)
+        a, first = d_logits.t(), self.total is None
+        if self.total is None:
+            self.total = torch.empty(a.shape[0], hidden.shape[1], dtype=self.dtype, device=hidden.device)
+        accumulate_product(self.total, a, hidden, add=not first)
 
 
 def rows_per_chunk(vocab_size: int, device: torch.device | None = None) -> int:

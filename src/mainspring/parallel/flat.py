@@ -18,6 +18,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from mainspring.ops.accumulated_product import accumulate_product
 from mainspring.ops.precision import accumulator
 from mainspring.parallel.collectives import (
     Pending,
@@ -123,13 +124,16 @@ class FlatUnit:
         gradient, parameter.grad = parameter.grad, None
         if gradient is None:
             return
-        a, b = self.spans[name]
-        held = self._whole_gradient()[a:b]
-        if name in self._unwritten:
-            self._unwritten.discard(name)
-            held.copy_(gradient.reshape(-1))
+        held, has_values = self._held(name)
+        if has_values:
+            held.add_(gradient)
         else:
-            held.add_(gradient.reshape(-1))
+            held.copy_(gradient)
+
+    def add_product(self, name: str, grad: Tensor, x: Tensor) -> None:
+        """Adds gradᵀ x to a matrix's gradient. grad: [T, out], x: [T, in]."""
+        held, has_values = self._held(name)
+        accumulate_product(held, grad.t(), x, add=has_values)
 
     def start_reduce(self, *, last: bool) -> None:
         """Begins to sum the gradient over ranks: after each backward pass with ZeRO-2 and 3, else after the last."""
@@ -165,6 +169,14 @@ class FlatUnit:
             return
         piece, self._reducing = self._reducing.wait(), None
         self.gradient_shard = piece if self.gradient_shard is None else self.gradient_shard.add_(piece)
+
+    def _held(self, name: str) -> tuple[Tensor, bool]:
+        """A parameter's part of the whole gradient, for its next term, and whether there has been one."""
+        a, b = self.spans[name]
+        held = self._whole_gradient()[a:b].view(self.parameters[name].shape)
+        has_values = name not in self._unwritten
+        self._unwritten.discard(name)
+        return held, has_values
 
     def _whole_gradient(self) -> Tensor:
         """Without values where `_unwritten` says so: filling it first would be a pass over memory more."""

@@ -11,7 +11,7 @@ from mainspring.errors import ConfigError
 from mainspring.formats.model_config import ModelConfig
 from mainspring.parallel.mesh import Axes, even_bounds
 
-ScheduleName = Literal["afab", "1f1b", "interleaved", "zero_bubble"]
+ScheduleName = Literal["afab", "1f1b", "interleaved", "zero_bubble", "zero_bubble_h2"]
 ContextMethod = Literal["ring", "ulysses"]
 Recompute = Literal["none", "selective", "full"]
 
@@ -68,7 +68,7 @@ class Layout:
                 f"layout: virtual {self.virtual} with schedule {self.schedule!r}: "
                 "the interleaved schedule takes 2 or more chunks a rank, the others exactly 1"
             )
-        if self.schedule == "zero_bubble" and self.pp > 1 and self.zero >= 2:
+        if self.defers_weights and self.pp > 1 and self.zero >= 2:
             raise ConfigError(
                 f"layout: zero {self.zero} with the zero-bubble schedule, whose weight gradients come late; "
                 "use zero 0 or 1"
@@ -87,6 +87,11 @@ class Layout:
     @property
     def stages(self) -> int:
         return self.pp * self.virtual
+
+    @property
+    def defers_weights(self) -> bool:
+        """Whether gradients of weights are computed later than those of the layers' inputs."""
+        return self.schedule in ("zero_bubble", "zero_bubble_h2")
 
     @property
     def sequence_sliced(self) -> bool:

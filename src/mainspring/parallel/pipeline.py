@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from mainspring.ops import IGNORE_INDEX, TokenBatch
 from mainspring.ops.precision import accumulator
@@ -21,7 +21,7 @@ from mainspring.parallel.collectives import Pending, all_reduce, start_receive, 
 from mainspring.parallel.decoder import ParallelDecoder
 from mainspring.parallel.mesh import Group
 from mainspring.parallel.schedule import Action, make_schedule
-from mainspring.parallel.tensor import whole_stream
+from mainspring.parallel.tensor import Product, whole_stream
 from mainspring.parallel.units import Units
 
 
@@ -51,7 +51,7 @@ class _InFlight:
 
     entered: Tensor
     outputs: list[Tensor]
-    weights_later: list[tuple[nn.Parameter, Callable[[], Tensor]]] | None = None
+    weights_later: list[Product] | None = None
 
 
 class Pipeline:
@@ -79,9 +79,7 @@ class Pipeline:
         schedule = make_schedule(self.layout.schedule, self.layout.pp, self.layout.virtual, len(mine))
         run = _Run(self, mine, count, sum(len(m.tokens) for m in micro_batches), schedule)
         self.units.begin_step()
-        for action in schedule[self.mesh.index["pp"]]:
-            run.do(action)
-        run.finish()
+        run.do_all()
         self.units.finish_step()
         # Tensor-parallel ranks have the same loss; only the last stage has one.
         mine_total = torch.zeros((), dtype=torch.float64, device=self.model.device)
@@ -139,9 +137,7 @@ class Pipeline:
         was_training = self.model.training
         self.model.eval()
         self.units.begin_step()
-        for action in schedule[self.mesh.index["pp"]]:
-            run.do(action)
-        run.finish()
+        run.do_all()
         self.units.release_all()
         self.model.train(was_training)
         return run
@@ -167,7 +163,6 @@ class _Run:
         self.rank = self.mesh.index["pp"]
         self.losses: dict[int, Tensor] = {}
         self._take = take
-        self._batches: dict[int, TokenBatch] = {}
         self._flight: dict[tuple[int, int], _InFlight] = {}
         self._sending: list[Pending] = []
         self._arriving: dict[_Message, Pending] = {}
@@ -180,9 +175,29 @@ class _Run:
             for source, actions in enumerate(schedule)
             if source != self.rank
         }
-        self._last = {a.stage: a for a in schedule[self.rank] if a.kind in ("B", "I")}
+        self._actions = schedule[self.rank]
+        self._last = {a.stage: a for a in self._actions if a.kind in ("B", "I")}
+        # All at once, before the first kernel: a copy in between would make the host wait for those in flight.
+        self._batches = {lengths: self.model.batch(lengths) for lengths in {m.lengths for m in micro_batches}}
+        holds = {a.stage for a in self._actions}
+        self._tokens = self._uploaded([m.tokens for m in micro_batches]) if 0 in holds else []
+        self._targets = self._uploaded([m.targets for m in micro_batches]) if self.stages - 1 in holds else []
 
-    def do(self, action: Action) -> None:
+    def do_all(self) -> None:
+        """The rank's actions, in order.
+
+        What the next one needs is received beside the one before it: earlier, the wait would take multiprocessors
+        from more than that one, and the sender's as well if it were later.
+        """
+        for action, following in zip(self._actions, [*self._actions[1:], None], strict=True):
+            self._expect(action)
+            if following is not None:
+                self._expect(following)
+            self._do(action)
+        for pending in self._sending:
+            pending.wait()
+
+    def _do(self, action: Action) -> None:
         self.mesh.monitor.progress()
         if self._last.get(action.stage) == action:
             self.units.expect_last(action.stage)
@@ -191,22 +206,15 @@ class _Run:
         elif action.kind == "W":
             flight = self._flight.pop((action.stage, action.micro))
             assert flight.weights_later is not None  # I comes before W
-            self.model.tp.deferred.run(flight.weights_later)
+            self.model.tp.weight_gradients.run(flight.weights_later)
         else:
             self._backward(action)
-
-    def finish(self) -> None:
-        for pending in self._sending:
-            pending.wait()
 
     def _forward(self, action: Action) -> None:
         stage, micro = action.stage, action.micro
         batch = self._batch(micro)
         packed = self.micro_batches[micro]
-        if stage == 0:
-            x = self.model.own(torch.from_numpy(packed.tokens).to(self.device), batch)
-        else:
-            x = self._receive(_Message(stage - 1, micro, True), batch).requires_grad_()
+        x = self._receive(action).requires_grad_() if stage else self.model.own(self._tokens[micro], batch)
         balance = self.model.balance
         balance.weight = len(packed.tokens) / self.tokens
         out = self.model.run_stage(stage, x, batch)
@@ -214,7 +222,7 @@ class _Run:
         if stage == self.stages - 1 and self._take is not None:
             self._take(out, batch)
         elif stage == self.stages - 1:
-            targets = self.model.own(torch.from_numpy(packed.targets).to(self.device), batch)
+            targets = self.model.own(self._targets[micro], batch)
             loss = self.model.loss_sum(out, batch, targets)
             self.losses[micro] = loss.detach().to(torch.float64)
             outputs = [loss / self.count]
@@ -231,24 +239,28 @@ class _Run:
         flight = self._flight[stage, micro]
         grads: list[Tensor | None] = [None] * len(flight.outputs)
         if stage < self.stages - 1:
-            grads[0] = self._receive(_Message(stage + 1, micro, False), self._batch(micro))
-        deferred = self.model.tp.deferred
-        deferred.deferring = action.kind == "I"
+            grads[0] = self._receive(action)
+        gradients = self.model.tp.weight_gradients
+        gradients.deferring = action.kind == "I"
         torch.autograd.backward(flight.outputs, grads)
-        deferred.deferring = False
+        gradients.deferring = False
         if stage > 0:
             gradient = flight.entered.grad
             assert gradient is not None  # every stage's output depends on its input
             self._send(_Message(stage, micro, False), gradient)
         if action.kind == "I":
-            self._flight[stage, micro] = _InFlight(flight.entered, [], deferred.take())
+            self._flight[stage, micro] = _InFlight(flight.entered, [], gradients.take())
         else:
             del self._flight[stage, micro]
 
     def _batch(self, micro: int) -> TokenBatch:
-        if micro not in self._batches:
-            self._batches[micro] = self.model.batch(self.micro_batches[micro].lengths)
-        return self._batches[micro]
+        return self._batches[self.micro_batches[micro].lengths]
+
+    def _uploaded(self, arrays: list[NDArray[np.int64]]) -> Sequence[Tensor]:
+        if not arrays:
+            return []
+        whole = torch.from_numpy(np.concatenate(arrays)).to(self.device)
+        return torch.split(whole, [len(array) for array in arrays])
 
     def _messages(self, action: Action) -> list[tuple[_Message, int]]:
         """What an action sends, and to which pipeline rank."""
@@ -269,16 +281,31 @@ class _Run:
             return
         self._sending.append(start_send(x, 1, group))
 
-    def _receive(self, message: _Message, batch: TokenBatch) -> Tensor:
-        group = self._edge(message)
-        if group.size == 1:
-            return self._local.pop(message)
-        waiting = self._expected[message.stage % self.ranks]
-        while message not in self._arriving:
+    def _expect(self, action: Action) -> None:
+        """Begins to receive what the action needs from another rank, and all that comes before it."""
+        message = self._needed(action)
+        if message is None or self._edge(message).size == 1:
+            return
+        group, waiting = self._edge(message), self._expected[message.stage % self.ranks]
+        while message in waiting:
             coming = waiting.pop(0)
             rows = self.model.stage_rows(self._batch(coming.micro))
             like = torch.empty(
                 rows, self.model.config.hidden_size, dtype=self.model.dtype, device=self.device
             )
             self._arriving[coming] = start_receive(like, 0, group)
+
+    def _needed(self, action: Action) -> _Message | None:
+        stage, micro = action.stage, action.micro
+        if action.kind == "F":
+            return _Message(stage - 1, micro, True) if stage else None
+        if action.kind == "W" or stage == self.stages - 1:
+            return None
+        return _Message(stage + 1, micro, False)
+
+    def _receive(self, action: Action) -> Tensor:
+        message = self._needed(action)
+        assert message is not None  # asked of actions that need one
+        if self._edge(message).size == 1:
+            return self._local.pop(message)
         return self._arriving.pop(message).wait()

@@ -113,7 +113,8 @@ def place(config: ModelConfig, layout: Layout, mesh: Mesh) -> Placement:
     for part in parts(config):
         if part.parameter in held:
             by_parameter[part.parameter].append(part)
-    blocks = {name: list(_blocks(config, layout, mesh, name, p)) for name, p in by_parameter.items()}
+    shapes = hf_shapes(config)
+    blocks = {name: list(_blocks(config, layout, mesh, name, p, shapes)) for name, p in by_parameter.items()}
     return Placement(blocks, {name: _local_shape(full[name], b) for name, b in blocks.items()})
 
 
@@ -153,10 +154,15 @@ def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _blocks(
-    config: ModelConfig, layout: Layout, mesh: Mesh, parameter: str, its_parts: list[Part]
+    config: ModelConfig,
+    layout: Layout,
+    mesh: Mesh,
+    parameter: str,
+    its_parts: list[Part],
+    shapes: dict[str, tuple[int, ...]],
 ) -> Iterator[Block]:
+    """The rank's blocks of a parameter; `shapes` are those of the whole checkpoint's tensors."""
     rule = rule_of(parameter)
-    shapes = hf_shapes(config)
     tp, tp_rank = layout.tp, mesh.index["tp"]
     ep = mesh.group("ep")
     experts = range(config.num_experts * ep.rank // ep.size, config.num_experts * (ep.rank + 1) // ep.size)

@@ -1,9 +1,11 @@
 """Pipeline schedules: for each rank the list of what it computes, in order, and the timeline that results.
 
-afab         all forward passes, then all backward passes (GPipe, arXiv 1811.06965)
-1f1b         one forward, one backward, after a warm-up (PipeDream-flush, arXiv 2006.09503)
-interleaved  1f1b over several chunks of layers a rank (Narayanan et al., arXiv 2104.04473, section 2.2)
-zero_bubble  1f1b whose weight gradients (W) wait for a gap, with 1f1b's memory (ZB-H1, Qi et al., arXiv 2401.10241)
+afab            all forward passes, then all backward passes (GPipe, arXiv 1811.06965)
+1f1b            one forward, one backward, after a warm-up (PipeDream-flush, arXiv 2006.09503)
+interleaved     1f1b over several chunks of layers a rank (Narayanan et al., arXiv 2104.04473, section 2.2)
+zero_bubble     1f1b whose weight gradients (W) wait for a gap, with 1f1b's memory (ZB-H1, Qi et al., arXiv 2401.10241)
+zero_bubble_h2  the same with twice the warm-up, and weight gradients twice as late: no rank waits between its first and
+                its last pass, for the activations of 2 · ranks - 1 micro-batches (ZB-H2, there)
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ def make_schedule(name: ScheduleName, ranks: int, virtual: int, micro_batches: i
         if micro_batches % ranks:
             raise ConfigError(f"interleaved: {micro_batches} micro-batches are no multiple of {ranks} ranks")
         return [_interleaved(rank, ranks, virtual, micro_batches) for rank in range(ranks)]
-    return [_zero_bubble(rank, ranks, micro_batches) for rank in range(ranks)]
+    ahead = 2 if name == "zero_bubble_h2" else 1
+    return [_zero_bubble(rank, ranks, micro_batches, ahead) for rank in range(ranks)]
 
 
 def _afab(rank: int, count: int) -> list[Action]:
@@ -76,17 +79,20 @@ def _interleaved(rank: int, ranks: int, virtual: int, count: int) -> list[Action
     return actions + [Action("B", *place(k, False)) for k in range(total - warmup, total)]
 
 
-def _zero_bubble(rank: int, ranks: int, count: int) -> list[Action]:
-    """1f1b in which rank r's weight gradients stay r micro-batches behind: they fill the gaps of its end."""
-    warmup = min(ranks - rank - 1, count)
+def _zero_bubble(rank: int, ranks: int, count: int, ahead: int) -> list[Action]:
+    """1f1b whose weight gradients on rank r stay ahead · r micro-batches behind: they fill the gaps of its end.
+
+    ahead: forward passes of the warm-up for each rank that follows.
+    """
+    warmup, behind = min(ahead * (ranks - rank - 1), count), ahead * rank
     actions = [Action("F", rank, m) for m in range(warmup)]
     for m in range(count):
         if warmup + m < count:
             actions.append(Action("F", rank, warmup + m))
         actions.append(Action("I", rank, m))
-        if m >= rank:
-            actions.append(Action("W", rank, m - rank))
-    return actions + [Action("W", rank, m) for m in range(max(0, count - rank), count)]
+        if m >= behind:
+            actions.append(Action("W", rank, m - behind))
+    return actions + [Action("W", rank, m) for m in range(max(0, count - behind), count)]
 
 
 def _ready(action: Action, done: Mapping[Action, float], stages: int) -> float | None:

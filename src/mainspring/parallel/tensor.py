@@ -40,34 +40,40 @@ OVERLAP_ROWS = 1024
 """Rows of a rank from which communication runs beside products of pieces: smaller ones are too short to be cut."""
 
 
+Product = tuple[nn.Parameter, Tensor, Tensor]
+"""A parameter [out, in] to whose gradient gradᵀ x is to be added; grad: [T, out], x: [T, in]."""
+
+
 @dataclass
 class WeightGradients:
-    """Weight gradients that wait: a zero-bubble schedule computes them where a rank would idle.
+    """Where the gradients of the linear layers' weights go.
 
-    (Qi et al., arXiv 2401.10241.) While `deferring`, a layer's backward pass leaves a function here.
+    A zero-bubble schedule computes them where a rank would idle (Qi et al., arXiv 2401.10241): while `deferring`, a
+    layer's backward pass leaves its product here.
     """
 
     deferring: bool = False
-    collect: Callable[[nn.Parameter], None] | None = None
-    """Told of every parameter whose gradient `run` has added to."""
-    _waiting: list[tuple[nn.Parameter, Callable[[], Tensor]]] = field(default_factory=list)
+    sink: Callable[[nn.Parameter, Tensor, Tensor], None] | None = None
+    """Adds a product to the gradient that its owner keeps; else it goes to the parameter's `grad`."""
+    _waiting: list[Product] = field(default_factory=list)
 
-    def put(self, parameter: nn.Parameter, compute: Callable[[], Tensor]) -> None:
-        self._waiting.append((parameter, compute))
+    def put(self, product: Product) -> None:
+        self._waiting.append(product)
 
-    def take(self) -> list[tuple[nn.Parameter, Callable[[], Tensor]]]:
+    def take(self) -> list[Product]:
         """What a backward pass has left, to be given to `run` later."""
         taken, self._waiting = self._waiting, []
         return taken
 
     @torch.no_grad()
-    def run(self, waiting: list[tuple[nn.Parameter, Callable[[], Tensor]]]) -> None:
+    def run(self, waiting: list[Product]) -> None:
         """Computes and adds them."""
-        for parameter, compute in waiting:
-            gradient = compute()
+        for parameter, grad, x in waiting:
+            if self.sink is not None:
+                self.sink(parameter, grad, x)
+                continue
+            gradient = grad.t() @ x
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-            if self.collect is not None:
-                self.collect(parameter)
 
 
 @dataclass
@@ -81,7 +87,7 @@ class TensorParallel:
     invariant: bool = False
     tokens: int = 0
     """Of the stream that is going through the model now, over all ranks; the decoder sets it."""
-    deferred: WeightGradients = field(default_factory=WeightGradients)
+    weight_gradients: WeightGradients = field(default_factory=WeightGradients)
 
     @property
     def ordered(self) -> bool:
@@ -282,8 +288,14 @@ def row_product(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParall
 
 
 def weight_gradient(parameter: nn.Parameter, grad: Tensor, x: Tensor, tp: TensorParallel) -> Tensor | None:
-    """gradᵀ x now, or None and a promise."""
-    if not tp.deferred.deferring:
-        return grad.t() @ x
-    tp.deferred.put(parameter, lambda: grad.t() @ x)
-    return None
+    """gradᵀ x, for autograd to add; None if that has been seen to, or will be."""
+    gradients = tp.weight_gradients
+    if not parameter.requires_grad:
+        return None
+    if gradients.deferring:
+        gradients.put((parameter, grad, x))
+        return None
+    if gradients.sink is not None:
+        gradients.sink(parameter, grad, x)
+        return None
+    return grad.t() @ x

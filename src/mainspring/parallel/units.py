@@ -91,7 +91,7 @@ class Units:
         collect = weakref.WeakMethod(self._collect)
         for name, parameter in model.named_parameters():
             parameter.register_post_accumulate_grad_hook(partial(_call, collect, name))
-        model.tp.deferred.collect = lambda parameter: self._collect(self._names[parameter], parameter)
+        model.tp.weight_gradients.sink = self._add_product
         self._order = [int(number) for number in model.layers]
         model.observer = self
 
@@ -232,6 +232,10 @@ class Units:
             unit.start_reduce(last=True)
             self._reduced.add(unit.name)
 
+    def _add_product(self, parameter: nn.Parameter, grad: Tensor, x: Tensor) -> None:
+        name = self._names[parameter]
+        self._of_parameter[name].add_product(name, grad, x)
+
     def _gather(self, number: int, direction: int) -> None:
         for unit in self._of_layer[number]:
             unit.gather()
@@ -247,7 +251,7 @@ class Units:
         before, self._in_flight = self._in_flight, []
         for unit in self._of_layer[number]:
             unit.release()
-            if self.model.tp.deferred.deferring:
+            if self.model.tp.weight_gradients.deferring:
                 continue
             unit.start_reduce(last=last)
             self._in_flight.append(unit)

@@ -175,7 +175,7 @@ class ParallelSection:
     zero: int = _limits(0, low=0, high=3)
     replicate: int = _limits(1, low=1)
     sequence_parallel: bool = True
-    schedule: Literal["afab", "1f1b", "interleaved", "zero_bubble"] = "1f1b"
+    schedule: Literal["afab", "1f1b", "interleaved", "zero_bubble", "zero_bubble_h2"] = "1f1b"
     virtual: int = _limits(1, low=1)
     split: str = ""
     """Layers of each stage, as 5+6+6+5; empty splits them evenly."""
