@@ -7,8 +7,10 @@ Each contestant trains the same shape on the same sequences a step, cut into as 
 tokens a second and rank, MFU, peak memory of the fullest rank beside what `mainspring plan` estimates (on CUDA), and
 what it reaches of `single`: every rank training a whole model for itself by the code of one device (`one`: by that of
 layouts). FSDP2 and DDP wrap a plain PyTorch Llama whose
-blocks are compiled (`training/peers.py`). They come one after the other, for together they would not fit; the median
-of the rounds counts, of the slowest rank.
+blocks are compiled (`training/peers.py`). They come one after the other, for together they would not fit, in as many
+passes as are asked for, every second one backwards, so that a card that warms up or slows down does so for all; the
+median over the rounds of all passes counts, of the slowest rank. A round is a few steps in a row, as a trainer takes
+them.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from mainspring.train.runner import usable_device
 from training.ours import Step, dtype_for, on_one_device, random_model, under
 from training.peers import step_of
 from training.shapes import CASES, Case
-from training.timing import Row, measure, print_profile, settle
+from training.timing import Row, joined_rows, measure, print_profile, settle
 
 _RUNS = (
     "single x1", "one x1", "dp=2 x2", "dp=2,zero=1 x2", "dp=2,zero=3 x2", "fsdp2 x2", "ddp x2", "tp=2 x1",
@@ -59,7 +61,9 @@ def main() -> None:
         help="'LAYOUT xN' or 'LAYOUT xNxSEQUENCES', micro-batches and their size; single, one, fsdp2 or ddp for LAYOUT",
     )
     parser.add_argument("--profile", nargs="*", default=[], help="which are profiled as well")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="of each contestant in each pass")
+    parser.add_argument("--steps", type=int, default=1, help="of a round, one after the other")
+    parser.add_argument("--passes", type=int, default=1, help="through all contestants, to and fro")
     parser.add_argument("--until", type=float, default=1e9, help="seconds after which no further run begins")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -87,30 +91,39 @@ def run(arguments: argparse.Namespace, weights: Path) -> None:
     if speaks:
         save_model(random_model(case.config, device), weights)
     settle(device)
-    rows: list[Row] = []
-    alone = 0.0
-    for text in arguments.runs:
+    rows: dict[str, list[Row]] = {}
+    order = [text for number in range(arguments.passes) for text in arguments.runs[:: 1 - 2 * (number % 2)]]
+    for text in order:
         late = torch.tensor(float(time.perf_counter() - began > arguments.until), device=device)
         dist.all_reduce(late)
         if float(late):
             say(f"{text}: not run, {arguments.until:.0f} s are over")
             continue
         try:
-            row = _row(text, case, weights, world, peak, device, arguments)
+            row = _row(text, case, weights, world, peak, device, arguments, text not in rows)
         except Exception:  # the next one may well run
             say(text)
             traceback.print_exc()
             continue
-        rows.append(row)
-        alone = row.tokens_per_second if text.startswith("single") else alone
-        say(f"{row.text()} {row.tokens_per_second / max(1.0, alone):7.1%} of single")
-        if row.planned_bytes:
-            share = row.planned_bytes / max(1, row.peak_bytes)
-            say(f"{'':30s} planned {row.planned_bytes / 2**30:.2f} GiB, {share:.1%}")
+        rows.setdefault(text, []).append(row)
+        say(f"{row.text()}; {row.left_bytes / 2**30:.2f} GiB were there before")
         if row.kernels and speaks:
             print_profile(row)
         if arguments.json and speaks:
-            arguments.json.write_text(json.dumps([asdict(r) for r in rows], indent=1))
+            arguments.json.write_text(
+                json.dumps([asdict(r) for pair in rows.values() for r in pair], indent=1)
+            )
+    _summary([joined_rows(several) for several in rows.values()], say)
+
+
+def _summary(rows: list[Row], say: Callable[..., None]) -> None:
+    alone = next((row.tokens_per_second for row in rows if row.name.startswith("single")), None)
+    for row in rows:
+        share = "" if alone is None else f" {row.tokens_per_second / alone:7.1%} of single"
+        planned = f", planned {row.planned_bytes / 2**30:.2f} GiB" if row.planned_bytes else ""
+        if row.planned_bytes and row.peak_bytes:
+            planned += f" ({row.planned_bytes / row.peak_bytes:.1%})"
+        say(f"all passes: {row.text()}{share}{planned}; {len(row.samples)} rounds")
 
 
 def _row(
@@ -121,7 +134,9 @@ def _row(
     peak: float,
     device: torch.device,
     arguments: argparse.Namespace,
+    first: bool,
 ) -> Row:
+    """first: whether it has not run yet; it is profiled then, if it is to be."""
     name, _, cuts = text.partition(" ")
     number, _, each = cuts.removeprefix("x").partition("x")
     lonely = name in ("single", "one")  # a rank alone has its own share of the sequences
@@ -148,7 +163,7 @@ def _row(
     seed = dist.get_rank() if lonely else 0
     row = measure(
         text, make, cut.micro_batches(count, seed), tokens, flops, peak, device, arguments.rounds,
-        text in arguments.profile,
+        first and text in arguments.profile, arguments.steps,
     )  # fmt: skip
     row.planned_bytes = planned
     return row

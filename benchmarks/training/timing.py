@@ -6,7 +6,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -39,6 +39,10 @@ class Row:
     shapes: list[dict[str, Any]] = field(default_factory=list)
     planned_bytes: int = 0
     """Of `mainspring plan`'s formulas, for the fullest rank."""
+    left_bytes: int = 0
+    """What earlier contestants had left behind; not in peak_bytes."""
+    samples: list[float] = field(default_factory=list)
+    """Seconds of a step in each round, of the slowest rank."""
     busy: float = 0.0
     """Seconds of a profiled step in which a kernel ran, summed over streams."""
 
@@ -64,8 +68,13 @@ def measure(
     device: torch.device,
     rounds: int,
     profiled: bool = False,
+    steps: int = 1,
 ) -> Row:
-    """Makes a contestant, times its steps and forgets it. flops: of a step and device; peak: of the device."""
+    """Makes a contestant, times its steps and forgets it. flops: of a step and device; peak: of the device.
+
+    steps: of a round, one after the other as a trainer takes them (each reads its loss), from an idle device to an
+    idle device.
+    """
     cuda = device.type == "cuda"
     clear(device)
     before = torch.cuda.memory_allocated(device) if cuda else 0
@@ -81,24 +90,50 @@ def measure(
     for _ in range(rounds):
         settle(device)
         start = time.perf_counter()
-        step(batches)
+        for _ in range(steps):
+            step(batches)
         settle(device)
-        seconds.append(time.perf_counter() - start)
-    quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
+        seconds.append((time.perf_counter() - start) / steps)
     memory = torch.cuda.max_memory_allocated(device) - before if cuda else 0
-    figures = torch.tensor([quartiles[1], float(memory)], dtype=torch.float64, device=device)
+    figures = torch.tensor([*seconds, float(memory), float(before)], dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(figures, op=dist.ReduceOp.MAX)
-    median = float(figures[0])
+    *samples, memory_most, before_most = figures.tolist()
     row = Row(
-        name, median, (quartiles[2] - quartiles[0]) / 2 / median, tokens, flops / median / peak, int(figures[1]), loss,
+        name,
+        0.0,
+        0.0,
+        tokens,
+        0.0,
+        int(memory_most),
+        loss,
         start_seconds,
-    )  # fmt: skip
+        left_bytes=int(before_most),
+        samples=samples,
+    )
+    summarise(row, flops / peak)
     if profiled:
         _profile(row, partial(step, batches), device)
     del step
     clear(device)
     return row
+
+
+def summarise(row: Row, seconds_at_peak: float) -> None:
+    """Sets what follows from a row's samples. seconds_at_peak: of a step, were the device always at its peak."""
+    quartiles = statistics.quantiles(row.samples, n=4) if len(row.samples) > 1 else row.samples * 3
+    row.seconds = statistics.median(row.samples)
+    row.spread = (quartiles[2] - quartiles[0]) / 2 / row.seconds
+    row.mfu = seconds_at_peak / row.seconds
+
+
+def joined_rows(rows: Sequence[Row]) -> Row:
+    """One contestant's rows of several passes: all its rounds, the most memory."""
+    whole = replace(rows[0], samples=[seconds for row in rows for seconds in row.samples])
+    whole.peak_bytes = max(row.peak_bytes for row in rows)
+    whole.left_bytes = max(row.left_bytes for row in rows)
+    summarise(whole, rows[0].mfu * rows[0].seconds)
+    return whole
 
 
 def _profile(row: Row, step: Callable[[], float], device: torch.device) -> None:
