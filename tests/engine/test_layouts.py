@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -23,6 +24,7 @@ from engine.test_lora import write_adapter
 from mainspring.engine.admission import make_request
 from mainspring.engine.config import EngineConfig
 from mainspring.engine.core import EngineCore
+from mainspring.engine.drafters import blocks_beside
 from mainspring.engine.llm import LLM
 from mainspring.engine.ranks.cutting import cut_batch, piece_bounds
 from mainspring.engine.ranks.layout import check_serving_layout, serving_layout
@@ -54,6 +56,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # Small enough that prompts are cut and requests are preempted.
 TIGHT = EngineConfig(num_blocks=15, block_size=4, max_num_batched_tokens=9, max_num_seqs=6)
+DRAFT = SpeculativeConfig(method="draft_model", num_speculative_tokens=3)
 EXPERT = EngineConfig(num_blocks=40, block_size=4, max_num_batched_tokens=7, speculative=SpeculativeConfig())
 
 
@@ -177,7 +180,7 @@ def test_experts_over_two_ranks_give_one_devices_bits_with_drafts_too(tmp_path: 
     assert results == run(EngineCore(load_model(directory), EXPERT), jobs(), ARRIVALS)
 
 
-def test_two_ranks_give_the_same_bits_sleep_take_new_weights_and_one_that_dies_is_noticed(
+def test_two_ranks_give_the_same_bits_sleep_draft_take_new_weights_and_one_that_dies_is_noticed(
     dense: Path, invariant: list[Result], tmp_path: Path
 ) -> None:
     other = checkpoint(tmp_path / "other", "dense", seed=2)
@@ -189,6 +192,23 @@ def test_two_ranks_give_the_same_bits_sleep_take_new_weights_and_one_that_dies_i
         core.wake()
         before = run(core, jobs())
         assert before == invariant  # whenever they arrive
+        core.sleep()
+
+        # A draft model is whole on rank 0, beside a part of the model.
+        itself = load_model(dense)
+        assert blocks_beside(90, model, torch.float32, itself) == 30
+        drafting = EngineCore(model, replace(TIGHT, speculative=DRAFT), draft_model=itself)
+        assert run(drafting, jobs(), ARRIVALS) == invariant
+        assert drafting.stats().accepted_tokens_total > 0
+        drafting.sleep()
+
+        # Of an fp8 cache, what needs no GPU: every rank has its part, and copies blocks of it.
+        cache = model.allocate_cache(3, 4, torch.float8_e4m3fn)
+        assert cache.k_scale is not None
+        model.copy_blocks(cache, torch.tensor([[1, 2]]))
+        model.free_cache()
+
+        core.wake()
         whole = read_tensors(other)
         with pytest.raises(CheckpointError, match=r"norm\.weight"):
             core.update_weights({**whole, "model.norm.weight": torch.zeros(3)})
@@ -209,6 +229,28 @@ def test_two_ranks_give_the_same_bits_sleep_take_new_weights_and_one_that_dies_i
         with pytest.raises(EngineDeadError):
             core.check_ranks()
         assert time.monotonic() - began < 20  # not gloo's timeout of ten minutes
+
+
+def test_a_rank_that_does_not_answer_is_given_up(dense: Path) -> None:
+    layout = serving_layout(None, tp=2)
+    assert layout is not None
+    model = LeadModel(dense, layout, answer_seconds=2.0)
+    [pid] = model.worker_pids
+    try:
+        core = EngineCore(model, TIGHT)
+        core.add_request(make_request("r", [1, 2, 3], SamplingParams(max_tokens=30), core.limits, ()))
+        assert core.step()
+        os.kill(pid, signal.SIGSTOP)
+        began = time.monotonic()
+        with pytest.raises(EngineDeadError, match=r"not answered within 2 s"):
+            while core.has_work():
+                core.step()
+        with pytest.raises(EngineDeadError, match=r"not answered within 2 s"):
+            core.check_ranks()
+        assert time.monotonic() - began < 30  # not gloo's timeout of ten minutes
+        assert not psutil.pid_exists(pid)
+    finally:
+        model.close()
 
 
 @pytest.mark.slow

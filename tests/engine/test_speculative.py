@@ -110,6 +110,24 @@ def test_a_model_that_drafts_for_itself_is_always_right(temperature: float) -> N
     assert stats.accepted_tokens_per_position == (16, 16, 16)
 
 
+@pytest.mark.parametrize("config", [DRAFT, NGRAM], ids=lambda c: c.method)
+def test_a_text_goes_on_after_sleep_with_its_drafts(config: SpeculativeConfig) -> None:
+    model = tiny_model("llama")
+    job = [1, 2, 3], SamplingParams(temperature=1.0, seed=5, max_tokens=33)
+    [(expected, _)] = run(EngineCore(model, EngineConfig(num_blocks=40)), [job])
+    drafts = model if config is DRAFT else None
+    core = EngineCore(model, EngineConfig(num_blocks=40, speculative=config), draft_model=drafts)
+    core.add_request(make_request("0", *job, core.limits, ()))
+    outputs = [output for _ in range(4) for output in core.step()] + core.sleep()
+    assert 0 < sum(len(output.token_ids) for output in outputs) < 33
+    before = core.stats().accepted_tokens_total
+    core.wake()
+    while core.has_work():
+        outputs += core.step()
+    assert [token for output in outputs for token in output.token_ids] == expected
+    assert config is NGRAM or core.stats().accepted_tokens_total > before
+
+
 def test_a_text_that_repeats_its_prompt_takes_few_steps() -> None:
     model = tiny_model("llama")
     greedy = SamplingParams(temperature=0, max_tokens=40)

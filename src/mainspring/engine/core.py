@@ -80,7 +80,7 @@ class EngineCore:
         config = sizing.with_seats(config, *sized, shape=held, free=free)
         num_blocks = sizing.num_cache_blocks(config, *sized, shape=held, free=free)
         if draft is not None and config.num_blocks is None:
-            num_blocks = blocks_beside(num_blocks, model, draft)
+            num_blocks = blocks_beside(num_blocks, model, cache_dtype, draft)
         self.config = config
         self.limits = EngineLimits(
             max_model_len=max_model_len,
@@ -209,7 +209,7 @@ class EngineCore:
 
     @torch.inference_mode()
     def sleep(self) -> list[TokenOutput]:
-        """Give the cache's memory back, and pause. What runs is computed again after `wake`.
+        """Give the memory of the cache, and of a draft model's, back, and pause. What runs is computed again after `wake`.
 
         Returns the outputs of the step that was under way.
         """
@@ -218,6 +218,8 @@ class EngineCore:
         self._launched.clear()
         self._scheduler.preempt_all()
         self._scheduler.forget_prefixes()
+        if self._drafter is not None:
+            self._drafter.free_cache()
         self._runner.free_cache()
         return outputs
 
@@ -245,6 +247,10 @@ class EngineCore:
 
         [] without work, and where nothing has come yet.
         """
+        with watched(self._model):
+            return self._step()
+
+    def _step(self) -> list[TokenOutput]:
         scheduled: list[ScheduledRequest] = []
         if not self._paused:
             self._draft()

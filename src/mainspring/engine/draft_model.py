@@ -66,25 +66,37 @@ class DraftModelDrafter:
             )
         if model.device != target.device:
             raise ConfigError(f"the draft model is on {model.device}, the model on {target.device}")
-        config = model.config
         self._model = model
         self._sampler = sampler
         self._num_tokens = num_tokens
+        self._num_blocks = num_blocks
         self._block_size = block_size
         self._allocator = BlockAllocator(num_blocks)
-        self._cache = KVCache.allocate(
+        self._cache: KVCache | None = self._allocate()
+        self._drafts: dict[str, _Draft] = {}
+
+    def free_cache(self) -> None:
+        """See `hooks.Drafter.free_cache`."""
+        self._drafts.clear()
+        self._allocator = BlockAllocator(self._num_blocks)
+        self._cache = None
+
+    def _allocate(self) -> KVCache:
+        config = self._model.config
+        return KVCache.allocate(
             config.num_layers,
-            num_blocks + 1,  # the null block
-            block_size,
+            self._num_blocks + 1,  # the null block
+            self._block_size,
             config.num_kv_heads,
             config.head_dim,
-            model.dtype,
-            model.device,
+            self._model.dtype,
+            self._model.device,
         )
-        self._drafts: dict[str, _Draft] = {}
 
     def propose(self, requests: Sequence[Request]) -> None:
         """See `hooks.Drafter.propose`."""
+        if self._cache is None:
+            self._cache = self._allocate()
         self._forget_finished()
         drafts = [draft for request in requests if (draft := self._prepare(request)) is not None]
         if not drafts:
@@ -160,6 +172,7 @@ class DraftModelDrafter:
     def _forward(
         self, tokens: Tensor, lengths: Sequence[int], contexts: Sequence[int], drafts: Sequence[_Draft]
     ) -> Tensor:
+        assert self._cache is not None  # `propose` has taken it
         batch = TokenBatch.paged(
             lengths,
             contexts,

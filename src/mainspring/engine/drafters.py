@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+
 from mainspring.engine.draft_model import DraftModelDrafter
 from mainspring.engine.hooks import Drafter
 from mainspring.engine.ngram_drafter import NgramDrafter
 from mainspring.engine.sampler import SeatSampler
-from mainspring.engine.served_model import ServedModel
+from mainspring.engine.served_model import ServedModel, cache_shape
 from mainspring.engine.speculative import SpeculativeConfig
 from mainspring.errors import ConfigError
-from mainspring.formats.model_config import ModelConfig
 from mainspring.model.checkpoint import load_model
 from mainspring.model.decoder import Decoder
 
@@ -22,9 +23,13 @@ def load_draft_model(config: SpeculativeConfig | None, target: ServedModel) -> D
     return load_model(config.model, device=target.device, numerics="fast")
 
 
-def blocks_beside(num_blocks: int, target: ServedModel, draft: Decoder) -> int:
-    """How many blocks the two caches can have each, in the memory of num_blocks of the model's alone."""
-    ours, theirs = (_row_bytes(model.config, model.dtype.itemsize) for model in (target, draft))
+def blocks_beside(num_blocks: int, target: ServedModel, cache_dtype: torch.dtype, draft: Decoder) -> int:
+    """How many blocks the two caches can have each, in the memory of num_blocks of the model's alone: of what one
+    process holds of it, for the draft model is whole beside rank 0's part."""
+    ours, theirs = (
+        shape.num_layers * shape.row_bytes(dtype.itemsize)
+        for shape, dtype in ((cache_shape(target), cache_dtype), (cache_shape(draft), draft.dtype))
+    )
     return max(1, num_blocks * ours // (ours + theirs))
 
 
@@ -46,7 +51,3 @@ def make_drafter(
     if draft is None:
         raise ConfigError("speculative method 'draft_model' needs a model; name one")
     return DraftModelDrafter(draft, target, sampler, config.num_speculative_tokens, num_blocks, block_size)
-
-
-def _row_bytes(config: ModelConfig, itemsize: int) -> int:
-    return config.num_layers * config.num_kv_heads * config.head_dim * itemsize

@@ -93,6 +93,10 @@ class Drafter(Protocol):
         """
         ...
 
+    def free_cache(self) -> None:
+        """Give memory back that can be filled anew; the next `propose` takes it again."""
+        ...
+
 
 class Adapters(Protocol):
     """The LoRA adapters of a model, several in one batch."""

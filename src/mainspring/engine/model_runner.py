@@ -22,6 +22,7 @@ from mainspring.engine.served_model import (
     cache_shape,
     copy_cache_blocks,
     release_cache,
+    watched,
 )
 from mainspring.engine.step_graphs import StepGraphs
 from mainspring.engine.step_input import StepArrays, build_step, send
@@ -108,6 +109,10 @@ class ModelRunner:
 
     def allocate_cache(self) -> None:
         """Take the cache's memory, if it is not held."""
+        with watched(self._model):
+            self._allocate_cache()
+
+    def _allocate_cache(self) -> None:
         if self._cache is None:
             self._cache = allocate_cache(self._model, self._num_blocks, self._block_size, self._cache_dtype)
             if self._wants_graphs:

@@ -39,6 +39,9 @@ class NgramDrafter:
         for request in requests:
             request.draft_token_ids = self._continue(request)
 
+    def free_cache(self) -> None:
+        """See `hooks.Drafter.free_cache`: there is none on a device."""
+
     def _continue(self, request: Request) -> list[int]:
         tokens = request.token_ids
         count = min(self._num_tokens, request.max_drafts())

@@ -1,7 +1,8 @@
 """The processes of a layout: started by rank 0 on this machine, or by torchrun; watched, and ended together.
 
 On one machine they meet through a file in a private directory and talk over the loopback interface (gloo on the CPU,
-NCCL on GPUs). A worker ends when rank 0 has gone, and rank 0 learns of a worker's end at once, wherever it waits.
+NCCL on GPUs). A worker ends when rank 0 has gone, and rank 0 learns of a worker's end at once, wherever it waits. One
+that lives but does not answer is ended when the time for a call is over.
 """
 
 from __future__ import annotations
@@ -24,15 +25,17 @@ import torch
 import torch.distributed as dist
 
 from mainspring.engine.ranks.channel import Channel
+from mainspring.engine.ranks.watchdog import Watchdog
 from mainspring.errors import ConfigError, EngineDeadError
 from mainspring.parallel.launch import local_rank, ranks_started
 from mainspring.parallel.mesh import TIMEOUT
 
+ANSWER_SECONDS = TIMEOUT.total_seconds()  # for one call of the model, kernels that it compiles included
 _IDLE = timedelta(days=365)  # how long a worker waits for the next order
 _START_SECONDS = 300.0
 _STOP_SECONDS = 3.0
 # Ranks of one machine meet on its loopback interface. NCCL's own watch would end rank 0 with the process when another
-# rank dies: here that is told to those who wait.
+# rank dies or hangs: here that is told to those who wait, and `Watchdog` says when.
 _LOCAL = {
     "GLOO_SOCKET_IFNAME": "lo",
     "NCCL_SOCKET_IFNAME": "lo",
@@ -41,10 +44,10 @@ _LOCAL = {
 
 
 class RankGroup:
-    """Rank 0's hold on the others. `check` and `alive` raise EngineDeadError once one of them has ended."""
+    """Rank 0's hold on the others. `check` and `alive` raise EngineDeadError once one of them has ended, or was late."""
 
-    def __init__(self, world: int, device: torch.device) -> None:
-        """Starts and joins world - 1 workers, or those of torchrun.
+    def __init__(self, world: int, device: torch.device, answer_seconds: float = ANSWER_SECONDS) -> None:
+        """Starts and joins world - 1 workers, or those of torchrun. answer_seconds: how long `alive` lasts at most.
 
         Raises:
             ConfigError: torchrun has started another number, or this process already belongs to a group.
@@ -55,6 +58,8 @@ class RankGroup:
         self._directory: Path | None = None
         self._dead: str | None = None
         self._closing = False
+        self._answer_seconds = answer_seconds
+        self._watchdog: Watchdog | None = None
         _refuse_other_groups(world)
         if world == 1:
             self.channel = Channel(None)
@@ -67,6 +72,7 @@ class RankGroup:
             self._directory = Path(tempfile.mkdtemp(prefix="mainspring-ranks-"))  # mode 0700
             self._stop = weakref.finalize(self, _end, self._processes, self._directory)
             self._start(self._directory)
+        self._watchdog = Watchdog(self._give_up)
         with self.alive():
             self.channel = control_channel()
         for rank, process in enumerate(self._processes, start=1):
@@ -85,10 +91,15 @@ class RankGroup:
             raise EngineDeadError(self._dead)
 
     @contextlib.contextmanager
-    def alive(self) -> Iterator[None]:
-        """What a collective raises inside because a worker has ended becomes EngineDeadError."""
+    def alive(self, seconds: float | None = None) -> Iterator[None]:
+        """What a collective raises inside because a worker has ended becomes EngineDeadError.
+
+        seconds: the workers are ended if what is inside takes longer; None: `answer_seconds`.
+        """
+        limit = self._answer_seconds if seconds is None else seconds
         try:
-            yield
+            with contextlib.nullcontext() if self._watchdog is None else self._watchdog.within(limit):
+                yield
         except RuntimeError as error:
             deadline = time.monotonic() + 2.0
             while self._dead is None and time.monotonic() < deadline:
@@ -103,6 +114,8 @@ class RankGroup:
     def close(self) -> None:
         """Ends the workers (by force after three seconds) and leaves the process group. May be called twice."""
         self._closing = True
+        if self._watchdog is not None:
+            self._watchdog.close()
         for process in self._processes:
             if self._dead is None:  # they have been told to stop
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -160,6 +173,17 @@ class RankGroup:
         if self.device.type == "cuda":
             # Rank 0 may wait for a device that waits for the dead rank.
             _abort_collectives()
+
+
+    def _give_up(self, seconds: float) -> None:
+        """Ends the workers, and with them whatever rank 0 waits for."""
+        self._dead = self._dead or (
+            f"the ranks of the layout have not answered within {seconds:g} s and were ended. Start the engine again"
+        )
+        for process in self._processes:
+            process.kill()  # `_watch` lets go of the devices
+        if not self._processes and self.device.type == "cuda":
+            _abort_collectives()  # torchrun's ranks end when they find rank 0 gone
 
 
 def join(world: int, rank: int, kind: str, store: Path | None) -> None:

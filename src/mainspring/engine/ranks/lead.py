@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mainspring.engine.ranks.adapters import ShardAdapters, ShardBatchAdapters
 from mainspring.engine.ranks.channel import Message, Op
-from mainspring.engine.ranks.group import RankGroup
+from mainspring.engine.ranks.group import ANSWER_SECONDS, RankGroup
 from mainspring.engine.ranks.layout import check_serving_layout
 from mainspring.engine.ranks.shard import CacheShape, copy_blocks, packed_pieces
 from mainspring.engine.ranks.weights import checksum, copy_weight
@@ -27,7 +27,10 @@ from mainspring.model.initialise import torch_device, torch_dtype
 from mainspring.ops import Numerics
 from mainspring.ops.batch import KVCache, TokenBatch
 from mainspring.parallel.layout import Layout
+from mainspring.parallel.mesh import DISK_TIMEOUT
 from mainspring.parallel.placement import full_shapes, hf_shapes
+
+_LARGE_SECONDS = DISK_TIMEOUT.total_seconds()  # for calls as long as a checkpoint or a caller's list
 
 
 class LeadModel(nn.Module):
@@ -43,12 +46,15 @@ class LeadModel(nn.Module):
         numerics: Numerics = "lockstep",
         num_threads: int | None = None,
         piece_tokens: int | None = None,
+        answer_seconds: float = ANSWER_SECONDS,
     ) -> None:
         """Starts the ranks, each of which loads its own part.
 
         directory: a Hugging Face directory that all ranks see. layout: as `serving_layout` gives it. num_threads: of
         one operation of each rank, on a CPU; None: PyTorch's choice here, an equal share of the cores on the others.
         piece_tokens: least tokens of the pieces that a step is cut into for the stages of a pipeline; None: by device.
+        answer_seconds: how long the ranks may take for a call (kernels that it compiles included; not for weights and
+        given sequences, which take as long as they are large) before they count as dead.
 
         Raises:
             ConfigError: the layout does not divide the model, or there are too few devices; nothing was started.
@@ -64,14 +70,14 @@ class LeadModel(nn.Module):
         torch_dtype(dtype_name)  # refused before anything starts
         self.layout = layout
         self.config = config
-        self._group = RankGroup(layout.world, device)
+        self._group = RankGroup(layout.world, device, answer_seconds)
         self._num_captures = 0
         order = {
             "directory": str(directory), "layout": str(layout), "dtype": dtype_name, "numerics": numerics,
             "num_threads": num_threads, "piece_tokens": piece_tokens,
         }  # fmt: skip
         try:
-            with self._group.alive():
+            with self._group.alive(_LARGE_SECONDS):
                 self._post(Message.with_json(Op.LOAD, order))
                 self._shard = build_shard(order, device)
         except BaseException:
@@ -177,7 +183,7 @@ class LeadModel(nn.Module):
             )
         given = [[int(token) for token in sequence] for sequence in sequences]
         lengths = rope_length if rope_length is None or isinstance(rope_length, int) else list(rope_length)
-        with self._group.alive():
+        with self._group.alive(_LARGE_SECONDS):
             self._post(Message.with_json(Op.SCORE, [given, temperature, lengths]))
             return self.model.log_probs(given, temperature, lengths)
 
@@ -219,7 +225,7 @@ class LeadModel(nn.Module):
         Raises CheckpointError, and ConfigError for an empty name; then no other rank has been told.
         """
         own = ShardAdapters(self.model, adapters)
-        with self._group.alive():
+        with self._group.alive(_LARGE_SECONDS):
             given = {name: str(directory) for name, directory in adapters.items()}
             self._post(Message.with_json(Op.ADAPTERS, given))
         self._shard.adapters = own
@@ -250,7 +256,7 @@ class LeadModel(nn.Module):
                     f"tensor {name!r} has shape {list(tensor.shape)}, the model needs {list(shapes[name])}"
                 )
         dtype = str(self.dtype).removeprefix("torch.")
-        with self._group.alive():
+        with self._group.alive(_LARGE_SECONDS):
             for name, tensor in given.items():
                 whole = tensor.to(device=self.device, dtype=self.dtype).contiguous()
                 self._post(Message.with_json(Op.COPY_WEIGHT, [name, list(whole.shape), dtype]))
