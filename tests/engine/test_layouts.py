@@ -231,6 +231,11 @@ def test_two_ranks_give_the_same_bits_sleep_draft_take_new_weights_and_one_that_
         assert time.monotonic() - began < 20  # not gloo's timeout of ten minutes
 
 
+def to_the_end(core: EngineCore) -> None:
+    while core.has_work():
+        core.step()
+
+
 def test_a_rank_that_does_not_answer_is_given_up(dense: Path) -> None:
     layout = serving_layout(None, tp=2)
     assert layout is not None
@@ -243,8 +248,7 @@ def test_a_rank_that_does_not_answer_is_given_up(dense: Path) -> None:
         os.kill(pid, signal.SIGSTOP)
         began = time.monotonic()
         with pytest.raises(EngineDeadError, match=r"not answered within 2 s"):
-            while core.has_work():
-                core.step()
+            to_the_end(core)
         with pytest.raises(EngineDeadError, match=r"not answered within 2 s"):
             core.check_ranks()
         assert time.monotonic() - began < 30  # not gloo's timeout of ten minutes

@@ -209,7 +209,7 @@ class EngineCore:
 
     @torch.inference_mode()
     def sleep(self) -> list[TokenOutput]:
-        """Give the memory of the cache, and of a draft model's, back, and pause. What runs is computed again after `wake`.
+        """Give back the cache's memory, and a draft model's; pause. What runs is computed again after `wake`.
 
         Returns the outputs of the step that was under way.
         """

@@ -44,7 +44,7 @@ _LOCAL = {
 
 
 class RankGroup:
-    """Rank 0's hold on the others. `check` and `alive` raise EngineDeadError once one of them has ended, or was late."""
+    """Rank 0's hold on the others. `check` and `alive` raise EngineDeadError once one has ended, or was late."""
 
     def __init__(self, world: int, device: torch.device, answer_seconds: float = ANSWER_SECONDS) -> None:
         """Starts and joins world - 1 workers, or those of torchrun. answer_seconds: how long `alive` lasts at most.
@@ -173,7 +173,6 @@ class RankGroup:
         if self.device.type == "cuda":
             # Rank 0 may wait for a device that waits for the dead rank.
             _abort_collectives()
-
 
     def _give_up(self, seconds: float) -> None:
         """Ends the workers, and with them whatever rank 0 waits for."""
