@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import os
 import signal
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,6 +167,17 @@ def sizes(directory: str, layout: str) -> dict[str, int]:
         "shards": sum(unit.shard.numel() for unit in units.units),
         "traffic": sum(model.mesh.monitor.traffic.values()),
     }
+
+
+def alive_after_a_step(directory: str, layout: str) -> list[str]:
+    """Parameters whose memory somebody still holds once the model of a step has been dropped."""
+    units = units_of(directory, Layout.parse(layout))
+    Pipeline(units.model, units).run(micro_batches(units.model.config, VerifySettings(), 0))
+    watched = {unit.name: weakref.ref(unit.full.untyped_storage()) for unit in units.units}
+    watched |= {name: weakref.ref(parameter) for name, parameter in units.model.named_parameters()}
+    del units
+    gc.collect()
+    return [name for name, reference in watched.items() if reference() is not None]
 
 
 def traffic(directory: str, layout: str, settings: VerifySettings) -> dict[str, int]:

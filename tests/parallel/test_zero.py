@@ -38,6 +38,15 @@ def test_a_rank_holds_what_zeros_formula_says(
         assert held["gradients"] == pytest.approx(total / shards if zero else total, abs=slack)
 
 
+@pytest.mark.parametrize("layout", ["dp=2,zero=3", "pp=2,schedule=zero_bubble_h2"])
+def test_a_model_that_is_dropped_gives_its_memory_back(
+    pool: Pool, reference: Callable[..., Reference], layout: str
+) -> None:
+    """Hooks on parameters are out of the collector's sight: what they hold must not hold the parameters."""
+    known = reference("dense", SETTINGS)
+    assert pool.run("jobs:alive_after_a_step", 2, str(known.directory), layout) == [[], []]
+
+
 def test_gradients_are_those_of_pytorchs_fsdp2(pool: Pool, reference: Callable[..., Reference]) -> None:
     known = reference("dense", SETTINGS)
     reader = CheckpointReader(known.gradients)

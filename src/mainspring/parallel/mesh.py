@@ -20,6 +20,9 @@ from mainspring.parallel.monitor import Monitor
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 TIMEOUT = timedelta(minutes=10)  # of a backend's own watch; `Monitor` is earlier and says more
+EDGE_BLOCKS = 4
+"""Thread blocks that carry a pipeline's message. Its first end waits on the device for the other and takes a
+multiprocessor from the layers for each block meanwhile; a few are fast enough for what has a pass's time to arrive."""
 DISK_TIMEOUT = timedelta(hours=2)  # of ranks that wait for each other's disks
 
 
@@ -183,7 +186,7 @@ class Mesh:
             for ranks in partition:
                 directed = "->" in name
                 if directed:
-                    handle = dist.new_group(sorted(ranks), timeout=TIMEOUT)
+                    handle = _edge_group(ranks)
                 elif ranks in made:
                     handle = made[ranks]
                 else:
@@ -241,6 +244,15 @@ def _process_group(ranks: Sequence[int], world: int) -> dist.ProcessGroup | None
         world_group: dist.ProcessGroup | None = dist.group.WORLD
         return world_group
     made: dist.ProcessGroup = dist.new_group(list(ranks), timeout=TIMEOUT)
+    return made
+
+
+def _edge_group(ranks: Sequence[int]) -> dist.ProcessGroup | None:
+    options = None
+    if dist.get_backend() == "nccl":
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        options.config.max_ctas = EDGE_BLOCKS
+    made: dist.ProcessGroup | None = dist.new_group(sorted(ranks), timeout=TIMEOUT, pg_options=options)
     return made
 
 
