@@ -19,7 +19,7 @@ from mainspring.errors import (
     StoreLockedError,
 )
 from mainspring.rag.index import DocumentIndex, IndexProgress, read_manifest, remove_index
-from mainspring.rag.retrieval.lexical import LexicalIndex
+from mainspring.rag.retrieval.lexical import LexicalIndex, StoreLexical
 from mainspring.rag.stores.lance import LanceStore
 from mainspring.rag.stores.store import Condition
 from mainspring.rag.strategy import IndexStep
@@ -29,13 +29,17 @@ STEP = IndexStep(size=20, overlap=0)
 
 
 def open_index(
-    directory: Path, step: IndexStep = STEP, embedder: WordEmbedder | None = None
+    directory: Path,
+    step: IndexStep = STEP,
+    embedder: WordEmbedder | None = None,
+    store_text: bool = False,
 ) -> DocumentIndex:
     return DocumentIndex(
         directory,
         step,
         embedder or WordEmbedder(),
         lambda path, dimension: LanceStore(path / "store", dimension),
+        store_text=store_text,
     )
 
 
@@ -87,6 +91,28 @@ def test_the_lexical_index_follows_the_store_and_heals(tmp_path: Path) -> None:
     (kept / "chunks.json").write_text("{")
     healed = LexicalIndex.open(tmp_path / "index" / "bm25", index.store)
     assert len(healed.search("fox", 5)) == 2
+
+
+def test_only_what_searches_by_words_is_built(tmp_path: Path) -> None:
+    docs = write(tmp_path / "docs", fox="The fox sleeps.", whale="The whale swims.")
+    plain = open_index(tmp_path / "index")
+    plain.update(docs)
+    assert (tmp_path / "index" / "bm25").is_dir()
+    with pytest.raises(StoreError, match="no full text"):
+        StoreLexical(plain.store).search("fox", 5)
+
+    directory = tmp_path / "by_store"
+    index = open_index(directory, store_text=True)
+    index.update(docs)
+    assert not (directory / "bm25").exists()
+    write(docs, otter="The otter dives.")
+    index.update(docs)
+    lexical = StoreLexical(index.store)
+    assert [index.store.get([h.id])[0].file for h in lexical.search("otter", 5)] == ["otter.md"]
+
+    late = open_index(tmp_path / "index", store_text=True)  # nothing new to read, only another way to search
+    late.update(docs)
+    assert len(StoreLexical(late.store).search("whale", 5)) == 1
 
 
 def test_bad_files_are_reported_and_the_others_indexed(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mainspring.errors import ConfigError
+from mainspring.errors import ConfigError, StoreError
 from mainspring.rag.retrieval.lexical import LexicalIndex, StoreLexical
 from mainspring.rag.stores.field_columns import FieldColumns
 from mainspring.rag.stores.lance import LanceStore
@@ -69,6 +69,9 @@ def test_the_stores_full_text_finds_stems_headings_and_filtered_chunks(tmp_path:
     assert lexical.search("passages", 5) == []
     chunks = put(store, "a.md", 4) + put(store, "b.txt", 4)
     store.optimise()
+    with pytest.raises(StoreError, match=r"no full text.*rag index"):  # and not: nothing found
+        lexical.search("passages", 8)
+    store.prepare_text()
     assert len(lexical) == 8
     found = lexical.search("passages", 8)  # "passage" stands in each
     assert {hit.id for hit in found} == {c.id for c in chunks}

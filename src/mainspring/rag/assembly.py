@@ -59,7 +59,8 @@ def open_index(
 ) -> DocumentIndex:
     """The index in a directory, for updating. Raises what `DocumentIndex` and `load_embedder` raise."""
     loaded = embedder if embedder is not None else load_embedder(strategy.index.embedder)
-    return DocumentIndex(directory, strategy.index, loaded, store_opener(store))
+    by_store = strategy.retrieve.lexical == "store"
+    return DocumentIndex(directory, strategy.index, loaded, store_opener(store), store_text=by_store)
 
 
 def open_pipeline(
@@ -229,9 +230,12 @@ def make_summariser(strategy: Strategy, embedder: Embedder, model: LanguageModel
     return None
 
 
-def open_model(name: str) -> LanguageModel:
-    """A model in this process (a name, a directory, a GGUF file), or an endpoint (`http://host/v1` or `URL#model`)."""
+def open_model(name: str, at_once: int = 1) -> LanguageModel:
+    """A model in this process (a name, a directory, a GGUF file), or an endpoint (`http://host/v1` or `URL#model`).
+
+    `at_once`: how many answers the former can write side by side (`complete_each`).
+    """
     if name.startswith(("http://", "https://")):
         url, _, model = name.partition("#")
         return EndpointModel(url, model)
-    return InProcessModel(name)
+    return InProcessModel(name, at_once=at_once)

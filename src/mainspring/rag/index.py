@@ -1,8 +1,9 @@
 """The index of a folder: which files are in it, kept up to date by content, and searched meanwhile.
 
 On disk a directory: `manifest.json` (what the index was made with), `store/` (chunks and vectors, unless the store is
-elsewhere), `bm25/VERSION/` (the lexical index of one version of the store), `lock`. A batch of files goes into the
-store in one write, so that a run that is stopped leaves whole files behind, and the next goes on from there.
+elsewhere), `bm25/VERSION/` (the postings of one version of the store, unless words are searched by its own full text),
+`lock`. A batch of files goes into the store in one write, so that a run that is stopped leaves whole files behind, and
+the next goes on from there.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from mainspring.rag.documents.document import Document
 from mainspring.rag.documents.reading import FoundFile, find_files, read_bytes, read_document
 from mainspring.rag.embedding.embedder import Embedder, Vectors
 from mainspring.rag.embedding.encoder_embedder import EncoderEmbedder
-from mainspring.rag.retrieval.lexical import LexicalIndex
+from mainspring.rag.retrieval.lexical import LexicalIndex, text_store
 from mainspring.rag.stores.store import VectorStore
 from mainspring.rag.strategy import IndexStep
 
@@ -79,10 +80,14 @@ class DocumentIndex:
         step: IndexStep,
         embedder: Embedder,
         open_store: Callable[[Path, int], VectorStore],
+        *,
+        store_text: bool = False,
     ) -> None:
         """Opens the index, or prepares a new one. `open_store` gets the directory and the vectors' dimension.
 
-        Raises EmbeddingModelChangedError or StoreError if the index was made in another way or is damaged.
+        With `store_text` words are searched by the store's full text, and no postings are made, which would have to
+        fit into memory. Raises EmbeddingModelChangedError or StoreError if the index was made in another way or is
+        damaged, ConfigError if the store has no full text.
         """
         self.directory = directory
         self.embedder = embedder
@@ -90,6 +95,7 @@ class DocumentIndex:
         self._chunker = step.chunker()
         _check_manifest(directory, self._description())
         self.store = open_store(directory, embedder.dimension)
+        self._text = text_store(self.store) if store_text else None
 
     def update(self, folder: Path, progress: IndexProgress | None = None) -> IndexReport:
         """Makes the index hold the folder's present documents: what is unchanged stays, what is gone goes.
@@ -106,7 +112,10 @@ class DocumentIndex:
             progress.finishing()
             if report.added or report.changed or report.removed:
                 self.store.optimise()
-            LexicalIndex.refresh(self.directory / "bm25", self.store)
+            if self._text is not None:
+                self._text.prepare_text()
+            else:
+                LexicalIndex.refresh(self.directory / "bm25", self.store)
         return report
 
     def _update(self, found: Sequence[FoundFile], progress: IndexProgress) -> IndexReport:

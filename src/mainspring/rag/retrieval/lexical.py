@@ -101,10 +101,7 @@ class StoreLexical:
 
     def __post_init__(self) -> None:
         """Raises ConfigError if the store searches by vectors only."""
-        if not hasattr(self.store, "search_text"):
-            raise ConfigError(
-                f'{type(self.store).__name__} has no full text of its own: set lexical = "postings"'
-            )
+        text_store(self.store)
 
     def __len__(self) -> int:
         return self.store.count()
@@ -115,4 +112,11 @@ class StoreLexical:
 
     def search(self, query: str, k: int, where: Filter = ()) -> list[Hit]:
         """At most k chunks that share a word with the query."""
-        return cast(TextStore, self.store).search_text(query, k, where)
+        return text_store(self.store).search_text(query, k, where)
+
+
+def text_store(store: VectorStore) -> TextStore:
+    """A store that searches by words too. Raises ConfigError if it searches by vectors only."""
+    if not hasattr(store, "search_text"):
+        raise ConfigError(f'{type(store).__name__} has no full text of its own: set lexical = "postings"')
+    return cast(TextStore, store)

@@ -104,10 +104,16 @@ class LanceStore:
     def search_text(self, query: str, k: int, where: Filter = ()) -> list[Hit]:
         """At most k chunks by LanceDB's own BM25 over text and headings (English stems, no stop words).
 
-        Chunks that were written after the last `optimise` are found too, by reading them.
+        Chunks that were written after the last `optimise` are found too, by reading them. Raises StoreError before
+        `prepare_text`.
         """
-        if not self._has_index("text"):
-            return []  # nothing was ever optimised: there is no chunk
+        if not all(self._has_index(column) for column in _TEXTS):
+            if self.count() == 0:
+                return []
+            raise StoreError(
+                "the store has no full text of its chunks: run `mainspring rag index` once more with a strategy whose "
+                'retrieve.lexical is "store"'
+            )
         search: Any = self._table.search(
             MultiMatchQuery(query, _TEXTS, boosts=None, operator=FullTextOperator.OR), query_type="fts"
         )
@@ -115,6 +121,15 @@ class LanceStore:
             search = search.where(_sql(where), prefilter=True)
         found = self._guarded(lambda: search.select(["id", "_score"]).limit(k).to_arrow())
         return [Hit(i, s) for i, s in zip(found["id"].to_pylist(), found["_score"].to_pylist(), strict=True)]
+
+    def prepare_text(self) -> None:
+        """Builds the full text, unless it is there: from then on `optimise` extends it."""
+        if self.count() == 0:
+            return
+        for column in _TEXTS:
+            if not self._has_index(column):
+                words = FTS(stem=True, remove_stop_words=True, lower_case=True)
+                self._guarded(lambda c=column, w=words: self._table.create_index(c, config=w))
 
     def get(self, ids: Sequence[str]) -> list[Chunk]:
         if not ids:
@@ -142,14 +157,11 @@ class LanceStore:
                 yield chunk_of(row)
 
     def optimise(self) -> None:
-        """Joins small files, drops versions older than an hour, and builds or extends what searches use."""
+        """Joins small files, drops versions older than an hour, extends the indexes that are there.
+
+        Builds the graph once there are rows enough.
+        """
         self._guarded(lambda: self._table.optimize(cleanup_older_than=_KEPT))
-        if self.count() == 0:
-            return
-        for column in _TEXTS:
-            if not self._has_index(column):
-                words = FTS(stem=True, remove_stop_words=True, lower_case=True)
-                self._guarded(lambda c=column, w=words: self._table.create_index(c, config=w))
         if self.count() >= self._index_from and not self._is_indexed():
             graph = HnswSq(distance_type="cosine")
             self._guarded(lambda: self._table.create_index("id", config=BTree()))

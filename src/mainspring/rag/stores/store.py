@@ -102,6 +102,10 @@ class VectorStore(Protocol):
 class TextStore(Protocol):
     """A store that finds chunks by words as well, with an index of its own."""
 
+    def prepare_text(self) -> None:
+        """Builds that index where it is not there; only strategies that search by it want it built."""
+        ...
+
     def search_text(self, query: str, k: int, where: Filter = ()) -> list[Hit]:
         """At most k chunks by BM25; chunks that share no word with the query are none of them."""
         ...
