@@ -50,4 +50,4 @@ def over_ranks(directory: str, layout: str) -> tuple[list[GrpoMetrics], float, d
     group = units.mesh.group("dp")
     metrics = list(grpo(units.model, RankOptimizer(units, SMOOTH), rollouts, SETTINGS, group=group))
     weights = {name: tensor.numpy() for name, tensor in stream_weights(units)}
-    return metrics, rollouts.resharding_seconds, weights
+    return metrics, rollouts.resharding.seconds, weights

@@ -12,19 +12,17 @@ stream decides who asks it, and its answers' random numbers.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from mainspring.engine.config import EngineConfig
 from mainspring.engine.sampling_params import SamplingParams
-from mainspring.engine.weights import copy_weights, weights_checksum
 from mainspring.errors import ConfigError, LockstepError
 from mainspring.model.decoder import Decoder
-from mainspring.parallel import streaming
 from mainspring.parallel.units import Units
 from mainspring.rl.environment import Environment
 from mainspring.rl.prompts import Prompt, Texts
+from mainspring.rl.resharding import Resharding
 from mainspring.rl.rewards import Scorer
 from mainspring.rl.rollout_settings import RolloutSettings
 from mainspring.rl.rollouts import Rollouts
@@ -33,7 +31,7 @@ from mainspring.rl.rollouts import Rollouts
 class RankRollouts(Rollouts):
     """A rank's share. Every rank makes one and calls `take_weights` together; `collect` is each rank's own affair.
 
-    resharding_seconds: what the last `take_weights` took, checksums included. Raises ConfigError for a layout other
+    resharding: what the last `take_weights` took. Raises ConfigError for a layout other
     than dp and zero (an engine of the whole model would round otherwise than a tensor-parallel trainer), and for
     prompts_per_step that the ranks cannot share evenly; else what `Rollouts` raises.
     """
@@ -74,20 +72,14 @@ class RankRollouts(Rollouts):
             engine=engine,
             environment=environment,
         )
-        self._units = units
         self._share = (group.rank, group.size)
-        self.resharding_seconds = 0.0
+        self._resharding = Resharding(units, whole)
         self.take_weights(0)
 
     def take_weights(self, version: int) -> None:
         """See `Rollouts.take_weights`; a collective call. Raises LockstepError where a checksum differs."""
-        began = time.monotonic()
-        for name, tensor in streaming.stream_weights(self._units):
-            copy_weights(self.engine_model, {name: tensor})
-        mine, theirs = weights_checksum(self.engine_model), streaming.weights_checksum(self._units)
-        if mine != theirs:
-            raise LockstepError(
-                f"version {version}: the engine's weights have the checksum {mine}, the trainer's {theirs}"
-            )
+        try:
+            self.resharding = self._resharding.run()
+        except LockstepError as error:
+            raise LockstepError(f"version {version}: {error}") from error
         super().take_weights(version)
-        self.resharding_seconds = time.monotonic() - began
