@@ -251,10 +251,10 @@ def test_a_rank_that_does_not_answer_is_given_up(dense: Path) -> None:
             to_the_end(core)
         with pytest.raises(EngineDeadError, match=r"not answered within 2 s"):
             core.check_ranks()
-        assert time.monotonic() - began < 30  # not gloo's timeout of ten minutes
-        assert not psutil.pid_exists(pid)
+        assert time.monotonic() - began < 60  # not gloo's timeout of ten minutes
     finally:
         model.close()
+    assert not psutil.pid_exists(pid)
 
 
 @pytest.mark.slow
