@@ -251,7 +251,7 @@ def main() -> None:
                 )
                 top = max(("BM25", label), key=lambda n: sum(singles[n]))
                 print(f"|   minus {top} | | {paired_difference(values, singles[top])} | | |")
-            fused_sample[name] = tuple(  # type: ignore[assignment]  # mypy forgets that there are two
+            fused_sample[name] = tuple(
                 _fused(sparse(part), corpus.search(part), chosen) for part in (sample, tuning)
             )
     if options.no_rerank:

@@ -160,7 +160,7 @@ def _report(sides: dict[str, Side], options: argparse.Namespace) -> None:
         }
         for name, side in sides.items()
     }
-    ratio = record["lockstep"]["step"] / record["fast"]["step"]  # type: ignore[operator]  # floats
+    ratio = record["lockstep"]["step"] / record["fast"]["step"]
     peak = torch.cuda.max_memory_allocated() / 2**30 if options.device == "cuda" else None
     result = {
         "ratio": ratio,

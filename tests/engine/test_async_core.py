@@ -134,7 +134,7 @@ def test_pooled_hidden_states_do_not_depend_on_chunks_or_company(pooling: str) -
         core = EngineCore(model, EngineConfig(max_num_batched_tokens=budget, max_num_seqs=3))
         vectors: dict[str, list[float]] = {}
         for number, prompt in enumerate(prompts):
-            request = make_request(str(number), prompt, SamplingParams(), core.limits, (), pooling=pooling)  # type: ignore[arg-type]
+            request = make_request(str(number), prompt, SamplingParams(), core.limits, (), pooling=pooling)
             core.add_request(request)
         core.add_request(make_request("text", [1, 2], SamplingParams(max_tokens=9), core.limits, ()))
         while core.has_work():
@@ -192,7 +192,7 @@ def test_settings_that_this_machine_cannot_keep_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"kv_cache_dtype is 'fp8'.*cpu"):
         EngineCore(tiny_model("llama"), EngineConfig(kv_cache_dtype="fp8"))
     with pytest.raises(ConfigError, match="scheduling_policy is 'sjf'"):
-        EngineConfig(scheduling_policy="sjf")  # type: ignore[arg-type]
+        EngineConfig(scheduling_policy="sjf")
     core = EngineCore(tiny_model("llama"), EngineConfig(num_blocks=16))
     assert core.is_lockstep
     # Context 64; 17 blocks of 16 tokens, 3 layers of 2 heads of 8 elements, keys and values in float32.

@@ -73,7 +73,7 @@ def test_a_stop_string_ends_its_own_choice_only(llm: LLM) -> None:
 def test_closing_a_stream_of_choices_leaves_nothing_behind(llm: LLM) -> None:
     stream = llm.stream(PROMPT, SamplingParams(n=3, max_tokens=50))
     next(stream)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert not llm.engine.has_work()
     assert llm.engine.stats().kv_blocks_used == 0
     llm.engine.check_integrity()

@@ -210,7 +210,7 @@ def test_end_of_text_stop_tokens_and_length_end_a_request() -> None:
     cut = tokens[: tokens.index(end) + 1]
 
     def ended(eos: tuple[int, ...] = (), **params: object) -> tuple[list[int], str | None, int | None]:
-        merged = SamplingParams(temperature=0, max_tokens=12, **params)  # type: ignore[arg-type]
+        merged = SamplingParams(temperature=0, max_tokens=12, **params)
         [result] = run(EngineCore(model), [(prompt, merged)], eos=eos)
         return result.tokens, result.finish_reason, result.stop_reason
 

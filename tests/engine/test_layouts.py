@@ -85,7 +85,7 @@ ARRIVALS = [0, 0, 1, 2, 2, 5, 9]
 
 @contextmanager
 def led(directory: Path, piece_tokens: int | None = None, **degrees: int | bool) -> Iterator[LeadModel]:
-    layout = serving_layout(None, **degrees)  # type: ignore[arg-type]
+    layout = serving_layout(None, **degrees)
     assert layout is not None
     model = LeadModel(directory, layout, piece_tokens=piece_tokens)
     pids = model.worker_pids
@@ -314,7 +314,7 @@ def test_the_pieces_of_a_step_are_the_step(
 
 def test_layouts_that_cannot_be_served_are_refused_before_anything_starts(dense: Path) -> None:
     def refused(match: str, **degrees: int | bool) -> None:
-        layout = serving_layout(None, **degrees)  # type: ignore[arg-type]
+        layout = serving_layout(None, **degrees)
         assert layout is not None
         with pytest.raises(ConfigError, match=match):
             LeadModel(dense, layout)
@@ -348,7 +348,7 @@ def test_what_the_gpus_cannot_serve_is_refused(monkeypatch: pytest.MonkeyPatch) 
     gpu = torch.device("cuda")
 
     def check(device: torch.device, **degrees: int | bool) -> None:
-        layout = serving_layout(None, **degrees)  # type: ignore[arg-type]
+        layout = serving_layout(None, **degrees)
         assert layout is not None
         check_serving_layout(layout, config, device)
 

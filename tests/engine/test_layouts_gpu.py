@@ -81,7 +81,7 @@ def jobs(vocab_size: int) -> list[Job]:
 
 @contextmanager
 def led(directory: Path, **degrees: int | bool) -> Iterator[LeadModel]:
-    layout = serving_layout(None, **degrees)  # type: ignore[arg-type]
+    layout = serving_layout(None, **degrees)
     assert layout is not None
     began = time.monotonic()
     model = LeadModel(directory, layout, device="cuda")

@@ -104,7 +104,7 @@ def test_closing_a_stream_frees_its_blocks(llm: LLM) -> None:
     stream = llm.stream("abc", SamplingParams(max_tokens=50))
     next(stream)
     assert llm.engine.stats().kv_blocks_used == 1
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert llm.engine.stats().kv_blocks_used == 0
     assert not llm.engine.has_work()
 

@@ -32,7 +32,7 @@ def feed(
         message = TokenOutput(
             "r",
             [token],
-            finish_reason=finish_reason if last else None,  # type: ignore[arg-type]
+            finish_reason=finish_reason if last else None,
             stop_reason=stop_reason if last else None,
         )
         more, aborts = processor.process([message])

@@ -20,7 +20,7 @@ def test_the_cache_leaves_a_gpu_what_the_largest_step_needs(monkeypatch: pytest.
 
     def blocks(free: int, longest: int = 4096, **options: int) -> int:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 << 30))
-        engine = EngineConfig(**options)  # type: ignore[arg-type]
+        engine = EngineConfig(**options)
         return sizing.num_cache_blocks(engine, config, torch.bfloat16, gpu, longest)
 
     roomy = blocks(60 << 30)
@@ -43,7 +43,7 @@ def test_a_gpu_has_seats_for_as_many_requests_as_its_cache_holds(monkeypatch: py
 
     def seats(free: int, longest: int = 4096, device: torch.device = gpu, **options: int) -> int:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 << 30))
-        engine = EngineConfig(**options)  # type: ignore[arg-type]
+        engine = EngineConfig(**options)
         resolved = sizing.with_seats(engine, config, torch.bfloat16, device, longest)
         assert resolved.max_num_seqs is not None
         if not options and device == gpu:

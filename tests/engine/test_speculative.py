@@ -90,7 +90,7 @@ def test_text_and_log_probabilities_are_bitwise_those_without_speculation(
     }
     expected = run(EngineCore(model, EngineConfig(num_blocks=64)), jobs, eos=(3,))
     draft = {"ngram": None, "itself": model, "another": tiny_model(name, 4, dtype)}[method]
-    config = EngineConfig(**limits, speculative=NGRAM if draft is None else DRAFT)  # type: ignore[arg-type]
+    config = EngineConfig(**limits, speculative=NGRAM if draft is None else DRAFT)
     core = EngineCore(model, config, draft_model=draft)
     assert run(core, jobs, eos=(3,)) == expected
     stats = core.stats()
@@ -196,7 +196,7 @@ def test_no_more_is_drafted_than_may_be_kept() -> None:
 )
 def test_speculative_config_refuses(values: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        SpeculativeConfig(**values)  # type: ignore[arg-type]
+        SpeculativeConfig(**values)
 
 
 def test_a_draft_model_that_does_not_fit_is_refused() -> None:

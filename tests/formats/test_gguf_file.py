@@ -105,7 +105,7 @@ def gguf_tensors(
         if stem in whole:
             out[f"{whole[stem]}.{kind}"] = value
             continue
-        layer, part = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem).groups()  # type: ignore[union-attr]
+        layer, part = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem).groups()
         expert = re.fullmatch(r".+\.experts\.(\d+)\.(\w+)", part)
         if expert is not None:
             key = f"blk.{layer}.ffn_{EXPERT_PARTS[expert[2]]}"

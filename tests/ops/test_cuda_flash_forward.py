@@ -167,9 +167,9 @@ class TestRefusals:
     ) -> None:
         dtype = options.pop("dtype", torch.bfloat16)
         cu = options.pop("cu", torch.zeros(2, dtype=torch.int32))
-        q, k = (torch.zeros(s, dtype=dtype) for s in (shape_q, shape_k))  # type: ignore[call-overload]
+        q, k = (torch.zeros(s, dtype=dtype) for s in (shape_q, shape_k))
         with pytest.raises(BackendError, match=message):
-            flash_attention_forward(q, k, k, cu, cu, **{"max_q": 4, "max_k": 4, "scale": 0.1, **options})  # type: ignore[arg-type]
+            flash_attention_forward(q, k, k, cu, cu, **{"max_q": 4, "max_k": 4, "scale": 0.1, **options})
 
     def test_values_and_limits_are_named(self) -> None:
         good = (4, 4, 64), (4, 2, 64)

@@ -99,7 +99,7 @@ def test_what_it_refuses(change: dict[str, object], message: str) -> None:
     for name, value in change.items():
         arguments[name] = torch.zeros(value, dtype=torch.float64) if isinstance(value, tuple) else value
     with pytest.raises(BackendError, match=message):
-        flash_attention(max_q=4, max_k=4, **arguments)  # type: ignore[arg-type]
+        flash_attention(max_q=4, max_k=4, **arguments)
 
 
 def test_the_cuda_kernels_say_why_they_refuse() -> None:

@@ -134,7 +134,7 @@ def _weighted_softmax(logits: Tensor, policy: Policy) -> Tensor:
 
 def _cross_entropy(reduction: str, hidden: Tensor, weight: Tensor, policy: Policy) -> Tensor:
     return ops.cross_entropy(
-        hidden, weight, TARGETS, reduction=reduction, z_loss=1e-2, softcap=9.0, policy=policy  # type: ignore[arg-type]
+        hidden, weight, TARGETS, reduction=reduction, z_loss=1e-2, softcap=9.0, policy=policy
     )  # fmt: skip
 
 

@@ -53,7 +53,7 @@ def test_steps_equal_those_of_torch_muon(scaling: str) -> None:
     shapes = [(12, 20), (20, 12), (12, 20), (16, 16)]
     ours = [torch.randn(shape, generator=generator) for shape in shapes]
     theirs = [torch.nn.Parameter(matrix.clone()) for matrix in ours]
-    muon = Muon(ours, MuonSettings(momentum=0.9, weight_decay=0.05, scaling=scaling))  # type: ignore[arg-type]
+    muon = Muon(ours, MuonSettings(momentum=0.9, weight_decay=0.05, scaling=scaling))
     oracle = torch.optim.Muon(
         theirs, lr=0.02, momentum=0.9, weight_decay=0.05, nesterov=True, adjust_lr_fn=scaling
     )

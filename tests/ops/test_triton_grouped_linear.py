@@ -103,7 +103,7 @@ def test_gradients_are_as_exact_as_those_of_torch(dtype: torch.dtype, gathered: 
         assert peer is not None
         assert exact is not None
         assert_as_exact_as_torch(got, peer, exact, roundings=2 + t**0.5 if dtype is torch.float32 else 2)
-    assert not found[0][2][1].any()  # type: ignore[index]
+    assert not found[0][2][1].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -191,7 +191,7 @@ def test_linear_cross_entropy(
     def run(ours: bool, dtype: torch.dtype) -> list[Tensor]:
         a, b = hidden.detach().to(dtype).requires_grad_(), weight.detach().to(dtype).requires_grad_()
         if ours:
-            loss = cross_entropy(a, b, targets, reduction=reduction, z_loss=1e-3, softcap=20.0, policy=policy)  # type: ignore[call-overload]
+            loss = cross_entropy(a, b, targets, reduction=reduction, z_loss=1e-3, softcap=20.0, policy=policy)
         else:
             loss = reference(a, b, targets, options)
             if reduction != "none":

@@ -102,7 +102,7 @@ def test_products(rows: int, depth: int, across: bool, tile: int | str | None) -
     ids=["classic", "polar"],
 )
 def test_steps_are_those_of_the_formula(method: NewtonSchulz, scaling: str) -> None:
-    settings = MuonSettings(weight_decay=0.1, newton_schulz=method, scaling=scaling)  # type: ignore[arg-type]
+    settings = MuonSettings(weight_decay=0.1, newton_schulz=method, scaling=scaling)
     steps = 2 if INTERPRETED else 20
     starts = [random_tensor(i, *shape) for i, shape in enumerate(SHAPES)]
     gradients = [

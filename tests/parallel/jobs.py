@@ -264,7 +264,7 @@ def train(text: str, overrides: list[str], resume: bool = False, fail_at: int = 
             raise CheckpointError(f"cannot write: {errno.errorcode[errno.ENOSPC]}")
         whole_write(self, *arguments)
 
-    trainer._runner.checkpoint_writer = writer  # type: ignore[method-assign]
+    trainer._runner.checkpoint_writer = writer
     try:
         with patch.object(_SliceWriter, "_pwrite", full):
             result = trainer.run()
@@ -290,7 +290,7 @@ def train_into_infinity(text: str, overrides: list[str], after: int, parameter: 
             runner._units.refresh()
         return whole(*arguments)
 
-    trainer._train_step = step  # type: ignore[method-assign]
+    trainer._train_step = step
     try:
         trainer.run()
     except MainspringError as error:

@@ -123,8 +123,8 @@ def tuned_by_sft(directory: str, layout: str) -> tuple[list[float], list[float]]
     units = units_of(directory, layout, torch.float32, "lockstep")
     settings = SftSettings(prompts_per_step=6, tokens_per_microbatch=40, max_steps=2)
     loop = sft(
-        units.model,  # type: ignore[arg-type]  # has what the loop asks of a Decoder
-        RankOptimizer(units, OptimizerSection(lr=0.01)),  # type: ignore[arg-type]
+        units.model,
+        RankOptimizer(units, OptimizerSection(lr=0.01)),
         samples_of(units.model.config),
         settings,
     )

@@ -29,7 +29,7 @@ def _outputs(
     results = pool.run("jobs:hidden_and_logits", Layout.parse(layout).world, directory, layout, numerics)
     for rank in results:  # every rank has the same bits
         assert all(np.array_equal(a, b) for a, b in zip(rank, results[0], strict=True))
-    return results[0]  # type: ignore[no-any-return]
+    return results[0]
 
 
 def test_tp_invariant_gives_the_same_bits_at_every_degree(

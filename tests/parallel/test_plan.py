@@ -96,7 +96,7 @@ def test_communication_is_what_ranks_send(
 ) -> None:
     parsed, directory = Layout.parse(layout), reference(kind, SETTINGS).directory
     config = ModelConfig.from_file(directory)
-    expected = getattr(communication(config, parsed, Batch(4, 46.5, 4)), dimension)  # type: ignore[arg-type]
+    expected = getattr(communication(config, parsed, Batch(4, 46.5, 4)), dimension)
     sent = max(
         _sent(counted, parsed)[dimension]
         for counted in pool.run("jobs:traffic", parsed.world, str(directory), layout, SETTINGS)

@@ -26,7 +26,7 @@ LENGTHS = [100, 3, 153]
 
 def _share(kind: str, recompute: Recompute, numerics: str = "fast") -> ParallelDecoder:
     config = tiny(kind, hidden_size=64, intermediate_size=160, head_dim=16, moe_intermediate_size=96)
-    model = Decoder(config, policy=Policy(numerics)).train()  # type: ignore[arg-type]
+    model = Decoder(config, policy=Policy(numerics)).train()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -45,7 +45,7 @@ def _loss(share: ParallelDecoder) -> Tensor:
 def test_gradients_are_those_without_it_to_the_bit(kind: str, numerics: str) -> None:
     gradients: list[dict[str, Tensor]] = []
     for recompute in ("none", "selective"):
-        share = _share(kind, recompute, numerics)  # type: ignore[arg-type]
+        share = _share(kind, recompute, numerics)
         loss = _loss(share)
         loss.backward()
         gradients.append({name: p.grad for name, p in share.named_parameters() if p.grad is not None})
@@ -95,7 +95,7 @@ def test_selective_keeps_much_less_than_nothing_and_more_than_full() -> None:
     config = _share("dense", "none").config
     none, selective, full = (
         activation_bytes(config, Layout(recompute=r), 0, 2) for r in ("none", "selective", "full")
-    )  # type: ignore[arg-type]
+    )
     assert full < selective < 0.7 * none
 
 

@@ -91,7 +91,7 @@ def test_every_schedule_is_complete_and_runs_to_its_end(
     schedule = make_schedule(name, ranks, virtual, count)
     stages = ranks * virtual
     halves = ("F", "I", "W") if name.startswith("zero_bubble") else ("F", "B")
-    expected = Counter(Action(kind, s, m) for kind in halves for s in range(stages) for m in range(count))  # type: ignore[arg-type]
+    expected = Counter(Action(kind, s, m) for kind in halves for s in range(stages) for m in range(count))
     assert Counter(action for actions in schedule for action in actions) == expected
     assert all(action.stage % ranks == rank for rank, actions in enumerate(schedule) for action in actions)
     simulate(schedule, stages)  # raises if it cannot

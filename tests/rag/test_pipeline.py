@@ -51,7 +51,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
 
 
 def pipeline(parts: Parts, model: ScriptedModel | None = None, **steps: object) -> Pipeline:
-    strategy = dataclasses.replace(Strategy(answer=AnswerStep(abstain_below=-1.0)), **steps)  # type: ignore[arg-type]
+    strategy = dataclasses.replace(Strategy(answer=AnswerStep(abstain_below=-1.0)), **steps)
     return Pipeline(strategy, dataclasses.replace(parts, model=model))
 
 
@@ -108,8 +108,8 @@ def test_every_way_of_retrieving_finds_the_passage(
     parts: Parts, method: str, fusion: str, rerank: str
 ) -> None:
     steps = {
-        "retrieve": RetrieveStep(method=method, fusion=fusion),  # type: ignore[arg-type]
-        "rerank": RerankStep(rerank, blend=0.5),  # type: ignore[arg-type]
+        "retrieve": RetrieveStep(method=method, fusion=fusion),
+        "rerank": RerankStep(rerank, blend=0.5),
     }
     found = pipeline(parts, **steps).search("Which animal hunts mice in the night, the red fox?")
     assert found[0].chunk.file == "fox.md"
@@ -126,7 +126,7 @@ def test_decomposition_finds_passages_of_every_part(parts: Parts) -> None:
 @pytest.mark.parametrize("order", ["forward", "reverse", "sides"])
 def test_the_model_reads_the_passages_in_the_order_of_the_strategy(parts: Parts, order: str) -> None:
     model = ScriptedModel("x")
-    context = ContextStep(passages=3, order=order)  # type: ignore[arg-type]
+    context = ContextStep(passages=3, order=order)
     answer = pipeline(parts, model, context=context).answer("red fox mice")
     prompt = model.asked[0][1].content
     places = [prompt.index(p.chunk.text) for p in answer.passages]
@@ -161,7 +161,7 @@ def test_a_citation_comes_right_behind_its_statement() -> None:
             super().__init__([], OverlapReranker())
 
         def _cite(self, statement: str, start: int, end: int) -> Citation:
-            return Citation(1, start, end, "f", None, "", 0, 1.0)  # type: ignore[arg-type]
+            return Citation(1, start, end, "f", None, "", 0, 1.0)
 
     pieces = ["  One", ". ", "\n\nTwo", " is. Th", "ree "]
     out = "".join("[1]" if isinstance(e, Citation) else e for e in cited(pieces, Always()))

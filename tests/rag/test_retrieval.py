@@ -117,7 +117,7 @@ def test_dense_search_is_brute_force() -> None:
     [("forward", [1, 2, 3, 4, 5]), ("reverse", [5, 4, 3, 2, 1]), ("sides", [1, 3, 5, 4, 2])],
 )
 def test_repacking(order: str, expected: list[int]) -> None:
-    assert repack([1, 2, 3, 4, 5], order) == expected  # type: ignore[arg-type]
+    assert repack([1, 2, 3, 4, 5], order) == expected
     assert repack([1, 2, 3, 4], "sides") == [1, 3, 4, 2]
     assert repack([], "sides") == []
 

@@ -47,7 +47,7 @@ def test_each_kind_holds_the_relevant_passage_a_random_one_or_both(tmp_path: Pat
     with pytest.raises(DocumentError, match="no other one"):
         tuning_rows(QUESTIONS[:1], [c for c in chunks if c.file == "f0.md"], "dr")
     with pytest.raises(ConfigError, match="dg, dr, dgr, dgg"):
-        tuning_rows(QUESTIONS, chunks, "gold")  # type: ignore[arg-type]
+        tuning_rows(QUESTIONS, chunks, "gold")
 
 
 def test_the_command_writes_what_fine_tuning_reads(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_a_run_stops_where_the_engine_is_not_the_trainer() -> None:
     assert next(steps).max_delta == 0
     with torch.no_grad():
         layer = rollouts.engine_model.layers[1]
-        layer.mlp.down.weight[3, 5] += 0.5  # type: ignore[union-attr, index, operator]
+        layer.mlp.down.weight[3, 5] += 0.5
     with pytest.raises(LockstepError, match=r"first operation to differ is layers\.1\.mlp\.down"):
         next(steps)
 

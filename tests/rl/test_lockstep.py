@@ -93,7 +93,7 @@ def test_keys_of_old_weights_are_found_although_every_operation_agrees() -> None
     model = sorting.model("lockstep")
     source, trajectories = _collect(model)
     with torch.no_grad():  # behind the rollouts' back: no take_weights
-        model.layers[0].attention.qkv.weight.add_(0.5)  # type: ignore[union-attr, operator]
+        model.layers[0].attention.qkv.weight.add_(0.5)
     with pytest.raises(LockstepError, match="Computed anew, both agree"):
         LockstepCheck(model, source).score(trajectories, tokens_per_microbatch=1000)
 

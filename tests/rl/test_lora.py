@@ -30,7 +30,7 @@ def tuned(dtype: torch.dtype = torch.float32, **settings: object) -> tuple[Decod
     """(the base as it was, the model with adapters that have learnt something)."""
     base = sorting.model("lockstep").to(dtype)
     untouched = sorting.model("lockstep").to(dtype)
-    model = LoraDecoder(base, LoraSettings(rank=4, **settings))  # type: ignore[arg-type]
+    model = LoraDecoder(base, LoraSettings(rank=4, **settings))
     assert torch.equal(_log_probs(model), _log_probs(untouched)), "B is 0 at the start"
     steps = SftSettings(12, max_steps=4, schedule=STEADY)
     losses = [m.loss for m in sft(model, Optimizer(model.lora, FAST), SAMPLES, steps)]
@@ -51,7 +51,7 @@ def test_only_the_adapters_move(targets: dict[str, object]) -> None:
     assert all(p.abs().sum() > 0 for _, p in model.lora.named_parameters())
     if targets:
         names = {name.split(".")[-3] for name, _ in model.lora.named_parameters()}
-        assert names == set(targets["targets"])  # type: ignore[call-overload]
+        assert names == set(targets["targets"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -278,11 +278,11 @@ def test_what_each_adds_can_be_taken_away() -> None:
     """VAPO without its parts is VC-PPO, and VC-PPO without its own is PPO, to the bit."""
     common = {"max_steps": 3, "schedule": STEADY, "mini_batches": 2}
     runs = [Run(QUICK) for _ in range(4)]
-    runs[0].ppo(PpoSettings(**common))  # type: ignore[arg-type]
-    plain = VcPpoSettings(**common, warmup_steps=0, critic_lam=0.95)  # type: ignore[arg-type]
+    runs[0].ppo(PpoSettings(**common))
+    plain = VcPpoSettings(**common, warmup_steps=0, critic_lam=0.95)
     deque(vc_ppo(runs[1].model, runs[1].optimizer, runs[1].critic, runs[1].rollouts, plain), maxlen=0)
     bare = VapoSettings(
-        **common,  # type: ignore[arg-type]
+        **common,
         warmup_steps=0,
         critic_lam=0.95,
         clip_high=0.2,
@@ -335,11 +335,11 @@ def test_a_bandit_is_learnt_in_a_few_steps(algorithm: str) -> None:
     common = {"max_steps": 25, "schedule": STEADY}
     parts = (run.model, run.optimizer, run.critic, run.rollouts)
     if algorithm == "ppo":
-        metrics = run.ppo(PpoSettings(**common))  # type: ignore[arg-type]
+        metrics = run.ppo(PpoSettings(**common))
     elif algorithm == "vc_ppo":
-        metrics = list(vc_ppo(*parts, VcPpoSettings(**common, warmup_steps=3)))  # type: ignore[arg-type]
+        metrics = list(vc_ppo(*parts, VcPpoSettings(**common, warmup_steps=3)))
     else:
-        metrics = list(vapo(*parts, VapoSettings(**common, warmup_steps=3)))  # type: ignore[arg-type]
+        metrics = list(vapo(*parts, VapoSettings(**common, warmup_steps=3)))
     assert sum(m.reward for m in metrics[:4]) / 4 < 0.4
     assert sum(m.reward for m in metrics[-4:]) / 4 > 0.85
     assert {m.max_delta for m in metrics} == {0.0}
@@ -376,7 +376,7 @@ def test_all_log_probs_are_compared_before_an_update_if_asked() -> None:
     answers = stale.answers()
     with torch.no_grad():
         stale.model.embedding.mul_(1.01)
-    stale.rollouts.collect = lambda: [answers]  # type: ignore[method-assign]
+    stale.rollouts.collect = lambda: [answers]
     with pytest.raises(MainspringError, match="log-probability"):
         stale.ppo(PpoSettings(max_steps=2, lockstep_check="all", warmup_steps=1))
 

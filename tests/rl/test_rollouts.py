@@ -67,7 +67,7 @@ def test_new_weights_have_a_new_version_and_no_old_keys() -> None:
     assert {v for g in source.collect() for t in g for v in t.versions} == {0}
     with torch.no_grad():
         model.embedding.mul_(1.5)
-        model.layers[1].attention.qkv.weight.add_(0.3)  # type: ignore[union-attr, operator]
+        model.layers[1].attention.qkv.weight.add_(0.3)
     source.take_weights(1)
     groups = source.collect()
     assert {v for g in groups for t in g for v in t.versions} == {1}

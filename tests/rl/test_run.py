@@ -119,7 +119,7 @@ def test_a_run_that_is_resumed_ends_at_the_same_bits(folder: Path, algorithm: st
     through = recipe(folder, algorithm, change)
     stopped = RlRun(through, show=Progress(silent=True))
     steps = stopped._steps  # stop it after two steps as a signal would
-    stopped._steps = lambda: islice(steps(), 2)  # type: ignore[method-assign]
+    stopped._steps = lambda: islice(steps(), 2)
     assert stopped.run().interrupted
     result = run(through, resume=True)
     assert result.step == 4

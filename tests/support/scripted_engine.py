@@ -116,7 +116,7 @@ async def scripted_app(
     keys: AccessKeys | None = None,
 ) -> AsyncIterator[Scripted]:
     """The application on this engine."""
-    llm = AsyncLLM(engine, READY, tokenizer, tokenizer.eos_token_ids, Metrics(MODEL_NAME, STATS))  # type: ignore[arg-type]
+    llm = AsyncLLM(engine, READY, tokenizer, tokenizer.eos_token_ids, Metrics(MODEL_NAME, STATS))
     form = detect(tokenizer.chat_template, tool_parser, reasoning_parser)
     service = Service(llm, MODEL_NAME, DrainGate(), form)
     app = create_app(service, max_body_bytes=2**20, allowed_hosts=(), keys=keys or AccessKeys())

@@ -36,7 +36,7 @@ LLAMA3 = RopeScaling("llama3", 8.0, 16, low_freq_factor=1.0, high_freq_factor=4.
 def saved(tmp_path: Path, **changes: object) -> tuple[Path, torch.nn.Module]:
     from mainspring.model.initialise import create_model
 
-    model = create_model(ModelConfig(**{**CONFIG, **changes}))  # type: ignore[arg-type]
+    model = create_model(ModelConfig(**{**CONFIG, **changes}))
     mainspring.save_model(model, tmp_path / "model")
     return tmp_path / "model", model
 
@@ -83,7 +83,7 @@ def test_what_is_not_a_plain_llama_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="sliding window"):
         LlamaModel(
             ModelConfig(**{**CONFIG, "architecture": "MistralForCausalLM", "sliding_windows": (4, 4, 4)})
-        )  # type: ignore[arg-type]
+        )
 
 
 def test_generation_needs_no_torch(tmp_path: Path) -> None:

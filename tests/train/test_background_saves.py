@@ -72,7 +72,7 @@ def _after_step(trainer: Trainer, action: Callable[[int], None]) -> None:
         action(trainer._step)
         return norm
 
-    trainer._train_step = step  # type: ignore[method-assign]
+    trainer._train_step = step
 
 
 def test_training_goes_on_while_a_checkpoint_is_written_and_its_values_are_those_of_its_step(

@@ -30,7 +30,7 @@ def _batch(seed: int, model: Decoder) -> tuple[Tensor, TokenBatch, Tensor]:
 
 def _train(model: Decoder, optimizer: Optimizer, steps: int, clip_norm: float = 0.0) -> None:
     for seed in range(steps):
-        model.loss(*_batch(seed, model)).backward()  # type: ignore[no-untyped-call]
+        model.loss(*_batch(seed, model)).backward()
         optimizer.accumulate()
         optimizer.step(1.0, clip_norm)
 
@@ -46,7 +46,7 @@ def test_adamw_equals_torch_adamw(clip_norm: float) -> None:
     oracle = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
     for seed in range(5):
         oracle.zero_grad()
-        theirs.loss(*_batch(seed, theirs)).backward()  # type: ignore[no-untyped-call]
+        theirs.loss(*_batch(seed, theirs)).backward()
         if clip_norm:
             torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip_norm)
         oracle.step()
@@ -60,12 +60,12 @@ def test_accumulated_micro_batches_equal_one_batch(dtype: torch.dtype) -> None:
     settings = OptimizerSection(lr=1e-2)
     one, two = Optimizer(whole, settings), Optimizer(split, settings)
     tokens, batch, targets = _batch(0, whole)
-    whole.loss(tokens, batch, targets).backward()  # type: ignore[no-untyped-call]
+    whole.loss(tokens, batch, targets).backward()
     one.accumulate()
     for first, last in ((0, 10), (10, 24)):
         share = (last - first) / 24
         piece = TokenBatch.packed([last - first])
-        (split.loss(tokens[first:last], piece, targets[first:last]) * share).backward()  # type: ignore[no-untyped-call]
+        (split.loss(tokens[first:last], piece, targets[first:last]) * share).backward()
         two.accumulate()
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     assert one.step(0.0, 0.0) == pytest.approx(two.step(0.0, 0.0), rel=tolerance)
@@ -114,7 +114,7 @@ def test_muon_moves_each_part_of_a_fused_weight_by_itself(changes: dict[str, obj
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_state_continues_bit_for_bit(name: str, dtype: torch.dtype) -> None:
-    settings = OptimizerSection(name=name)  # type: ignore[arg-type]
+    settings = OptimizerSection(name=name)
     model = tiny_model(dtype)
     optimizer = Optimizer(model, settings)
     _train(model, optimizer, 3)
@@ -145,7 +145,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
     model = tiny_model()
     optimizer = Optimizer(model, OptimizerSection())
     before = [p.detach().clone() for p in model.parameters()]
-    (model.loss(*_batch(0, model)) * float("inf")).backward()  # type: ignore[no-untyped-call]
+    (model.loss(*_batch(0, model)) * float("inf")).backward()
     optimizer.accumulate()
     assert not torch.isfinite(torch.tensor(optimizer.step(1.0, 1.0)))
     for old, new in zip(before, model.parameters(), strict=True):
@@ -157,7 +157,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gpu_moves_weights_as_the_cpu_does(name: str, dtype: torch.dtype) -> None:
     cpu, gpu = tiny_model(dtype), tiny_model(dtype).to("cuda")
-    settings = OptimizerSection(name=name)  # type: ignore[arg-type]
+    settings = OptimizerSection(name=name)
     ours, reference = Optimizer(gpu, settings), Optimizer(cpu, settings)
     for step in range(5):
         generator = torch.Generator().manual_seed(step)

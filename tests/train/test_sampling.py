@@ -44,10 +44,10 @@ def test_a_stop_token_ends_one_sample_and_is_left_out() -> None:
     model = tiny_model().eval()
     options = {"temperature": 0.0, "top_k": 0, "context_length": 8, "seed": 0}
     prompts = [[1, 2, 3], [7]]
-    free = sample(_runner(model).next_logits, prompts, max_tokens=4, stop_token_ids=[], **options)  # type: ignore[arg-type]
+    free = sample(_runner(model).next_logits, prompts, max_tokens=4, stop_token_ids=[], **options)
     stopped = sample(
         _runner(model).next_logits, prompts, max_tokens=4, stop_token_ids=[free[0][1]], **options
-    )  # type: ignore[arg-type]
+    )
     assert stopped[0] == free[0][: free[0].index(free[0][1])]
 
 

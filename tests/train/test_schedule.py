@@ -30,5 +30,5 @@ def test_warm_up_stable_decay() -> None:
 @pytest.mark.parametrize("kind", ["cosine", "wsd", "constant"])
 @pytest.mark.parametrize("warmup", [0.0, 0.3, 1.0])
 def test_factors_stay_between_0_and_1(kind: str, warmup: float) -> None:
-    schedule = ScheduleSection(kind=kind, warmup_fraction=warmup, decay_fraction=1.0)  # type: ignore[arg-type]
+    schedule = ScheduleSection(kind=kind, warmup_fraction=warmup, decay_fraction=1.0)
     assert all(0.0 <= learning_rate_factor(schedule, i / 50) <= 1.0 for i in range(51))

@@ -118,12 +118,12 @@ def _stop_after(trainer: Trainer, steps: int) -> None:
     original = trainer._train_step
 
     def step_and_interrupt(*args: object) -> float:
-        norm = original(*args)  # type: ignore[arg-type]
+        norm = original(*args)
         if trainer._step == steps:
             os.kill(os.getpid(), signal.SIGINT)
         return norm
 
-    trainer._train_step = step_and_interrupt  # type: ignore[method-assign]
+    trainer._train_step = step_and_interrupt
 
 
 def test_interrupting_leaves_handlers_as_they_were() -> None:
@@ -142,9 +142,9 @@ def test_a_killed_run_resumes_from_its_last_checkpoint() -> None:
     def die_at_step_9(*args: object) -> float:
         if trainer._step == 8:
             raise MemoryError("the machine is gone")
-        return original(*args)  # type: ignore[arg-type]
+        return original(*args)
 
-    trainer._train_step = die_at_step_9  # type: ignore[method-assign]
+    trainer._train_step = die_at_step_9
     with pytest.raises(MemoryError):
         trainer.run()
     assert [step for step, _ in checkpoints(Path("killed"))] == [6]

@@ -131,7 +131,7 @@ def test_prompts_as_text_and_as_ids_give_the_same(client: openai.OpenAI, tiny_to
     ids = [tiny_tokens(text) for text in texts]
     one = [client.completions.create(prompt=text, **GREEDY).choices[0].text for text in texts]
     for batch in (texts, ids):
-        answer = client.completions.create(prompt=batch, **GREEDY)  # type: ignore[arg-type]
+        answer = client.completions.create(prompt=batch, **GREEDY)
         assert [choice.text for choice in answer.choices] == one
     assert client.completions.create(prompt=ids[0], **GREEDY).choices[0].text == one[0]
 

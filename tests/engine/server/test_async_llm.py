@@ -29,10 +29,10 @@ def with_llm(tiny_model: Path) -> Callable[..., None]:
         async def play() -> None:
             engine = ScriptedEngine()
             tokenizer = Tokenizer.from_directory(tiny_model)
-            llm = AsyncLLM(engine, READY, tokenizer, [], Metrics("tiny", STATS))  # type: ignore[arg-type]
+            llm = AsyncLLM(engine, READY, tokenizer, [], Metrics("tiny", STATS))
             messages = asyncio.create_task(llm.run())
             try:
-                await asyncio.wait_for(scenario(llm, engine), 30)  # type: ignore[arg-type]
+                await asyncio.wait_for(scenario(llm, engine), 30)
             finally:
                 messages.cancel()
 

@@ -101,7 +101,7 @@ def streamed_chat(**fields: Any) -> Callable[[Scripted], Coroutine[Any, Any, dic
 
 def calls_of(message: ChatCompletionMessage) -> list[list[str]]:
     """The calls of a message as pairs of name and arguments."""
-    return [[call.function.name, call.function.arguments] for call in message.tool_calls or []]  # type: ignore[union-attr]
+    return [[call.function.name, call.function.arguments] for call in message.tool_calls or []]
 
 
 def test_calls_are_found_and_streamed_alike(with_text: Ask) -> None:
@@ -363,7 +363,7 @@ def test_every_message_that_we_give_is_one_that_we_take(with_text: Ask) -> None:
         ):
             again = await app.client.chat.completions.create(
                 model=MODEL_NAME,
-                messages=[*HELLO, message, *HELLO],  # type: ignore[list-item]
+                messages=[*HELLO, message, *HELLO],
             )
             assert again.choices[0].message.content == TWO_CALLS
 

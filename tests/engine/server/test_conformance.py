@@ -211,7 +211,7 @@ def test_a_required_call_is_one_of_the_tools(client: openai.OpenAI, stream: bool
         choice = client.chat.completions.create(**request).choices[0]
         assert choice.finish_reason == "tool_calls"
         for index, found in enumerate(choice.message.tool_calls or []):
-            calls[index] = [found.function.name, found.function.arguments]  # type: ignore[union-attr]
+            calls[index] = [found.function.name, found.function.arguments]
     assert list(calls) == [0]
     name, arguments = calls[0]
     assert name in ("go", "stop")

@@ -76,7 +76,7 @@ def test_a_request_s_own_measures() -> None:
 )
 def test_a_plan_that_cannot_be_says_why(fields: dict[str, object], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
-        LoadPlan(**fields)  # type: ignore[arg-type]
+        LoadPlan(**fields)
 
 
 def bench_serve(server: Server, *arguments: str) -> subprocess.CompletedProcess[str]:

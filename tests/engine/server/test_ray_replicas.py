@@ -106,7 +106,7 @@ def test_settings_that_do_not_go_with_replicas_are_refused(
     settings: ServerSettings, count: int, word: str
 ) -> None:
     with pytest.raises(ConfigError, match=word):
-        run_replicas(settings, None, count, None)  # type: ignore[arg-type]
+        run_replicas(settings, None, count, None)
 
 
 def test_the_options_of_ray_need_ray() -> None:
