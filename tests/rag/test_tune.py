@@ -150,6 +150,21 @@ def test_strategies_share_what_they_have_in_common_and_nothing_else(
             assert (outcome.seconds > 0.03) == reads
 
 
+def test_a_deeper_reranking_reads_only_what_is_new_and_counts_all(
+    index: DocumentIndex, tmp_path: Path
+) -> None:
+    world = World(index, tmp_path)
+    shallow, deep = (Strategy(rerank=RerankStep(depth=depth)) for depth in (5, 12))
+    for question in QUESTIONS[:4]:
+        world.evaluate(shallow, question)
+    before = world.clock.now
+    outcomes = [world.evaluate(deep, question) for question in QUESTIONS[:4]]
+    assert world.clock.now - before == pytest.approx(4 * (12 - 5) * 0.01)
+    assert [o.seconds for o in outcomes] == pytest.approx([0.02 + 12 * 0.01] * 4)
+    alone = World(index, tmp_path / "alone")
+    assert [o.quality for o in outcomes] == [alone.evaluate(deep, q).quality for q in QUESTIONS[:4]]
+
+
 def test_another_corpus_does_not_get_the_kept_results(index: DocumentIndex, tmp_path: Path) -> None:
     question = QUESTIONS[5]
     assert World(index, tmp_path / "cache").evaluate(PLAIN, question).quality > 0

@@ -58,6 +58,38 @@ class Recorder:
         self._read += read
         return value
 
+    def call_each(
+        self,
+        stage: str,
+        inputs: Sequence[object],
+        compute: Callable[[list[int]], Sequence[float]],
+        weights: Sequence[float],
+    ) -> list[float]:
+        """A number for each of `inputs`; those that are not kept are computed at once, given by their indices.
+
+        What that takes is shared out among them by `weights`, so that another call that needs some of them, and others
+        beside, counts about what it would take alone.
+        """
+        entered = self._clock()
+
+        def timed(missing: list[int]) -> list[npt.NDArray[np.float64]]:
+            began = self._clock()
+            values = compute(missing)
+            each = (self._clock() - began) / sum(weights[i] for i in missing)
+            return [
+                np.array([each * weights[i], v], dtype=np.float64)
+                for i, v in zip(missing, values, strict=True)
+            ]
+
+        rows = self._cache.get_rows(stage, [[self._machine, item] for item in inputs], timed)
+        self._inside += self._clock() - entered
+        self._recorded += sum(float(row[0]) for row in rows)
+        return [float(row[1]) for row in rows]
+
+    def count_read(self, characters: int) -> None:
+        """So many characters were read by a model, kept result or not."""
+        self._read += characters
+
     def measure(self, run: Callable[[], T]) -> tuple[T, float, int]:
         """(what `run` gives, the seconds it takes without a cache, the characters that models read)."""
         self._inside, self._recorded, self._read = 0.0, 0.0, 0
@@ -201,7 +233,10 @@ class CachedSentences:
 
 @dataclass(frozen=True)
 class CachedReranker:
-    """Implements `Reranker`. `reads`: whether passages go through a model for each question."""
+    """Implements `Reranker`. `reads`: whether passages go through a model for each question.
+
+    Scores are kept pair by pair: strategies that rerank other candidates, or more of them, share most of the work.
+    """
 
     reranker: Reranker
     name: str
@@ -209,11 +244,15 @@ class CachedReranker:
     reads: bool = True
 
     def scores(self, query: str, passages: Sequence[str]) -> npt.NDArray[np.float32]:
-        read = len(query) + (sum(len(query) + len(p) for p in passages) if self.reads else 0)
-        inputs = [self.name, query, _address(passages)]
-        compute = self.reranker.scores
-        row = self.recorder.call("rerank", inputs, lambda: compute(query, passages).tolist(), read)
-        return np.array(row, dtype=np.float32)
+        lengths = [len(query) + len(passage) for passage in passages]
+        self.recorder.count_read(len(query) + (sum(lengths) if self.reads else 0))
+        found = self.recorder.call_each(
+            "rerank pair",
+            [[self.name, query, passage] for passage in passages],
+            lambda missing: self.reranker.scores(query, [passages[i] for i in missing]).tolist(),
+            lengths,
+        )
+        return np.array(found, dtype=np.float32)
 
 
 @dataclass(frozen=True)
