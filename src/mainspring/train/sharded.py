@@ -23,14 +23,12 @@ from mainspring.parallel.balance import (
     take_loads,
 )
 from mainspring.parallel.checkpoint import (
-    DTYPES,
     Stored,
     agreed,
     check_names,
     fill_weights,
     held,
     load_weights,
-    read_piece,
     shared_directory,
     stored_weights,
     write_together,
@@ -100,16 +98,11 @@ class Sharded:
         reader = CheckpointReader(checkpoint / "optimizer")
         stored = self._stored_state()
         check_names(reader, {name: spec.shape for name, spec in stored.specs.items()})
+        self.optimizer.load(reader)
         with torch.no_grad():
-            for name, piece, tensor in self.optimizer.pieces():
-                tensor.copy_(read_piece(reader.entry(name), piece))
-            steps = [name for name in reader.names() if name.startswith("adamw.step.")]
-            self.optimizer.steps = int(np.frombuffer(reader.entry(steps[0]).data, np.float32)[0])
-            self.optimizer.weights_from_masters()
             for number, block in self._biased_blocks().items():
                 bias = np.frombuffer(reader.entry(f"choice_bias.{number}").data, np.float32)
                 block.choice_bias.copy_(torch.from_numpy(bias.copy()))
-        torch.set_rng_state(torch.frombuffer(reader.entry("random.cpu").data, dtype=torch.uint8).clone())
 
     @property
     def optimizer(self) -> ShardedOptimizer:
@@ -196,17 +189,11 @@ class Sharded:
         self.mesh.monitor.stop()
 
     def _stored_state(self) -> Stored:
-        """The optimizer's state under the names that `Optimizer` gives it, so that either reads the other's."""
-        stored = self.optimizer.stored()
-        whole: dict[str, Tensor] = {
-            f"adamw.step.{name}": torch.tensor(float(self.optimizer.steps))
-            for name in self.optimizer.adamw_names
-        }
-        whole["random.cpu"] = torch.get_rng_state()
-        whole |= {f"choice_bias.{number}": bias for number, bias in self._choice_biases().items()}
-        codes = {dtype: code for code, dtype in DTYPES.items()}
-        specs = {name: TensorSpec(codes[t.dtype], tuple(t.shape)) for name, t in whole.items()}
-        return Stored({**stored.specs, **specs}, stored.pieces, whole)
+        """The optimizer's state, and the biases of the choice of experts."""
+        stored = self.optimizer.checkpoint()
+        biases = {f"choice_bias.{number}": bias for number, bias in self._choice_biases().items()}
+        specs = {name: TensorSpec("F32", tuple(bias.shape)) for name, bias in biases.items()}
+        return Stored({**stored.specs, **specs}, stored.pieces, {**stored.whole, **biases})
 
     def _biased_blocks(self) -> dict[int, ParallelExperts]:
         """The rank's blocks whose choice of experts is biased, by layer."""

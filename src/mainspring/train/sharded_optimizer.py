@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mainspring.formats.safetensors_file import TensorSpec
+from mainspring.formats.safetensors_file import CheckpointReader, TensorSpec
 from mainspring.model.naming import parts
 from mainspring.ops.adamw import AdamWParameter, make_adamw
 from mainspring.ops.muon import MuonSettings, classic
-from mainspring.parallel.checkpoint import Stored
+from mainspring.parallel.checkpoint import Stored, read_piece
 from mainspring.parallel.placement import full_shapes, hf_shapes
 from mainspring.parallel.units import Piece, Units
 from mainspring.train.optimizer import is_inner_matrix
@@ -107,6 +108,28 @@ class ShardedOptimizer:
             specs,
             [(name, piece, lambda tensor=tensor: tensor) for name, piece, tensor in self.pieces()],  # type: ignore[misc]  # a lambda's default has no type
         )
+
+    def checkpoint(self) -> Stored:
+        """`stored`, with the steps and PyTorch's random state: under the names that `Optimizer` gives them, so that
+        either reads the other's."""
+        stored = self.stored()
+        whole = {f"adamw.step.{name}": torch.tensor(float(self.steps)) for name in self.adamw_names}
+        whole["random.cpu"] = torch.get_rng_state()
+        specs = {
+            name: TensorSpec("U8" if t.dtype == torch.uint8 else "F32", tuple(t.shape))
+            for name, t in whole.items()
+        }
+        return Stored({**stored.specs, **specs}, stored.pieces, whole)
+
+    @torch.no_grad()
+    def load(self, reader: CheckpointReader) -> None:
+        """What `checkpoint` has written, under whatever layout; the random state too. Raises CheckpointError."""
+        for name, piece, tensor in self.pieces():
+            tensor.copy_(read_piece(reader.entry(name), piece))
+        steps = [name for name in reader.names() if name.startswith("adamw.step.")]
+        self.steps = int(np.frombuffer(reader.entry(steps[0]).data, np.float32)[0])
+        self.weights_from_masters()
+        torch.set_rng_state(torch.frombuffer(reader.entry("random.cpu").data, dtype=torch.uint8).clone())
 
     def pieces(self) -> Iterator[tuple[str, Piece, Tensor]]:
         """(name, piece, its part of the rank's state) for every kind of state."""
