@@ -14,7 +14,6 @@ from torch import Tensor
 from mainspring.errors import BackendError
 from mainspring.ops import Policy, add_rms_norm, rms_norm, swiglu, token_log_probs
 from mainspring.ops import norm as norm_operation
-from mainspring.ops import swiglu as swiglu_operation  # noqa: F401
 from support.cpu_kernels import assert_as_exact_as_torch
 from support.triton_kernels import (
     DEVICE,

@@ -171,6 +171,7 @@ def test_stopped_runs_continue_to_the_bit() -> None:
             optimizer = Optimizer(model, OptimizerSection(lr=1e-2))
             reference = reference_log_probs(model, pairs)
 
+            # Called in this turn of the loop alone, hence the silenced B023.
             def steps(first: int) -> Iterator[object]:
                 if algorithm == "sft":  # noqa: B023
                     return sft(model, optimizer, samples, SftSettings(6, max_steps=8), first_step=first)  # noqa: B023

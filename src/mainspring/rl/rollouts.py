@@ -346,7 +346,7 @@ class Rollouts:
             rewards = [None if c.failed else c.reward for c in ended]
         left = iter(rewards)
         return [
-            [c.trajectory(reward) for c, reward in zip(group, left) if reward is not None]  # noqa: B905
+            [c.trajectory(reward) for c, reward in zip(group, left) if reward is not None]  # noqa: B905 - the next group takes its own
             for group in groups
         ]
 

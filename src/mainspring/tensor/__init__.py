@@ -9,13 +9,13 @@
 Operations are functions of this module and methods of Tensor; `mt.OPS` lists them with their signatures.
 """
 
-import mainspring.tensor._extension  # noqa: F401
+import mainspring.tensor._extension  # noqa: F401 - says what to do where it is missing
 
 # isort: split
 from mainspring.tensor import nn as nn
 from mainspring.tensor import optim as optim
 from mainspring.tensor import schedule as schedule
-from mainspring.tensor._tensor import *  # noqa: F403
+from mainspring.tensor._tensor import *  # noqa: F403 - its names are ours
 from mainspring.tensor._tensor import default_generator
 from mainspring.tensor.checkpointing import checkpoint as checkpoint
 from mainspring.tensor.grad_mode import enable_grad as enable_grad

@@ -279,8 +279,8 @@ class Tensor:
     def __int__(self) -> int: ...
     def __index__(self) -> int: ...
     def __hash__(self) -> int: ...
-    def __eq__(self, other: object) -> Tensor: ...  # type: ignore[override]
-    def __ne__(self, other: object) -> Tensor: ...  # type: ignore[override]
+    def __eq__(self, other: object) -> Tensor: ...  # type: ignore[override]  # elementwise, no truth
+    def __ne__(self, other: object) -> Tensor: ...  # type: ignore[override]  # elementwise, no truth
 '''
 _BINARY = (
     "lt le gt ge add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod pow rpow matmul rmatmul "

@@ -104,10 +104,10 @@ def _build(cls: type[Any], table: Mapping[str, Any], where: str, prefix: str) ->
         if key not in fields:
             raise RecipeError(_unknown_key_message(cls, key, where, prefix))
         hint, name = hints[key], prefix + key
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             if not isinstance(value, Mapping):
                 raise RecipeError(f"{where}: {name} must be a table ([{name}]), not {value!r}")
-            values[key] = _build(hint, value, where, prefix=f"{name}.")  # type: ignore[arg-type]
+            values[key] = _build(hint, value, where, prefix=f"{name}.")
         else:
             values[key] = _convert(hint, value, where, name)
             _check_range(values[key], fields[key].metadata, where, name)

@@ -224,7 +224,7 @@ def main(directory: Path) -> int:
     try:
         # The slow import, before the first message: the frontend looks for the model meanwhile.
         import mainspring.engine.core
-        import mainspring.model.checkpoint  # noqa: F401
+        import mainspring.model.checkpoint  # noqa: F401 - see above
 
         first = channel.receive(wait=True)[0]
         if isinstance(first, Load):

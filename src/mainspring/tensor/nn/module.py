@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from mainspring.tensor._tensor import DTypeError, Parameter, ShapeError, Tensor, _zero_grad, dtype
 from mainspring.tensor.grad_mode import no_grad
+
+T = TypeVar("T")
 
 
 class Module:
@@ -30,7 +32,10 @@ class Module:
                 raise AttributeError(
                     f"{type(self).__name__}: call super().__init__() before setting {name!r}"
                 )
-            (self._parameters if isinstance(value, Parameter) else self._modules)[name] = value  # type: ignore[assignment]
+            if isinstance(value, Parameter):
+                self._parameters[name] = value
+            else:
+                self._modules[name] = value
         object.__setattr__(self, name, value)
 
     def __delattr__(self, name: str) -> None:
@@ -62,18 +67,18 @@ class Module:
         for _, module in self.named_modules():
             yield module
 
-    def _named_tensors(self, table: str) -> Iterator[tuple[str, Tensor]]:
+    def _named(self, table: Callable[[Module], dict[str, T]]) -> Iterator[tuple[str, T]]:
         for prefix, module in self.named_modules():
-            for name, value in getattr(module, table).items():
+            for name, value in table(module).items():
                 yield (f"{prefix}.{name}" if prefix else name), value
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Every parameter once, under the first of its names."""
         seen: set[int] = set()
-        for name, value in self._named_tensors("_parameters"):
+        for name, value in self._named(lambda module: module._parameters):
             if id(value) not in seen:
                 seen.add(id(value))
-                yield name, value  # type: ignore[misc]
+                yield name, value
 
     def parameters(self) -> Iterator[Parameter]:
         for _, value in self.named_parameters():
@@ -116,7 +121,10 @@ class Module:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Name to tensor, for parameters and buffers; the tensors share the module's memory."""
-        tensors = [*self._named_tensors("_parameters"), *self._named_tensors("_buffers")]
+        tensors = [
+            *self._named(lambda module: module._parameters),
+            *self._named(lambda module: module._buffers),
+        ]
         return {name: value.detach() for name, value in tensors}
 
     def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> None:
