@@ -20,7 +20,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from mainspring.cli.rag_learn import classify, tune, tuning_data
+from mainspring.cli.rag_finetune import fine_tune, tuning_data
+from mainspring.cli.rag_learn import classify, tune
 from mainspring.cli.rag_options import INDEX_NAME, Index, Model, Store, StrategyName, Where, loaded, loading
 from mainspring.cli.rag_pictures import pictures
 
@@ -234,4 +235,5 @@ def strategy(
 
 rag.command()(tune)
 rag.command("tuning-data")(tuning_data)
+rag.command("fine-tune")(fine_tune)
 rag.command()(classify)

@@ -1,4 +1,4 @@
-"""`mainspring rag tune`, `tuning-data` and `classify`: what is learnt from an index and questions about it."""
+"""`mainspring rag tune` and `classify`: what is learnt from an index and questions about it."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def tune(
     else:
         wanted = default_space(model is not None, folder is not None, answers)
     with loading():
-        answering = open_model(model) if model is not None else None
+        answering = open_model(model, at_once=8) if model is not None else None
         evaluate = (
             open_variants(directory, folder, present, model=answering, answers=answers)
             if folder is not None
@@ -87,7 +87,7 @@ def tune(
         )
     console = Console(stderr=True)
     if questions is None:
-        asked = _made_questions(evaluate.chunks(), answering, make, seed, directory, console)
+        asked = made_questions(evaluate.chunks(), answering, make, seed, directory, console)
     usable, left_out = answerable(asked, evaluate.chunks())
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -111,39 +111,7 @@ def tune(
     typer.echo(f"{recipe} (for --strategy), {report}{left}")
 
 
-def tuning_data(
-    questions: Annotated[Path, typer.Option(help="As for `tune`; `tune` without --questions makes some.")],
-    out: Annotated[Path, typer.Option(help="Where the samples go: JSON lines for `mainspring rl` (sft).")],
-    kind: Annotated[
-        str,
-        typer.Option(
-            help="dg: the relevant passage, dr: a random one, dgr: both, dgg: the relevant one twice."
-        ),
-    ] = "dgr",
-    directory: Index = Path(INDEX_NAME),
-    store: Store = None,
-    seed: Annotated[int, typer.Option(help="Of the random passages.")] = 0,
-) -> None:
-    """Write data to fine-tune the generator on, from the index and questions about it."""
-    from typing import cast
-
-    from mainspring.formats.files import write_file
-    from mainspring.rag.assembly import open_pipeline
-    from mainspring.rag.generation.tuning_data import ContextKind, tuning_rows
-    from mainspring.rag.search.questions import load_questions
-
-    asked = load_questions(questions)
-    with loading():
-        parts = open_pipeline(directory, loaded("fast"), store=store, citations=False).parts
-    rows = tuning_rows(asked, parts.store.scan(), cast(ContextKind, kind), seed)
-    lines = [json.dumps({"prompt": row.prompt, "answer": row.answer}) + "\n" for row in rows]
-    write_file(out.absolute(), "".join(lines).encode())
-    typer.echo(
-        f"{len(rows)} samples in {out}; {len(asked) - len(rows)} questions have their evidence in no passage"
-    )
-
-
-def _made_questions(
+def made_questions(
     chunks: Iterator[Chunk],
     model: LanguageModel | None,
     count: int,

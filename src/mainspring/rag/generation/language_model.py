@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import openai
 
-from mainspring.errors import ModelNotFoundError, RetrievalError
+from mainspring.errors import CheckpointError, ModelNotFoundError, RetrievalError
+from mainspring.formats.named_models import resolve
 
 if TYPE_CHECKING:
     from mainspring.engine.llm import LLM
+    from mainspring.engine.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,11 @@ class Message:
 
     role: Literal["system", "user", "assistant"]
     content: str
+
+
+# Small models fall into loops when they take the likeliest token every time. A model that was trained to repeat what it
+# reads must not be held from it: its directory's generation_config.json has a penalty of its own.
+REPETITION_PENALTY = 1.1
 
 
 class LanguageModel(Protocol):
@@ -56,14 +65,40 @@ def complete(model: LanguageModel, messages: Sequence[Message], max_tokens: int)
     return "".join(model.stream(messages, max_tokens)).strip()
 
 
+def complete_each(
+    model: LanguageModel, conversations: Sequence[Sequence[Message]], max_tokens: int
+) -> list[str]:
+    """`complete` of every conversation, several at once where the model is one in this process."""
+    if isinstance(model, InProcessModel):
+        return model.complete_each(conversations, max_tokens)
+    return [complete(model, messages, max_tokens) for messages in conversations]
+
+
 class InProcessModel:
     """A model on our engine. Implements `LanguageModel` and `TokenScorer`; callers take turns."""
 
-    def __init__(self, model: str | LLM) -> None:
-        """Raises ModelNotFoundError, CheckpointError, RetrievalError if it has no chat template."""
+    def __init__(
+        self,
+        model: str | LLM,
+        *,
+        at_once: int = 1,
+        device: str = "cpu",
+        repetition_penalty: float | None = None,
+    ) -> None:
+        """`at_once`: answers that `complete_each` writes side by side; a loaded `LLM` has its own number and device.
+
+        `repetition_penalty`: 1 for none; None for that of the model's generation_config.json, else REPETITION_PENALTY.
+        Raises ModelNotFoundError, CheckpointError, RetrievalError if it has no chat template.
+        """
         from mainspring.engine.llm import LLM  # searching needs no engine
 
-        self._llm = LLM(model, max_num_seqs=1) if isinstance(model, str) else model
+        if repetition_penalty is None:
+            repetition_penalty = (
+                _repetition_penalty(resolve(model).path) if isinstance(model, str) else REPETITION_PENALTY
+            )
+        self._penalty = repetition_penalty
+        self._llm = LLM(model, max_num_seqs=at_once, device=device) if isinstance(model, str) else model
+        self.at_once = at_once
         self._name = model if isinstance(model, str) else "in-process model"
         self._lock = threading.Lock()
         tokenizer = self._llm.tokenizer
@@ -78,14 +113,22 @@ class InProcessModel:
         return self._name
 
     def stream(self, messages: Sequence[Message], max_tokens: int) -> Iterator[str]:
+        params = self._params(max_tokens)
+        with self._lock:
+            for output in self._llm.stream_chat(_turns(messages), params):
+                yield output.outputs[0].text
+
+    def complete_each(self, conversations: Sequence[Sequence[Message]], max_tokens: int) -> list[str]:
+        """The whole answer to every conversation, without white space around it: those that `complete` gives."""
+        params = self._params(max_tokens)
+        with self._lock:
+            outputs = self._llm.chat([_turns(messages) for messages in conversations], params)
+        return [output.outputs[0].text.strip() for output in outputs]
+
+    def _params(self, max_tokens: int) -> SamplingParams:
         from mainspring.engine.sampling_params import SamplingParams
 
-        turns = [{"role": m.role, "content": m.content} for m in messages]
-        # Small models fall into loops when they take the likeliest token every time.
-        params = SamplingParams(temperature=0, repetition_penalty=1.1, max_tokens=max_tokens)
-        with self._lock:
-            for output in self._llm.stream_chat(turns, params):
-                yield output.outputs[0].text
+        return SamplingParams(temperature=0, repetition_penalty=self._penalty, max_tokens=max_tokens)
 
     def surprises(self, text: str, context: str = "") -> list[TokenSurprise]:
         """One forward pass; the first token of an empty context follows the model's first special token."""
@@ -107,6 +150,21 @@ class InProcessModel:
         return result
 
 
+def _turns(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"role": m.role, "content": m.content} for m in messages]
+
+
+def _repetition_penalty(directory: Path) -> float:
+    """The model's own, if its generation_config.json names one."""
+    path = directory / "generation_config.json"
+    try:
+        return float(json.loads(path.read_bytes()).get("repetition_penalty", REPETITION_PENALTY))
+    except FileNotFoundError:
+        return REPETITION_PENALTY
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
 class EndpointModel:
     """A model behind an OpenAI-compatible API. Implements `LanguageModel`; many callers at once."""
 
@@ -126,11 +184,10 @@ class EndpointModel:
         return self._name
 
     def stream(self, messages: Sequence[Message], max_tokens: int) -> Iterator[str]:
-        turns = [{"role": m.role, "content": m.content} for m in messages]
         try:
             chunks: Any = self._client.chat.completions.create(
                 model=self._name,
-                messages=turns,  # type: ignore[arg-type]
+                messages=_turns(messages),  # type: ignore[arg-type]
                 max_tokens=max_tokens,
                 temperature=0,
                 stream=True,
