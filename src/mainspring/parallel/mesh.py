@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import product
 
+import torch
 import torch.distributed as dist
 
 from mainspring.errors import ConfigError
@@ -186,7 +187,7 @@ class Mesh:
             for ranks in partition:
                 directed = "->" in name
                 if directed:
-                    handle = _edge_group(ranks)
+                    handle = _edge_group(ranks, rank)
                 elif ranks in made:
                     handle = made[ranks]
                 else:
@@ -247,12 +248,21 @@ def _process_group(ranks: Sequence[int], world: int) -> dist.ProcessGroup | None
     return made
 
 
-def _edge_group(ranks: Sequence[int]) -> dist.ProcessGroup | None:
-    options = None
-    if dist.get_backend() == "nccl":
-        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-        options.config.max_ctas = EDGE_BLOCKS
+def _edge_group(ranks: Sequence[int], rank: int) -> dist.ProcessGroup | None:
+    """ranks: the sender and the receiver; rank: this process's."""
+    if dist.get_backend() != "nccl":
+        gloo: dist.ProcessGroup | None = dist.new_group(sorted(ranks), timeout=TIMEOUT)
+        return gloo
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options.config.max_ctas = EDGE_BLOCKS
     made: dist.ProcessGroup | None = dist.new_group(sorted(ranks), timeout=TIMEOUT, pg_options=options)
+    # NCCL connects at the first message, for which each end waits: who receives early would wait for ever, if what it
+    # is to send first is what the other end needs.
+    token = torch.zeros(1, device="cuda")
+    if rank == ranks[0]:
+        dist.send(token, ranks[1], group=made)
+    elif rank == ranks[1]:
+        dist.recv(token, ranks[0], group=made)
     return made
 
 
