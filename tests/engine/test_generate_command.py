@@ -65,6 +65,15 @@ def test_a_prompt_goes_through_the_chat_template_unless_raw(directory: Path) -> 
     assert call(str(directory), "-", "--raw", *options, stdin="hi").stdout == expected(directory, "hi") + "\n"
 
 
+@pytest.mark.parametrize(
+    "options", [("--tp-invariant",), pytest.param(("--pp", "2"), marks=pytest.mark.slow)], ids=" ".join
+)
+def test_a_layout_gives_the_text_of_one_process(directory: Path, options: tuple[str, ...]) -> None:
+    answer = call(str(directory), "hi", "--temperature", "0", "--max-tokens", "12", *options)
+    assert answer.exit_code == 0, answer.output
+    assert answer.stdout == expected(directory, "user: hi;") + "\n"
+
+
 def test_the_same_seed_gives_the_same_text(directory: Path) -> None:
     first, second, other = (
         call(str(directory), "hi", "--seed", seed, "--max-tokens", "12").stdout for seed in ("4", "4", "5")
@@ -80,6 +89,8 @@ def test_the_same_seed_gives_the_same_text(directory: Path) -> None:
         (("", "--raw"), InvalidRequestError),
         (("hi", "--numerics", "sloppy"), ConfigError),
         (("hi", "--raw", "--system", "x"), ConfigError),
+        (("hi", "--tp", "3"), ConfigError),
+        (("hi", "--pp", "0"), ConfigError),
     ],
 )
 def test_what_cannot_be_done_is_a_typed_error(

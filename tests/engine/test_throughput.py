@@ -11,8 +11,10 @@ from typer.testing import CliRunner
 
 from mainspring.cli.main import app
 from mainspring.engine.llm import LLM
+from mainspring.engine.ranks.lead import LeadModel
 from mainspring.engine.throughput import SHAPES, Workload, mix, random_model, run_workload, shape_config
 from mainspring.errors import ConfigError
+from mainspring.formats.model_config import ModelConfig
 from mainspring.model.decoder import Decoder
 
 SMALL = {
@@ -62,6 +64,55 @@ def test_a_workload_gets_all_its_tokens_and_finds_no_prefix(tmp_path: Path) -> N
     assert llm.engine.stats().prefix_cache_hits_total == 0
     with pytest.raises(ConfigError, match="does not fit"):
         run_workload(llm, Workload("long", [500], [50]), 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "layout"),
+    [
+        (("--tp-invariant",), "tp_invariant=true"),
+        pytest.param(("--tp", "2"), "tp=2", marks=pytest.mark.slow),
+        pytest.param(("--pp", "2"), "pp=2", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_the_command_measures_a_model_over_several_ranks(
+    tmp_path: Path, options: tuple[str, ...], layout: str
+) -> None:
+    config, result = tmp_path / "config.json", tmp_path / "result.json"
+    config.write_text(json.dumps(SMALL))
+    command = [
+        "bench", "throughput", str(config), "--cases", "one-stream", "--repetitions", "1", "--device", "cpu",
+        "--dtype", "float32", "--max-model-len", "400", "--json", str(result), *options,
+    ]  # fmt: skip
+    outcome = CliRunner().invoke(app, command)
+    assert outcome.exit_code == 0, outcome.output
+    report = json.loads(result.read_text())
+    assert layout in report["layout"].split(",")
+    assert report["measurements"][0]["tokens"] == 256
+
+
+def test_what_torchruns_ranks_cannot_measure_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    for options, words in ((("--tp", "2"), "first-token"), (("--cases", "mix"), "how they share the model")):
+        error = CliRunner().invoke(app, ["bench", "throughput", "--device", "cpu", *options]).exception
+        assert isinstance(error, ConfigError)
+        assert words in str(error)
+
+
+def test_a_rank_draws_its_part_the_same_each_time() -> None:
+    sums = set()
+    for _ in range(2):
+        config = ModelConfig.from_dict(SMALL)
+        model = random_model(config, "cpu", torch.float32, "lockstep", "tp_invariant=true")
+        assert isinstance(model, LeadModel)
+        sums.add(model.checksum())
+        drawn = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        assert {float(p.mean()) for p in drawn.values() if p.dim() == 1} == {1.0}
+        matrices = torch.cat([p.flatten() for p in drawn.values() if p.dim() > 1])
+        assert float(matrices.std()) == pytest.approx(0.02, rel=0.02)
+        model.close()
+    assert len(sums) == 1
 
 
 def test_the_command_writes_what_is_needed_to_read_its_figures_again(tmp_path: Path) -> None:

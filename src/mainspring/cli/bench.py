@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mainspring.cli.layout_options import Ep, Pp, Tp, TpInvariant, layout_of, work_if_worker
 from mainspring.errors import ConfigError
 from mainspring.formats.files import write_file, write_json
 
@@ -40,6 +42,10 @@ def throughput(
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Most tokens of a step.")] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help="auto or fp8.")] = "auto",
     cuda_graphs: Annotated[bool, typer.Option(help="Replay decode steps from CUDA graphs.")] = True,
+    tp: Tp = 1,
+    pp: Pp = 1,
+    ep: Ep = 1,
+    tp_invariant: TpInvariant = False,
     output: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
 ) -> None:
     """Measure the offline engine on random weights: output tokens a second of a mix, of streams, and of prefill."""
@@ -60,12 +66,18 @@ def throughput(
         )
     chosen: Literal["lockstep", "fast"] = "lockstep" if numerics == "lockstep" else "fast"
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    layout = layout_of(tp=tp, pp=pp, ep=ep, tp_invariant=tp_invariant)
+    if bench.FIRST_TOKEN in names and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "the case first-token starts a process of its own, which is no rank of torchrun's: leave it out of --cases"
+        )
+    work_if_worker(layout, place)
     console = Console()
     first_token = None
     if bench.FIRST_TOKEN in names:  # before this process takes the GPU's memory
-        first_token = bench.seconds_to_first_token(shape, place, chosen)
+        first_token = bench.seconds_to_first_token(shape, place, chosen, layout)
         console.print(f"first token after {first_token:.1f} s")
-    model = bench.random_model(bench.shape_config(shape), place, torch_dtype(dtype), chosen)
+    model = bench.random_model(bench.shape_config(shape), place, torch_dtype(dtype), chosen, layout)
     llm = LLM(
         model,
         max_model_len=min(max_model_len, model.config.max_position_embeddings),
@@ -74,14 +86,16 @@ def throughput(
         kv_cache_dtype="fp8" if kv_cache_dtype == "fp8" else "auto",
         cuda_graphs=None if cuda_graphs else False,
     )
-    console.print(llm.engine.describe())
-    bench.warm_up(llm)
-    measurements = []
-    for number, name in enumerate(names):
-        if name != bench.FIRST_TOKEN:
-            measurements.append(bench.run_workload(llm, bench.WORKLOADS[name](), repetitions, seed=number))
-            console.print(_table(measurements[-1:]))
-    result = bench.report(llm, shape, measurements, first_token)
+    with llm:
+        console.print(llm.engine.describe())
+        bench.warm_up(llm)
+        measurements = []
+        for number, name in enumerate(names):
+            if name != bench.FIRST_TOKEN:
+                workload = bench.WORKLOADS[name]()
+                measurements.append(bench.run_workload(llm, workload, repetitions, seed=number))
+                console.print(_table(measurements[-1:]))
+        result = bench.report(llm, shape, measurements, first_token)
     if output is not None:
         write_json(output, result)
     else:

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+
+from mainspring.cli.layout_options import Ep, Pp, Tp, TpInvariant, layout_of, work_if_worker
+from mainspring.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mainspring.engine.llm import LLM
+    from mainspring.engine.sampling_params import SamplingParams
 
 
 def generate(
@@ -35,12 +42,17 @@ def generate(
     numerics: Annotated[
         str, typer.Option(help="lockstep (the same bits in any batch) or fast.")
     ] = "lockstep",
+    tp: Tp = 1,
+    pp: Pp = 1,
+    ep: Ep = 1,
+    tp_invariant: TpInvariant = False,
 ) -> None:
     """Complete a prompt, or answer it where the model has a chat template; the text streams to standard output."""
     from mainspring.engine.llm import LLM
     from mainspring.engine.sampling_params import SamplingParams
-    from mainspring.errors import ConfigError
 
+    layout = layout_of(tp=tp, pp=pp, ep=ep, tp_invariant=tp_invariant)
+    work_if_worker(layout, device)
     if numerics not in ("lockstep", "fast"):
         raise ConfigError(f"numerics {numerics!r} is not one of lockstep, fast")
     params = SamplingParams(
@@ -61,8 +73,16 @@ def generate(
             device=device,
             dtype=dtype,
             numerics="lockstep" if numerics == "lockstep" else "fast",
+            layout=layout,
             max_num_seqs=1,
         )
+    with llm:
+        _stream(llm, text, params, console, raw=raw, system=system)
+
+
+def _stream(
+    llm: LLM, text: str, params: SamplingParams, console: Console, *, raw: bool, system: str | None
+) -> None:
     has_template = llm.tokenizer is not None and llm.tokenizer.chat_template is not None
     if raw or not has_template:
         if system is not None:

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn
 from rich.table import Table
 
+from mainspring.cli.layout_options import Ep, Pp, Tp, TpInvariant, layout_of, work_if_worker
 from mainspring.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,12 +41,10 @@ def serve(
     quantized: Annotated[
         bool, typer.Option(help="Keep the weights of a GGUF file quantised: less memory, faster on a CPU.")
     ] = False,
-    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks: each layer is shared.")] = 1,
-    pp: Annotated[int, typer.Option(help="Pipeline-parallel ranks: each has some of the layers.")] = 1,
-    ep: Annotated[int, typer.Option(help="Expert-parallel ranks: each has some of the experts.")] = 1,
-    tp_invariant: Annotated[
-        bool, typer.Option("--tp-invariant", help="The same bits at every tensor-parallel degree.")
-    ] = False,
+    tp: Tp = 1,
+    pp: Pp = 1,
+    ep: Ep = 1,
+    tp_invariant: TpInvariant = False,
     max_model_len: Annotated[
         int | None, typer.Option(help="Longest sequence in tokens, prompt and answer together.")
     ] = None,
@@ -136,12 +135,12 @@ def serve(
     from mainspring.engine.server.serve import run_server
     from mainspring.engine.server.settings import ServerSettings
 
-    layout = _layout(tp=tp, pp=pp, ep=ep, tp_invariant=tp_invariant)
-    if _is_worker(layout, restart):
-        from mainspring.engine.ranks.worker import work
-
-        work("cuda" if device.startswith("cuda") else device)
-        raise typer.Exit(0)
+    layout = layout_of(tp=tp, pp=pp, ep=ep, tp_invariant=tp_invariant)
+    if restart and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "--restart does not go with torchrun, which starts its ranks again (--max-restarts)"
+        )
+    work_if_worker(layout, device)
     settings = ServerSettings(
         model=model,
         host=host,
@@ -196,36 +195,6 @@ def one_of(name: str, value: str, allowed: tuple[Choice, ...]) -> Choice:
         if value == known:
             return known
     raise ConfigError(f"{name} {value!r} is not one of {', '.join(allowed)}")
-
-
-def _layout(*, tp: int, pp: int, ep: int, tp_invariant: bool) -> str | None:
-    """As `Layout.parse` reads it; None for one process. Raises ConfigError. (Without PyTorch: it is checked against
-    the model by the engine.)"""
-    degrees = {"tp": tp, "pp": pp, "ep": ep}
-    for name, degree in degrees.items():
-        if degree < 1:
-            raise ConfigError(f"--{name} is {degree}, but must be at least 1")
-    degrees["dp"] = ep  # experts are spread over copies of all the rest
-    parts = [f"{name}={degree}" for name, degree in degrees.items() if degree > 1]
-    if tp_invariant:
-        parts.append("tp_invariant=true")
-    return ",".join(parts) or None
-
-
-def _is_worker(layout: str | None, restart: int) -> bool:
-    """Whether torchrun has started this process as another rank than the first. Raises ConfigError."""
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started == 1:
-        return False
-    if layout is None:
-        raise ConfigError(
-            f"torchrun has started {started} ranks; say how they share the model (--tp {started})"
-        )
-    if restart:
-        raise ConfigError(
-            "--restart does not go with torchrun, which starts its ranks again (--max-restarts)"
-        )
-    return int(os.environ["RANK"]) > 0
 
 
 def _adapters(given: list[str]) -> dict[str, str] | None:

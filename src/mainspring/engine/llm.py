@@ -49,7 +49,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Path | Decoder,
+        model: str | Path | ServedModel,
         *,
         tokenizer: Tokenizer | None = None,
         dtype: str | None = None,
@@ -77,13 +77,14 @@ class LLM:
         draft_model: Decoder | None = None,
         lora: Mapping[str, str | Path] | None = None,
     ) -> None:
-        """Load the model, or take a `Decoder` as it is (its parameters are shared, not copied).
+        """Load the model, or take a loaded one as it is (its parameters are shared, not copied).
 
         Args:
-            model: a Hugging Face directory, a GGUF file, a known name ("smollm2"), or a `Decoder`.
-            tokenizer: None: the model's own. A `Decoder` has none: without one, prompts are token ids,
+            model: a Hugging Face directory, a GGUF file, a known name ("smollm2"), a `Decoder`, or a `LeadModel`, which
+                `close` then ends.
+            tokenizer: None: the model's own. A loaded model has none: without one, prompts are token ids,
                 texts stay empty and stop strings are refused.
-            dtype, device, numerics, quantized: as `load_model` takes them; a `Decoder` has its own.
+            dtype, device, numerics, quantized: as `load_model` takes them; a loaded model has its own.
             layout, or tp, pp, ep, tp_invariant: spread the model over processes, as `serving_layout` says: this
                 one is rank 0 and starts the others. Leave by `close` or as a context manager.
             max_model_len ... seed: as in `EngineConfig`.
@@ -112,16 +113,16 @@ class LLM:
         )
         spread = serving_layout(layout, tp=tp, pp=pp, ep=ep, tp_invariant=tp_invariant)
         self.model: ServedModel
-        if spread is not None and (isinstance(model, Decoder) or quantized):
+        if spread is not None and (not isinstance(model, (str, Path)) or quantized):
             raise ConfigError(
                 f"layout {spread} needs a checkpoint that each rank reads its part of; a loaded or quantised model "
                 "cannot be cut"
             )
-        if isinstance(model, Decoder):
+        if not isinstance(model, (str, Path)):
             if dtype is not None or quantized:
                 raise ConfigError(
-                    f"dtype {dtype!r} and quantized={quantized} were given beside a Decoder, which has its own: "
-                    f"{model.dtype}, quantised: {model.is_quantised}"
+                    f"dtype {dtype!r} and quantized={quantized} were given beside a loaded model of {model.dtype}; "
+                    "leave them out"
                 )
             self.model = model
         else:

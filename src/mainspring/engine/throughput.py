@@ -10,6 +10,7 @@ import platform
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,15 +21,19 @@ from typing import Any
 import torch
 
 from mainspring.engine.llm import LLM
+from mainspring.engine.random_weights import draw
+from mainspring.engine.ranks.layout import serving_layout
+from mainspring.engine.ranks.lead import LeadModel
 from mainspring.engine.sampling_params import SamplingParams
+from mainspring.engine.served_model import ServedModel
 from mainspring.errors import ConfigError
+from mainspring.formats.files import write_json
 from mainspring.formats.model_config import ModelConfig
 from mainspring.model.decoder import Decoder
 from mainspring.model.initialise import torch_device
 from mainspring.ops import Numerics, Policy
 
 TEMPERATURE = 0.6
-_DEVIATION = 0.02
 _FIRST_TOKEN = "first token"
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -127,16 +132,25 @@ def shape_config(name: str) -> ModelConfig:
     return ModelConfig.from_file(path)
 
 
-def random_model(config: ModelConfig, device: str, dtype: torch.dtype, numerics: Numerics) -> Decoder:
-    """Matrices normal(0, 0.02), norms one, biases zero, drawn on the device itself."""
+def random_model(
+    config: ModelConfig, device: str, dtype: torch.dtype, numerics: Numerics, layout: str | None = None
+) -> ServedModel:
+    """A model of random weights, drawn on the device itself; under a layout, by each rank its part.
+
+    Raises ConfigError: the layout does not fit the model or the machine.
+    """
+    spread = serving_layout(layout)
+    if spread is not None:
+        with tempfile.TemporaryDirectory(prefix="mainspring-shape-") as directory:
+            write_json(Path(directory) / "config.json", config.to_dict())
+            name = str(dtype).removeprefix("torch.")
+            return LeadModel(
+                directory, spread, device=device, dtype=name, numerics=numerics, random_weights=True
+            )
     model = Decoder(config, policy=Policy(numerics), device=torch_device(device), dtype=dtype)
     generator = torch.Generator(model.device).manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-            else:
-                parameter.normal_(0.0, _DEVIATION, generator=generator)
+    for name, parameter in model.named_parameters():
+        draw(parameter, name, generator)
     return model.eval()
 
 
@@ -177,14 +191,15 @@ def run_workload(llm: LLM, workload: Workload, repetitions: int, seed: int = 0) 
     )
 
 
-def seconds_to_first_token(shape: str, device: str, numerics: Numerics) -> float:
+def seconds_to_first_token(shape: str, device: str, numerics: Numerics, layout: str | None = None) -> float:
     """From the start of a new process, its imports included, to its first token."""
     code = (
         "from mainspring.engine.throughput import *\n"
         f"config = shape_config({shape!r})\n"
-        f"model = random_model(config, {device!r}, torch.bfloat16, {numerics!r})\n"
-        "LLM(model).generate([[1, 2, 3]], SamplingParams(max_tokens=1))\n"
-        f"print({_FIRST_TOKEN!r}, flush=True)\n"
+        f"model = random_model(config, {device!r}, torch.bfloat16, {numerics!r}, {layout!r})\n"
+        "with LLM(model) as llm:\n"
+        "    llm.generate([[1, 2, 3]], SamplingParams(max_tokens=1))\n"
+        f"    print({_FIRST_TOKEN!r}, flush=True)\n"
     )
     start = time.perf_counter()
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
@@ -216,6 +231,7 @@ def report(
         "command": sys.argv,
         "shape": shape,
         "numerics": llm.model.numerics,
+        "layout": str(llm.model.layout) if isinstance(llm.model, LeadModel) else None,
         "dtype": str(llm.model.dtype).removeprefix("torch."),
         "device": gpu or platform.processor() or platform.machine(),
         "torch": torch.__version__,

@@ -46,6 +46,7 @@ class LeadModel(nn.Module):
         numerics: Numerics = "lockstep",
         num_threads: int | None = None,
         piece_tokens: int | None = None,
+        random_weights: bool = False,
         answer_seconds: float = ANSWER_SECONDS,
     ) -> None:
         """Starts the ranks, each of which loads its own part.
@@ -53,6 +54,7 @@ class LeadModel(nn.Module):
         directory: a Hugging Face directory that all ranks see. layout: as `serving_layout` gives it. num_threads: of
         one operation of each rank, on a CPU; None: PyTorch's choice here, an equal share of the cores on the others.
         piece_tokens: least tokens of the pieces that a step is cut into for the stages of a pipeline; None: by device.
+        random_weights: the directory holds config.json alone, and each rank draws its part (`draw_shard`).
         answer_seconds: how long the ranks may take for a call (kernels that it compiles included; not for weights and
         given sequences, which take as long as they are large) before they count as dead.
 
@@ -74,7 +76,7 @@ class LeadModel(nn.Module):
         self._num_captures = 0
         order = {
             "directory": str(directory), "layout": str(layout), "dtype": dtype_name, "numerics": numerics,
-            "num_threads": num_threads, "piece_tokens": piece_tokens,
+            "num_threads": num_threads, "piece_tokens": piece_tokens, "random_weights": random_weights,
         }  # fmt: skip
         try:
             with self._group.alive(_LARGE_SECONDS):

@@ -1,13 +1,15 @@
-"""A rank's weights: read from the checkpoint by slices, replaced by new ones, and summed up over all ranks."""
+"""A rank's weights: read from the checkpoint by slices, or drawn; replaced by new ones; summed up over all ranks."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from mainspring.engine.random_weights import draw
 from mainspring.formats.model_config import ModelConfig
 from mainspring.formats.safetensors_file import CheckpointReader
 from mainspring.model.checkpoint import stored_tensor
@@ -37,10 +39,8 @@ def load_shard(
     Raises:
         CheckpointError: a tensor is missing, unknown or of another shape; ConfigError: the layout does not fit.
     """
-    config = ModelConfig.from_file(Path(directory) / "config.json")
-    model = parallelize(
-        Decoder(config, policy=policy, device="meta", dtype=dtype), layout, mesh, device=device
-    )
+    model = _unfilled(directory, layout, mesh, device, dtype, policy)
+    config = model.config
     reader = CheckpointReader(directory)
     shapes = hf_shapes(config)
     check_names(reader, shapes, tied=config.tie_word_embeddings)
@@ -51,6 +51,44 @@ def load_shard(
                 whole = stored_tensor(reader.entry(block.name), shapes[block.name])
                 block.view(parameters[name]).copy_(_rectangle(whole, block))
     return model.eval()
+
+
+def draw_shard(
+    directory: str | Path,
+    layout: Layout,
+    mesh: Mesh,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    policy: Policy,
+) -> ParallelDecoder:
+    """The rank's part of a model with random weights, of which the directory holds config.json alone.
+
+    Each block is drawn by its own place, so ranks that hold the same one hold the same numbers.
+    Raises ConfigError: the layout does not fit.
+    """
+    model = _unfilled(directory, layout, mesh, device, dtype, policy)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, blocks in model.placement.blocks.items():
+            for block in blocks:
+                place = zlib.crc32(f"{block.name} {block.start}".encode())
+                draw(block.view(parameters[name]), name, torch.Generator(device).manual_seed(place))
+    return model.eval()
+
+
+def _unfilled(
+    directory: str | Path,
+    layout: Layout,
+    mesh: Mesh,
+    device: torch.device,
+    dtype: torch.dtype,
+    policy: Policy,
+) -> ParallelDecoder:
+    config = ModelConfig.from_file(Path(directory) / "config.json")
+    return parallelize(
+        Decoder(config, policy=policy, device="meta", dtype=dtype), layout, mesh, device=device
+    )
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from mainspring.engine.ranks.adapters import ShardAdapters
 from mainspring.engine.ranks.channel import Channel, Message, Op
 from mainspring.engine.ranks.group import control_channel, join, on_this_machine
 from mainspring.engine.ranks.shard import Shard, copy_blocks, packed_pieces
-from mainspring.engine.ranks.weights import checksum, copy_weight, load_shard
+from mainspring.engine.ranks.weights import checksum, copy_weight, draw_shard, load_shard
 from mainspring.formats.model_config import ModelConfig
 from mainspring.model.initialise import torch_dtype
 from mainspring.ops import Policy
@@ -56,7 +56,8 @@ def build_shard(order: dict[str, Any], device: torch.device) -> Shard:
         )
         with agreed(mesh.group("world"), f"load {order['directory']}"):
             dtype = torch_dtype(order["dtype"])
-            model = load_shard(order["directory"], layout, mesh, device=device, dtype=dtype, policy=policy)
+            fill = draw_shard if order["random_weights"] else load_shard
+            model = fill(order["directory"], layout, mesh, device=device, dtype=dtype, policy=policy)
     return Shard(model, order["piece_tokens"])
 
 
