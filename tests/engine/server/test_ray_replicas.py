@@ -83,15 +83,35 @@ def test_replicas_answer_as_one_server(replicas: tuple[subprocess.Popen[bytes], 
 
 
 @pytest.mark.slow
-def test_what_listens_is_the_loopback_address(replicas: tuple[subprocess.Popen[bytes], str]) -> None:
+def test_what_listens_on_other_addresses_answers_nobody_without_the_token(
+    replicas: tuple[subprocess.Popen[bytes], str],
+) -> None:
     process, _ = replicas
-    open_to_others = set()
+    open_to_others: list[tuple[str, int]] = []
     for child in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
         for connection in child.net_connections("tcp"):
             address = ipaddress.ip_address(connection.laddr.ip.removeprefix("::ffff:"))
             if connection.status == psutil.CONN_LISTEN and not address.is_loopback:
-                open_to_others.add(child.name())
-    assert open_to_others == set()
+                open_to_others.append((child.name(), connection.laddr.port))
+    # Each replica's port for calls between deployments, and nothing else.
+    assert len(open_to_others) == 2
+    assert all("replica" in name for name, _ in open_to_others)
+    import grpc
+    from ray.serve.generated import serve_pb2, serve_pb2_grpc
+
+    for _, port in open_to_others:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            service = serve_pb2_grpc.ASGIServiceStub(channel)
+            with pytest.raises(grpc.RpcError) as refused:
+                service.HandleRequest(serve_pb2.ASGIRequest(), timeout=20)
+        assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_a_ray_whose_calls_need_no_token_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # put back at the end
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with pytest.raises(ConfigError, match="RAY_AUTH_MODE is 'disabled'"):
+        run_replicas(ServerSettings(model="x", port=9), None, 2, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 Each replica is a Ray actor with a whole server in it: frontend, and the engine as a process of its own. Ray's proxy
 hands each request to the replica with the shorter queue. What crosses Ray's wire is HTTP and these settings (Ray
-pickles them itself); without an address of a cluster, Ray listens on this machine only.
+pickles them itself). Without an address of a cluster, Ray listens on this machine only, but for each replica's port for
+calls between deployments, which Ray Serve binds to every address: like all of Ray's, it answers to whoever has the
+token, which is drawn anew at each start.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 import signal
 import threading
 from typing import TYPE_CHECKING, Any
@@ -58,13 +61,9 @@ class Replica:
     """One server as Ray Serve runs it: made, asked for its application, watched, and ended by Ray."""
 
     # Ray awaits a constructor that is a coroutine function; Python and its types know none.
-    async def __init__(  # type: ignore[misc]
-        self, settings: ServerSettings, extend: Extend | None, on_loopback: bool
-    ) -> None:
+    async def __init__(self, settings: ServerSettings, extend: Extend | None) -> None:  # type: ignore[misc]
         from mainspring.engine.server.model_source import resolve_model
 
-        if on_loopback:
-            _listen_on_loopback_only()
         reporter = LogReporter()
         self._supervisor = EngineSupervisor(reporter, settings.max_restarts)
         try:
@@ -121,9 +120,7 @@ def run_replicas(
     if settings.port == 0:
         raise ConfigError("Ray's proxy cannot take a free port by itself; give one with --port")
     if address is None:
-        # Ray would listen on every address of the machine. This variable, read at its import, makes 127.0.0.1 the
-        # node's address (it is named after the systems where that is the default), and then Ray listens there only.
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        _keep_to_this_machine()
     try:
         import ray
         from ray import serve
@@ -143,7 +140,7 @@ def run_replicas(
         serve.start(http_options={"host": settings.host, "port": settings.port})
         reporter.step(f"Starting {replicas} replicas")
         serve.run(
-            _application(serve, settings, replicas, extend, address is None),
+            _application(serve, settings, replicas, extend),
             name=APPLICATION,
             route_prefix="/",
         )
@@ -160,23 +157,22 @@ def run_replicas(
         ray.shutdown()
 
 
-def _listen_on_loopback_only() -> None:
-    """In a replica's process: its port for calls between deployments, which no other machine needs here.
+def _keep_to_this_machine() -> None:
+    """Before Ray is imported, which reads these variables then. Raises ConfigError where its calls would be open."""
+    # Ray would listen on every address of the machine. This variable makes 127.0.0.1 the node's address (it is named
+    # after the systems where that is the default), and then Ray listens there only.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    mode = os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if mode.lower() != "token":
+        raise ConfigError(
+            f"RAY_AUTH_MODE is {mode!r}, but each replica has a port that listens on every address: whoever reaches it "
+            "could run code here; unset the variable"
+        )
+    if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
-    Ray Serve binds it to every address and has no option for that; it looks up this function after the replica's
-    constructor has run. Without it (in another version of Ray) the port stays where Ray puts it.
-    """
-    from ray.serve._private import replica
 
-    name = "add_port_to_grpc_server"
-    bind = getattr(replica, name, None)
-    if bind is not None:
-        setattr(replica, name, lambda server, address: bind(server, address.replace("[::]", "127.0.0.1")))
-
-
-def _application(
-    serve: Any, settings: ServerSettings, replicas: int, extend: Extend | None, on_loopback: bool
-) -> Any:
+def _application(serve: Any, settings: ServerSettings, replicas: int, extend: Extend | None) -> Any:
     """The application as Ray Serve knows it."""
     ingress: Callable[[type[Replica]], Any] = serve.ingress()
     deployment = serve.deployment(
@@ -190,7 +186,7 @@ def _application(
             "num_gpus": settings.num_ranks if settings.device.startswith("cuda") else 0,
         },
     )
-    return deployment(ingress(Replica)).bind(settings, extend, on_loopback)
+    return deployment(ingress(Replica)).bind(settings, extend)
 
 
 def _wait_for_signal() -> None:
