@@ -21,7 +21,7 @@ from mainspring.model.decoder import Decoder
 from mainspring.parallel.layout import Layout
 from mainspring.parallel.mesh import Mesh
 from mainspring.parallel.parallelize import parallelize
-from mainspring.train.memory import Batch, activation_bytes, estimate
+from mainspring.train.memory import Batch, _rank_shapes, activation_bytes, estimate, rank_shapes
 from mainspring.train.plan import Plan, communication, plans
 from mainspring.train.verify import VerifySettings
 from parallel.conftest import Reference
@@ -151,6 +151,15 @@ def test_a_shape_of_a_billion_weights_takes_what_is_known() -> None:
     assert estimate(config, Layout(tp=4), Batch(4, 2048)).activations == pytest.approx(
         one.activations / 4, rel=0.01
     )
+
+
+def test_what_shapes_no_parameter_is_left_out_of_what_is_kept() -> None:
+    """`rank_shapes` answers for layouts that differ in dp, cp, replicate, ZeRO or recompute from one entry."""
+    config = tiny("moe")
+    for degrees in ("dp=4,ep=2", "dp=4,cp=2,ep=4,zero=2", "pp=2,dp=4,replicate=2,tp=2,zero=3,recompute=full"):
+        layout = Layout.parse(degrees)
+        for rank in range(layout.pp):
+            assert rank_shapes(config, layout, rank) == _rank_shapes.__wrapped__(config, layout, rank)
 
 
 def test_plans_fit_and_are_sorted() -> None:

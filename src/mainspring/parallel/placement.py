@@ -7,7 +7,7 @@ and writes any other's checkpoint: a rank's share is a list of `Block`s, rectang
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -109,12 +109,11 @@ def place(config: ModelConfig, layout: Layout, mesh: Mesh) -> Placement:
     """The share of the mesh's rank. Parameters of other stages are left out."""
     held = parameters_of_rank(config, layout, mesh)
     full = full_shapes(config)
-    by_parameter: dict[str, list[Part]] = defaultdict(list)
-    for part in parts(config):
-        if part.parameter in held:
-            by_parameter[part.parameter].append(part)
-    shapes = hf_shapes(config)
-    blocks = {name: list(_blocks(config, layout, mesh, name, p, shapes)) for name, p in by_parameter.items()}
+    blocks = {
+        name: list(_blocks(config, layout, mesh, name, its_parts))
+        for name, its_parts in _parts_by_parameter(config).items()
+        if name in held
+    }
     return Placement(blocks, {name: _local_shape(full[name], b) for name, b in blocks.items()})
 
 
@@ -136,16 +135,17 @@ def parameters_of_rank(config: ModelConfig, layout: Layout, mesh: Mesh) -> set[s
 
 
 @lru_cache(maxsize=16)
-def full_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def full_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     """Shape of every parameter of the unsharded decoder."""
     model = Decoder(config, device="meta")
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+@lru_cache(maxsize=16)
+def hf_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     """Shape of every tensor of the checkpoint, in its order."""
     full = full_shapes(config)
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for part in parts(config):
         matrix = full[part.parameter][1:] if part.expert is not None else full[part.parameter]
         rows = matrix[0] if part.stop is None else part.stop - part.start
@@ -153,16 +153,19 @@ def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return found
 
 
+@lru_cache(maxsize=16)
+def _parts_by_parameter(config: ModelConfig) -> Mapping[str, Sequence[Part]]:
+    by_parameter: dict[str, list[Part]] = defaultdict(list)
+    for part in parts(config):
+        by_parameter[part.parameter].append(part)
+    return by_parameter
+
+
 def _blocks(
-    config: ModelConfig,
-    layout: Layout,
-    mesh: Mesh,
-    parameter: str,
-    its_parts: list[Part],
-    shapes: dict[str, tuple[int, ...]],
+    config: ModelConfig, layout: Layout, mesh: Mesh, parameter: str, its_parts: Sequence[Part]
 ) -> Iterator[Block]:
-    """The rank's blocks of a parameter; `shapes` are those of the whole checkpoint's tensors."""
     rule = rule_of(parameter)
+    shapes = hf_shapes(config)
     tp, tp_rank = layout.tp, mesh.index["tp"]
     ep = mesh.group("ep")
     experts = range(config.num_experts * ep.rank // ep.size, config.num_experts * (ep.rank + 1) // ep.size)

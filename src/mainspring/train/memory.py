@@ -8,7 +8,9 @@ formulas against what a rank really keeps.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from mainspring.formats.model_config import ModelConfig
 from mainspring.parallel.layout import Layout
@@ -58,8 +60,15 @@ def estimate(config: ModelConfig, layout: Layout, batch: Batch, device_bytes: in
     return max(candidates, key=lambda memory: memory.total)
 
 
-def rank_shapes(config: ModelConfig, layout: Layout, pipeline_rank: int) -> dict[str, tuple[int, ...]]:
+def rank_shapes(config: ModelConfig, layout: Layout, pipeline_rank: int) -> Mapping[str, tuple[int, ...]]:
     """Local shapes of a pipeline rank's parameters (before ZeRO), of its first tensor-parallel rank."""
+    # A plan asks for hundreds of layouts that differ in what changes no shape.
+    shaping = replace(layout, dp=layout.ep, cp=1, replicate=1, zero=0, recompute="none")
+    return _rank_shapes(config, shaping, pipeline_rank)
+
+
+@lru_cache(maxsize=4096)
+def _rank_shapes(config: ModelConfig, layout: Layout, pipeline_rank: int) -> Mapping[str, tuple[int, ...]]:
     axes = layout.axes
     rank = axes.rank(pp=pipeline_rank)
     groups = {}
