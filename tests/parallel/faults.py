@@ -168,6 +168,15 @@ def zero_bubble_that_loses_a_weight_gradient() -> AbstractContextManager[Any]:
     return patch.object(WeightGradients, "run", short)
 
 
+def weight_gradients_of_the_last_micro_batch_only() -> AbstractContextManager[Any]:
+    whole = FlatUnit._held
+
+    def forgetful(self: FlatUnit, name: str) -> tuple[Tensor, bool]:
+        return whole(self, name)[0], False
+
+    return patch.object(FlatUnit, "_held", forgetful)
+
+
 def gradient_norm_that_counts_copies() -> AbstractContextManager[Any]:
     whole = Units._pieces
 

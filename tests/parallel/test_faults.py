@@ -22,6 +22,7 @@ CASES = {
     "cross_entropy_of_the_first_ranks_vocabulary": "tied:tp=2",
     "tied_embeddings_without_their_sum": "tied:pp=2",
     "zero_bubble_that_loses_a_weight_gradient": "dense:pp=2,schedule=zero_bubble",
+    "weight_gradients_of_the_last_micro_batch_only": "tied:pp=2",
     "ring_without_its_causal_mask": "dense:cp=2",
     "ring_that_drops_gradients_of_other_pieces_keys": "dense:cp=2",
     "causal_mask_off_by_one_in_the_ring": "windowed:cp=2",
