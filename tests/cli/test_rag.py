@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageDraw
 
 from mainspring.cli.main import main
 
@@ -103,3 +104,28 @@ def test_a_printed_strategy_can_be_given_back(run: Run, tmp_path: Path) -> None:
     status, _, err = run("strategy", "mine.toml")
     assert status == 1
     assert "context.passages = 0 must lie between 1 and 100" in err
+
+
+def test_indexing_a_folder_takes_its_pictures_too(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    (folder / "harbour.md").write_text("# Harbour\n\n![The red flag of the harbour](flag.png)\n")
+    drawn = Image.new("RGB", (90, 60), "white")
+    ImageDraw.Draw(drawn).rectangle((10, 10, 80, 40), fill="red")
+    drawn.save(folder / "flag.png")
+    (folder / "bad.png").write_bytes(b"\x89PNG nothing")
+    status, out, err = run("index", str(folder), "--no-pictures")
+    assert (status, "pictures" in out) == (0, False), err
+    status, out, err = run("index", str(folder))
+    assert status == 0, err
+    assert "1 pictures, 1 of them new, 1 left out" in out
+    assert "left out bad.png: bad.png is not a picture" in err
+    _, out, _ = run("pictures", "caption", str(folder / "flag.png"))
+    assert out == "The red flag of the harbour  (harbour.md, line 3)\n"
+    (folder / "bad.png").unlink()
+    assert "1 pictures, 0 of them new, 0 left out" in run("index", str(folder))[1]
+    (folder / "flag.png").unlink()
+    assert "0 pictures, 0 of them new" in run("index", str(folder))[1]
+    status, _, err = run("pictures", "find", "a flag")
+    assert status == 1
+    assert "there are no pictures" in err

@@ -23,7 +23,7 @@ from rich.progress import (
 from mainspring.cli.rag_finetune import fine_tune, tuning_data
 from mainspring.cli.rag_learn import classify, tune
 from mainspring.cli.rag_options import INDEX_NAME, Index, Model, Store, StrategyName, Where, loaded, loading
-from mainspring.cli.rag_pictures import pictures
+from mainspring.cli.rag_pictures import Encoder, has_pictures, pictures, update_gallery
 
 if TYPE_CHECKING:
     from mainspring.rag.index import IndexProgress
@@ -46,9 +46,13 @@ def index(
     directory: Index = Path(INDEX_NAME),
     strategy: StrategyName = "default",
     store: Store = None,
+    encoder: Encoder = "small",
+    with_pictures: Annotated[
+        bool, typer.Option("--pictures/--no-pictures", help="Index the folder's pictures too.")
+    ] = True,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Delete the index first.")] = False,
 ) -> None:
-    """Index a folder: Markdown, text, HTML, PDF, DOCX, reStructuredText, notebooks, source code.
+    """Index a folder: Markdown, text, HTML, PDF, DOCX, reStructuredText, notebooks, source code, captioned pictures.
 
     Run it again after changes: only changed files are read, deleted ones leave the index. It can be stopped at any
     time and goes on the next time.
@@ -88,6 +92,8 @@ def index(
         f"{report.added} new, {report.changed} changed, {report.removed} removed, {report.unchanged} unchanged, "
         f"{len(report.failures)} left out; {report.chunks} passages in {directory}"
     )
+    if with_pictures and has_pictures(folder, directory):
+        update_gallery(folder, directory, encoder, console, documents=False)
 
 
 def _bar(progress: Progress) -> IndexProgress:

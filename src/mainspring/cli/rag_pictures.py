@@ -24,7 +24,7 @@ pictures = typer.Typer(
     no_args_is_help=True,
 )
 
-_Encoder = Annotated[
+Encoder = Annotated[
     str, typer.Option(help='"small" (drawings and screenshots), or a Hugging Face directory of a CLIP model.')
 ]
 _Vision = Annotated[
@@ -39,22 +39,32 @@ def index_pictures(
         Path, typer.Argument(help="The folder with pictures and the documents that show them.")
     ],
     directory: Index = Path(INDEX_NAME),
-    encoder: _Encoder = "small",
+    encoder: Encoder = "small",
 ) -> None:
     """Index a folder's pictures with the captions that its HTML, Markdown and reStructuredText give them.
 
     Run it again after changes: pictures that are known keep their vectors.
     """
+    update_gallery(folder, directory, encoder, Console(stderr=True))
+
+
+def update_gallery(
+    folder: Path, directory: Path, encoder: str, console: Console, documents: bool = True
+) -> None:
+    """Brings the index's pictures up to date with the folder and says what was done.
+
+    `documents`: whether documents that cannot be read are named too. Raises what the encoder and the gallery raise.
+    """
     from mainspring.errors import EmptyCorpusError
     from mainspring.rag.multimodal.gallery import Gallery
     from mainspring.rag.multimodal.picture_encoder import load_picture_encoder
+    from mainspring.rag.multimodal.pictures import SUFFIXES
 
     loaded = load_picture_encoder(encoder)
     try:
         previous = Gallery.load(_file(directory), loaded)
     except EmptyCorpusError:
         previous = None
-    console = Console(stderr=True)
     columns = (TextColumn("Pictures"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
@@ -62,20 +72,29 @@ def index_pictures(
             folder, loaded, previous, lambda done, total: bar.update(task, completed=done, total=total)
         )
     gallery.save(_file(directory))
-    for name, reason in report.failures:
+    failures = [f for f in report.failures if documents or Path(f[0]).suffix.lower() in SUFFIXES]
+    for name, reason in failures:
         console.print(
             f"[yellow]left out[/] {escape(name)}: {escape(reason)}", highlight=False, soft_wrap=True
         )
     typer.echo(
-        f"{report.pictures} pictures, {report.embedded} of them new, {len(report.failures)} left out, in {directory}"
+        f"{report.pictures} pictures, {report.embedded} of them new, {len(failures)} left out, in {directory}"
     )
+
+
+def has_pictures(folder: Path, directory: Path) -> bool:
+    """Whether the folder holds pictures to index, or the index some that may have to go."""
+    from mainspring.rag.documents.reading import walk
+    from mainspring.rag.multimodal.pictures import SUFFIXES
+
+    return _file(directory).is_file() or any(True for _ in walk(folder, SUFFIXES, [directory]))
 
 
 @pictures.command()
 def find(
     text: Annotated[str, typer.Argument(help="What the picture shows.")],
     directory: Index = Path(INDEX_NAME),
-    encoder: _Encoder = "small",
+    encoder: Encoder = "small",
     k: Annotated[int, typer.Option("-k", min=1, max=100, help="How many pictures.")] = 5,
 ) -> None:
     """Print the stored pictures that show what a text says; those that are not similar enough are marked."""
@@ -87,7 +106,7 @@ def find(
 def caption(
     picture: Annotated[Path, typer.Argument(help="A picture file.")],
     directory: Index = Path(INDEX_NAME),
-    encoder: _Encoder = "small",
+    encoder: Encoder = "small",
     vision: _Vision = None,
 ) -> None:
     """Caption a picture: by a stored one that is similar enough, else by the vision model, else not at all."""
@@ -108,7 +127,7 @@ def ask_picture(
     picture: Annotated[Path, typer.Argument(help="A picture file.")],
     question: Annotated[str, typer.Argument(help="What to answer about it.")],
     directory: Index = Path(INDEX_NAME),
-    encoder: _Encoder = "small",
+    encoder: Encoder = "small",
     model: Annotated[str, typer.Option(help="Who answers, as for `rag ask`.")] = "smollm2",
     strategy: Annotated[str, typer.Option(help="As for `rag ask`.")] = "default",
     vision: _Vision = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,21 +53,22 @@ def find_files(folder: Path, exclude: Sequence[Path] = ()) -> list[FoundFile]:
     """
     if not folder.is_dir():
         raise EmptyCorpusError(f"there is no folder {folder}")
-    left_out = {path.resolve() for path in exclude}
-    found = sorted(_walk(folder, left_out), key=lambda file: file.name)
+    found = sorted(walk(folder, READERS, exclude), key=lambda file: file.name)
     if not found:
         kinds = ", ".join(READERS)
         raise EmptyCorpusError(f"{folder} holds no document; the kinds that are read: {kinds}")
     return found
 
 
-def _walk(folder: Path, left_out: set[Path]) -> Iterator[FoundFile]:
+def walk(folder: Path, suffixes: Collection[str], exclude: Sequence[Path] = ()) -> Iterator[FoundFile]:
+    """The files below a folder whose names end so, in no order; what is passed over is that of `find_files`."""
+    left_out = {path.resolve() for path in exclude}
     for root, folders, names in os.walk(folder):
         here = Path(root)
         folders[:] = [f for f in folders if not f.startswith(".") and (here / f).resolve() not in left_out]
         for name in names:
             path = here / name
-            if not name.startswith(".") and path.suffix.lower() in READERS and path.is_file():
+            if not name.startswith(".") and path.suffix.lower() in suffixes and path.is_file():
                 yield FoundFile(path, path.relative_to(folder).as_posix(), path.stat().st_size)
 
 

@@ -17,7 +17,7 @@ from bs4.element import Tag
 
 from mainspring.errors import DocumentError
 from mainspring.rag.documents.decoding import decode
-from mainspring.rag.documents.reading import FoundFile, read_bytes
+from mainspring.rag.documents.reading import read_bytes, walk
 from mainspring.rag.multimodal.pictures import SUFFIXES
 
 _MARKDOWN = re.compile(r"!\[([^\]]*)\]\(\s*(?:<([^>]+)>|([^)\s<]+))(?:\s+[\"']([^\"']*)[\"'])?\s*\)")
@@ -45,24 +45,18 @@ def find_captioned(folder: Path) -> tuple[list[CaptionedPicture], list[tuple[str
     """
     if not folder.is_dir():
         raise DocumentError(f"there is no folder {folder}")
-    names = sorted(
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
-    pictures = {name for name in names if Path(name).suffix.lower() in SUFFIXES}
+    pictures = {file.name for file in walk(folder, SUFFIXES)}
+    documents = sorted(walk(folder, _DOCUMENTS), key=lambda file: file.name) if pictures else []
     found: dict[str, CaptionedPicture] = {}
     failures: list[tuple[str, str]] = []
-    for name in names:
-        if Path(name).suffix.lower() not in _DOCUMENTS:
-            continue
-        path = folder / name
+    for document in documents:
+        name = document.name
         try:
-            text = decode(path, read_bytes(FoundFile(path, name, path.stat().st_size)))
+            text = decode(document.path, read_bytes(document))
         except DocumentError as error:
             failures.append((name, str(error)))
             continue
-        for target, caption, line in _shown(Path(name).suffix.lower(), text):
+        for target, caption, line in _shown(document.path.suffix.lower(), text):
             file = posixpath.normpath(posixpath.join(posixpath.dirname(name), unquote(target)))
             if file in pictures and file not in found and caption:
                 found[file] = CaptionedPicture(file, caption, name, line)
@@ -79,7 +73,7 @@ def _shown(suffix: str, text: str) -> Iterator[tuple[str, str, int]]:
     elif suffix == ".rst":
         for match in _RST.finditer(text):
             yield match[2], _rst_caption(match[3]), text.count("\n", 0, match.start()) + 1
-    else:
+    elif "<img" in text.lower():  # to parse every page that shows nothing would take most of the time
         soup = BeautifulSoup(text, "html.parser")
         for image in soup.find_all("img"):
             if isinstance(image, Tag):

@@ -107,7 +107,7 @@ class Gallery:
         self, by_picture: npt.NDArray[np.float32], by_caption: npt.NDArray[np.float32], k: int
     ) -> list[Match]:
         if not self.pictures:
-            raise EmptyCorpusError("there are no pictures: run `mainspring rag pictures FOLDER` first")
+            raise EmptyCorpusError("there are no pictures: run `mainspring rag index FOLDER` first")
         found = best(np.maximum(by_picture, by_caption), k)
         return [
             Match(self.pictures[p], float(score), "picture" if by_picture[p] >= by_caption[p] else "caption")
@@ -136,7 +136,7 @@ class Gallery:
     def load(path: Path, encoder: PictureEncoder) -> Gallery:
         """The gallery of a file. Raises EmptyCorpusError if there is none, StoreError for another encoder or damage."""
         if not path.is_file():
-            raise EmptyCorpusError("there are no pictures: run `mainspring rag pictures FOLDER` first")
+            raise EmptyCorpusError("there are no pictures: run `mainspring rag index FOLDER` first")
         try:
             with np.load(path, allow_pickle=False) as stored:
                 head = json.loads(stored["head"].tobytes())
