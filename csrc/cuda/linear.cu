@@ -8,7 +8,8 @@
 // that the copy engine has to fill with zeros take longer than rows that exist.
 //
 // Defines: MAINSPRING_TYPE, MAINSPRING_GROUPS, MAINSPRING_COLUMNS, MAINSPRING_PANELS; MAINSPRING_SEGMENTED: a block
-// sums all chunks itself and joins them by a binary tree.
+// sums all chunks itself and joins them by a binary tree; MAINSPRING_GATED: W is gate above up, a tile takes half its
+// columns from each, and what is written is silu(gate) · up with the bits of ops/triton/swiglu.py.
 #include "linear_tile.cuh"
 #include "wgmma.cuh"
 
@@ -127,6 +128,46 @@ __device__ __forceinline__ void add(float (&sum)[N], const float (&left)[N]) {
   for (int i = 0; i < N; ++i) sum[i] = left[i] + sum[i];
 }
 
+// gate = silu(gate) · up of the projections rounded to T. column: of the tile in either half; p.n: columns of a half.
+template <typename T, int N>
+__device__ __forceinline__ void apply_gate(const Target& p, float (&gate)[N], const float* up, int column) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const int c = column + i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
+    float g = gate[i], u = up[i];
+    if (p.bias != nullptr) {
+      g += bias_at<T>(p.bias, c, p.n);
+      u += bias_at<T>(static_cast<const T*>(p.bias) + p.n, c, p.n);
+    }
+    g = static_cast<float>(static_cast<T>(g)), u = static_cast<float>(static_cast<T>(u));
+    float e;
+    asm("ex2.approx.f32 %0, %1;" : "=f"(e) : "f"(__fmul_rn(g, -1.4426950408889634f)));
+    asm("div.full.f32 %0, %1, %2;" : "=f"(e) : "f"(g), "f"(__fadd_rn(e, 1.0f)));
+    gate[i] = __fmul_rn(e, u);
+  }
+}
+
+// A warpgroup's sums to out, of which row is this thread's first.
+template <typename T, int Parts, int Columns, bool Gated>
+__device__ __forceinline__ void finish(const Target& p, float (&sums)[Parts][Columns / Parts / 2], int row, int column) {
+  if constexpr (Gated) {
+    float inner[Columns / 4];
+#pragma unroll
+    for (int i = 0; i < Columns / 4; ++i) inner[i] = sums[0][i];
+    if constexpr (Parts == 1) {
+      apply_gate<T>(p, inner, sums[0] + Columns / 4, column);
+    } else {
+      apply_gate<T>(p, inner, sums[1], column);
+    }
+    store_tile<T, Columns / 2>({nullptr, p.out, p.m, p.n, false}, inner, row, column);
+  } else {
+#pragma unroll
+    for (int part = 0; part < Parts; ++part) {
+      store_tile<T, Columns / Parts>(p, sums[part], row, column + part * (Columns / Parts));
+    }
+  }
+}
+
 // Sums of several levels, and those of three warpgroups, take more registers than an equal share: then the producer is a
 // warpgroup that gives its own away.
 template <int Groups, bool Segmented>
@@ -134,7 +175,7 @@ constexpr bool kGives = Segmented || Groups > 2;
 template <int Groups, bool Segmented>
 constexpr int kThreads = Groups * 128 + (kGives<Groups, Segmented> ? 128 : 32);
 
-template <typename T, int Groups, int Columns, int Panels, bool Segmented>
+template <typename T, int Groups, int Columns, int Panels, bool Segmented, bool Gated>
 __global__ void __launch_bounds__(kThreads<Groups, Segmented>, 1)
     linear_kernel(const __grid_constant__ CUtensorMap x_whole, const __grid_constant__ CUtensorMap x_edge,
                   const __grid_constant__ CUtensorMap w_whole, const __grid_constant__ CUtensorMap w_edge,
@@ -144,10 +185,13 @@ __global__ void __launch_bounds__(kThreads<Groups, Segmented>, 1)
   uint8_t* const ring = unaligned + (1024 - shared_address(unaligned) % 1024) % 1024;
   const int x_panel = p.x_rows * kRowBytes, stage_bytes = Panels * (x_panel + Columns * kRowBytes);
   const int warp = threadIdx.x / 32, group = threadIdx.x / 128;
-  const int row = blockIdx.x * (kGroupRows * Groups), column = blockIdx.y * Columns;
+  // Columns of the result, as many rows of W (of its gate and of its up): whole groups of 8, as the swizzle repeats.
+  constexpr int kHalves = Gated ? 2 : 1, kOut = Columns / kHalves;
+  static_assert(kOut % 8 == 0);
+  const int row = blockIdx.x * (kGroupRows * Groups), column = blockIdx.y * kOut;
   const int first_step = blockIdx.z * p.steps;
   const int steps = Segmented ? p.all_steps : min(p.steps, p.all_steps - first_step);
-  const bool is_last_row = row + p.x_rows > p.target.m, is_last_column = column + Columns > p.target.n;
+  const bool is_last_row = row + p.x_rows > p.target.m, is_last_column = column + kOut > p.target.n;
   const int groups = min(Groups, (p.target.m - row + kGroupRows - 1) / kGroupRows);  // that have rows
 
   if (threadIdx.x == 0) {
@@ -169,12 +213,14 @@ __global__ void __launch_bounds__(kThreads<Groups, Segmented>, 1)
       const CUtensorMap* const x_map = is_last_row ? &x_edge : &x_whole;
       const CUtensorMap* const w_map = is_last_column ? &w_edge : &w_whole;
       const int bytes = Panels * kRowBytes * ((is_last_row ? p.x_edge_rows : p.x_rows) +
-                                              (is_last_column ? p.w_edge_rows : Columns));
+                                              kHalves * (is_last_column ? p.w_edge_rows : kOut));
       prefetch_tensor_map(x_map);
       prefetch_tensor_map(w_map);
       // Weights may come into the L2 cache before the kernels ahead of this one end; values are read after that.
       for (int i = 0; i < min(p.prefetch, steps) * Panels; ++i) {
-        tma_prefetch(w_map, (first_step * Panels + i) * kPanel, column);
+        for (int half = 0; half < kHalves; ++half) {
+          tma_prefetch(w_map, (first_step * Panels + i) * kPanel, column + half * p.target.n);
+        }
       }
       wait_for_predecessors();
       if (!p.late) let_successors_start();
@@ -187,7 +233,11 @@ __global__ void __launch_bounds__(kThreads<Groups, Segmented>, 1)
 #pragma unroll
         for (int panel = 0; panel < Panels; ++panel) {
           const int k = (step * Panels + panel) * kPanel;
-          tma_load(w_to + panel * Columns * kRowBytes, w_map, &full[stage], k, column);
+#pragma unroll
+          for (int half = 0; half < kHalves; ++half) {
+            tma_load(w_to + (panel * Columns + half * kOut) * kRowBytes, w_map, &full[stage], k,
+                     column + half * p.target.n);
+          }
         }
 #pragma unroll
         for (int panel = 0; panel < Panels; ++panel) {
@@ -260,11 +310,7 @@ __global__ void __launch_bounds__(kThreads<Groups, Segmented>, 1)
     }
     // Registers are given away in branches that stay apart.
     if constexpr (kGives<Groups, Segmented>) {
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        store_tile<T, kPart>(p.target, sums[part], row + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4,
-                             column + part * kPart);
-      }
+      finish<T, kParts, Columns, Gated>(p.target, sums, row + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column);
     }
   }
   if constexpr (kGives<Groups, Segmented>) return;
@@ -273,7 +319,7 @@ __global__ void __launch_bounds__(kThreads<Groups, Segmented>, 1)
     __syncthreads();  // nobody reads the ring any more: it takes the sums
     if constexpr (kParts == 1) combine_chunks<T, Groups, Columns>(p, acc, reinterpret_cast<float*>(ring), row, column);
   } else if (group < Groups) {
-    if constexpr (kParts == 1) store_tile<T, Columns>(p.target, acc, row + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column);
+    finish<T, kParts, Columns, Gated>(p.target, sums, row + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column);
   }
 }
 
@@ -281,7 +327,8 @@ __global__ void __launch_bounds__(kThreads<Groups, Segmented>, 1)
 
 // x: [m, k], weight: [n, k], rows `stride` elements apart; bias: [n] or null; out: [m, n], contiguous. chunk: k's of a
 // chunk, a multiple of 64 · panels; tree: 2, 4 or 8 chunks are added by a binary tree. stages: at most; blocks: of a
-// multiprocessor. programmatic: 0, or 1 + steps of W to prefetch.
+// multiprocessor. programmatic: 0, or 1 + steps of W to prefetch. Gated: weight and bias have 2 n rows, out is of T, and
+// K is one chunk.
 extern "C" int mainspring_linear(const void* x, int64_t x_stride, const void* weight, int64_t weight_stride,
                                  const void* bias, void* out, int m, int n, int k, int chunk, int tree, int wide,
                                  int stages, int blocks, int programmatic, int late, cudaStream_t stream) {
@@ -294,22 +341,29 @@ extern "C" int mainspring_linear(const void* x, int64_t x_stride, const void* we
 #else
   constexpr bool kSegmented = false;
 #endif
-  auto* kernel = linear_kernel<T, Groups, Columns, Panels, kSegmented>;
+#ifdef MAINSPRING_GATED
+  constexpr bool kGated = true;
+#else
+  constexpr bool kGated = false;
+#endif
+  constexpr int kHalves = kGated ? 2 : 1, kOut = Columns / kHalves;
+  auto* kernel = linear_kernel<T, Groups, Columns, Panels, kSegmented, kGated>;
   int chunks = (k + chunk - 1) / chunk;
   if (chunks > 1 && (chunk % kDepth || chunks > kMaxChunks || (Groups > 2 && !kSegmented))) return cudaErrorInvalidValue;
   if (tree && (chunks & (chunks - 1) || k % chunk)) return cudaErrorInvalidValue;
+  if (kGated && (chunks > 1 || wide)) return cudaErrorInvalidValue;
   const int x_rows = m < kGroupRows && Groups == 1 ? (m + 7) / 8 * 8 : kGroupRows * Groups;
   // Whole groups of 8 rows, after which the swizzle repeats.
   const auto edge = [](int size, int tile) { return size % tile ? (size % tile + 7) / 8 * 8 : tile; };
-  const int x_edge_rows = edge(m, x_rows), w_edge_rows = edge(n, Columns);
+  const int x_edge_rows = edge(m, x_rows), w_edge_rows = edge(n, kOut);
   CUtensorMap x_whole, x_edge, w_whole, w_edge;
   if (!map_rows<T>(&x_whole, x, m, k, x_stride, x_rows) ||
-      !map_rows<T>(&w_whole, weight, n, k, weight_stride, Columns)) {
+      !map_rows<T>(&w_whole, weight, kHalves * n, k, weight_stride, kOut)) {
     return cudaErrorInvalidValue;
   }
   x_edge = x_whole, w_edge = w_whole;
   if ((x_edge_rows != x_rows && !map_rows<T>(&x_edge, x, m, k, x_stride, x_edge_rows)) ||
-      (w_edge_rows != Columns && !map_rows<T>(&w_edge, weight, n, k, weight_stride, w_edge_rows))) {
+      (w_edge_rows != kOut && !map_rows<T>(&w_edge, weight, kHalves * n, k, weight_stride, w_edge_rows))) {
     return cudaErrorInvalidValue;
   }
   LinearArguments p{};
@@ -342,7 +396,7 @@ extern "C" int mainspring_linear(const void* x, int64_t x_stride, const void* we
   if (prepared != cudaSuccess) return prepared;
 
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3((m + kGroupRows * Groups - 1) / (kGroupRows * Groups), (n + Columns - 1) / Columns, chunks);
+  config.gridDim = dim3((m + kGroupRows * Groups - 1) / (kGroupRows * Groups), (n + kOut - 1) / kOut, chunks);
   config.blockDim = dim3(kThreads<Groups, kSegmented>);
   config.dynamicSmemBytes = bytes;
   config.stream = stream;

@@ -51,6 +51,7 @@ struct DecodeCall {
   int tile_rows, tiles;     // of query rows: 8 or 16, and how many for the longest sequence served here
   int rows;                 // of a unit's partial result: min(tile_rows, rows of the longest)
   int max_length;           // sequences with more queries are another kernel's
+  int max_keys;             // no sequence has more
 };
 struct Arguments : DecodeCall {
   Divisor by_group, by_block_size, by_heads;

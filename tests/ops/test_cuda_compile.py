@@ -38,10 +38,10 @@ def _flash_forward(head_dim: int, causal: bool, canonical: bool = False, paged: 
     return Kernel(name, flash_forward.SOURCE, defines, products, {2: 168, 3: 128}[variant.groups])
 
 
-def _linear(tile: linear.Tile, segmented: bool = False) -> Kernel:
-    defines = linear.defines_of(torch.bfloat16, tile.groups, tile.columns, tile.panels, segmented)
-    name = f"linear-{tile.groups}x{tile.columns}{'-segmented' if segmented else ''}"
-    return Kernel(name, linear.SOURCE, defines, products=4 * tile.panels)
+def _linear(tile: linear.Tile, segmented: bool = False, gated: bool = False) -> Kernel:
+    defines = linear.defines_of(torch.bfloat16, tile, segmented, gated)
+    name = f"linear-{tile.groups}x{tile.columns}{'-segmented' * segmented}{'-gated' * gated}"
+    return Kernel(name, linear.SOURCE, defines, products=4 * tile.panels * (2 if tile.groups > 2 else 1))
 
 
 def _grouped(kind: int, columns: int) -> Kernel:
@@ -63,6 +63,8 @@ KERNELS = (
     _paged_decode(64),
     _paged_decode(128),
     _linear(linear.SEGMENTED, segmented=True),
+    _linear(linear.Tile(2, 224, 1), gated=True),
+    _linear(linear.Tile(3, 224, 1), gated=True),
     _grouped(grouped_linear.FORWARD, 176),
     _grouped(grouped_linear.INPUT_GRADIENT, 256),
     _grouped(grouped_linear.WEIGHT_GRADIENT, 256),

@@ -57,6 +57,38 @@ def test_every_tile_has_the_bits_of_triton(n: int, k: int) -> None:
                 assert_same_bits(out, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("inner", "k"), [(3072, 1024), (1000, 576), (36, 64)])
+def test_a_gated_product_has_the_bits_of_its_two_operations(dtype: torch.dtype, inner: int, k: int) -> None:
+    from mainspring.ops.cuda.linear import GATED_TILES, launch
+    from mainspring.ops.linear_swiglu import two_operations
+
+    weight = random_tensor(1, 2 * inner, k, dtype=dtype, scale=0.3)
+    for m in (1, 40, 130, 200, 256):
+        x = random_tensor(m, m, k, dtype=dtype)
+        for bias in (None, random_tensor(2, 2 * inner, dtype=dtype)):
+            expected = two_operations(x, weight, bias, TRITON)
+            assert_same_bits(ops.linear_swiglu(x, weight, bias, policy=CUDA), expected)
+            for tile in GATED_TILES:
+                out = torch.full_like(expected, torch.nan)
+                launch(x, weight, bias, out, k, tile, gated=True)
+                assert_same_bits(out, expected)
+
+
+def test_a_gated_product_of_extreme_rows_and_of_strided_ones() -> None:
+    from mainspring.ops.linear_swiglu import two_operations
+
+    weight = random_tensor(1, 2 * 512, 256, dtype=torch.bfloat16, scale=0.3)
+    wide = random_tensor(0, 20, 512, dtype=torch.bfloat16)
+    x = wide[:, 128:384]
+    x[:5] *= 1000  # gates beyond exp's range on both sides
+    x[5], x[6, 3] = torch.inf, torch.nan
+    out, expected = ops.linear_swiglu(x, weight, policy=CUDA), two_operations(x, weight, None, TRITON)
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert expected[:5].isfinite().any()
+    assert_same_bits(out.nan_to_num(nan=0.0), expected.nan_to_num(nan=0.0))
+
+
 def test_strided_rows() -> None:
     wide = random_tensor(0, 20, 256, dtype=torch.bfloat16)
     weight = random_tensor(1, 40, 64, dtype=torch.bfloat16)

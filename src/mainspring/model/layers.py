@@ -42,6 +42,14 @@ class Linear(nn.Module):
         weight = self.weight if self.quantised is None else self.quantised
         return ops.linear(x, weight, self.bias, policy=self.policy)
 
+    @property
+    def may_be_fused(self) -> bool:
+        """Whether an operation that multiplies by the weight itself may stand for a call: nobody watches the module."""
+        watched = (
+            self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        )
+        return type(self) is Linear and self.quantised is None and not watched
+
 
 def adapted(layer: Linear, x: Tensor, adapters: LinearAdapters | None) -> Tensor:
     """layer(x) and what the tokens' LoRA adapters add to it, if there are any."""
@@ -150,7 +158,11 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, adapters: LinearAdapters | None = None) -> Tensor:
         """x: [T, hidden] -> [T, hidden]."""
-        inner = ops.swiglu(adapted(self.gate_up, x, adapters), policy=self.policy)
+        gate_up = self.gate_up
+        if adapters is None and isinstance(gate_up, Linear) and gate_up.may_be_fused:
+            inner = ops.linear_swiglu(x, gate_up.weight, gate_up.bias, policy=self.policy)
+        else:
+            inner = ops.swiglu(adapted(gate_up, x, adapters), policy=self.policy)
         return adapted(self.down, inner, adapters)
 
 

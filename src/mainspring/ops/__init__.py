@@ -10,6 +10,7 @@ from mainspring.ops.checks import check_block_tables
 from mainspring.ops.cross_entropy import cross_entropy
 from mainspring.ops.grouped_linear import grouped_linear
 from mainspring.ops.linear import linear
+from mainspring.ops.linear_swiglu import linear_swiglu
 from mainspring.ops.linear_tp_invariant import join_tp_partials, linear_tp_invariant, linear_tp_partial
 from mainspring.ops.log_probs import (
     linear_log_probs,
@@ -52,6 +53,7 @@ __all__ = [
     "linear",
     "linear_log_probs",
     "linear_log_probs_and_entropy",
+    "linear_swiglu",
     "linear_tp_invariant",
     "linear_tp_partial",
     "norm_rope_write_cache",

@@ -33,3 +33,4 @@ def build_for_serving(
         ]
     compiler.build_ahead(kernels)
     linear.build_ahead(dtype)
+    linear.build_ahead(dtype, gated=True)

@@ -46,8 +46,12 @@ TILES = (
     Tile(2, 256, 1), Tile(3, 224, 1), Tile(1, 16, 4), Tile(1, 24, 4), Tile(1, 32, 4), Tile(1, 48, 2), Tile(1, 64, 2),
     Tile(1, 96, 1), Tile(1, 128, 1), Tile(1, 192, 1), Tile(1, 224, 1), Tile(1, 256, 1),
 )  # fmt: skip
+# Above so many rows decoding is 1 % faster if the kernel behind may start at once (Llama-3.1-8B's shape, an H100).
+EARLY_ROWS = 192
 # Of the kernel whose blocks join the segments of K themselves: four sums of this size fit its registers.
 SEGMENTED = Tile(2, 96, 1)
+# Of those that take half their columns from the gate and half from the up projection.
+GATED_TILES = tuple(tile for tile in TILES if tile.columns % 16 == 0)
 
 
 def _cost(tile: Tile, m: int, n: int, chunk: int, chunks: int, processors: int) -> float:
@@ -65,8 +69,10 @@ def _cost(tile: Tile, m: int, n: int, chunk: int, chunks: int, processors: int) 
     return -(-blocks // processors) * (16 + max(arriving, rows * tile.columns / 60))
 
 
-def _best(m: int, n: int, chunk: int, chunks: int, processors: int) -> Tile | None:
+def _best(m: int, n: int, chunk: int, chunks: int, processors: int, gated: bool) -> Tile | None:
     def fits(tile: Tile) -> bool:
+        if gated and tile not in GATED_TILES:
+            return False
         if chunks > 1 and (chunk % (GROUP_ROWS * tile.panels) or tile.groups > 2):
             return False
         # Of tiles of one warpgroup only single waves were timed where rows are many.
@@ -78,43 +84,46 @@ def _best(m: int, n: int, chunk: int, chunks: int, processors: int) -> Tile | No
 
 
 @lru_cache(maxsize=4096)
-def choose_tile(m: int, n: int, k: int, chunk: int, processors: int) -> Tile | None:
-    """The tile with the least time, or None where Triton's kernel is faster."""
+def choose_tile(m: int, n: int, k: int, chunk: int, processors: int, gated: bool = False) -> Tile | None:
+    """The tile with the least time, or None where Triton's kernel is faster. gated: n counts gate's and up's rows."""
     chunks = -(-k // chunk)
-    tile = _best(m, n, chunk, chunks, processors) if chunks <= MAX_CHUNKS else None
+    tile = _best(m, n, chunk, chunks, processors, gated) if chunks <= MAX_CHUNKS else None
     if tile is None:
         return None
     blocks = -(-m // (GROUP_ROWS * tile.groups)) * -(-n // tile.columns) * chunks
     few = blocks <= processors or (m <= 1024 and blocks <= 2 * processors)
+    tile = replace(tile, late=m <= EARLY_ROWS)
     if chunks > 1:  # a cluster needs its multiprocessors side by side: halves of them are easier to find
         return replace(tile, blocks=2) if few else None
     return tile if m <= 4 * GROUP_ROWS or few else None
 
 
 def defines_of(
-    dtype: torch.dtype, groups: int, columns: int, panels: int, segmented: bool = False
+    dtype: torch.dtype, tile: Tile, segmented: bool = False, gated: bool = False
 ) -> compiler.Defines:
     shape = (
-        ("MAINSPRING_TYPE", TYPES[dtype]), ("MAINSPRING_GROUPS", groups), ("MAINSPRING_COLUMNS", columns),
-        ("MAINSPRING_PANELS", panels),
+        ("MAINSPRING_TYPE", TYPES[dtype]), ("MAINSPRING_GROUPS", tile.groups), ("MAINSPRING_COLUMNS", tile.columns),
+        ("MAINSPRING_PANELS", tile.panels),
     )  # fmt: skip
-    return (*shape, ("MAINSPRING_SEGMENTED", 1)) if segmented else shape
+    kinds = (("MAINSPRING_SEGMENTED", segmented), ("MAINSPRING_GATED", gated))
+    return (*shape, *((name, 1) for name, given in kinds if given))
 
 
-@lru_cache(maxsize=2)
-def build_ahead(dtype: torch.dtype) -> None:
-    """Starts compiling the table's tiles side by side, so that no later call waits long for one of them."""
-    tiles = {defines_of(dtype, t.groups, t.columns, t.panels) for t in TILES}
+@lru_cache(maxsize=4)
+def build_ahead(dtype: torch.dtype, gated: bool = False) -> None:
+    """Starts compiling a table's tiles side by side, so that no later call waits long for one of them."""
+    tiles = {defines_of(dtype, tile, gated=gated) for tile in (GATED_TILES if gated else TILES)}
     compiler.build_ahead((SOURCE, defines) for defines in sorted(tiles, key=repr))
 
 
 @lru_cache(maxsize=256)
 def _launcher(
-    dtype: torch.dtype, groups: int, columns: int, panels: int, segmented: bool
+    dtype: torch.dtype, groups: int, columns: int, panels: int, segmented: bool, gated: bool
 ) -> tuple[ctypes.CDLL, Any]:
     if not segmented:
-        build_ahead(dtype)
-    library = compiler.load(SOURCE, defines_of(dtype, groups, columns, panels, segmented))
+        build_ahead(dtype, gated)
+    defines = defines_of(dtype, Tile(groups, columns, panels), segmented, gated)
+    library = compiler.load(SOURCE, defines)
     function = library.mainspring_linear
     pointer, wide, word = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     function.argtypes = [pointer, wide, pointer, wide, pointer, pointer, *[word] * 10, pointer]
@@ -123,12 +132,22 @@ def _launcher(
 
 
 def launch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, chunk: int, tile: Tile, tree: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    chunk: int,
+    tile: Tile,
+    tree: bool = False,
+    gated: bool = False,
 ) -> None:
-    """One launch. x: [M, K], weight: [N, K], rows 16-byte aligned; out: [M, N], contiguous; on the current device."""
-    (m, k), n = x.shape, weight.shape[0]
+    """One launch. x: [M, K], weight: [N, K], rows 16-byte aligned; out: [M, N], contiguous; on the current device.
+
+    gated: weight: [2 N, K], and bias: [2 N], the gate's rows first.
+    """
+    (m, k), n = x.shape, out.shape[1]
     segmented = tree and tile == SEGMENTED
-    library, function = _launcher(x.dtype, tile.groups, tile.columns, tile.panels, segmented)
+    library, function = _launcher(x.dtype, tile.groups, tile.columns, tile.panels, segmented, gated)
     code = function(
         x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), None if bias is None else bias.data_ptr(),
         out.data_ptr(), m, n, k, chunk, tree, out.dtype == torch.float32, tile.stages, tile.blocks,
@@ -154,6 +173,29 @@ def linear(
     out = torch.empty((m, n), dtype=out_dtype, device=x.device)
     with on_device(x):
         launch(x, weight, None if bias is None else bias.contiguous(), out, chunk, tile)
+    return out
+
+
+def linear_swiglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """`swiglu(linear(x, weight, bias))` in one launch, with the bits of both; None where no tile serves it.
+
+    x: [M, K], weight: [2 I, K] and bias: [2 I] of bfloat16 or float16, the gate's rows first. -> [M, I]
+
+    Raises BackendError as `linear` does.
+    """
+    from mainspring.ops.triton.linear import check, k_chunk
+
+    check("linear_swiglu", x, weight, bias, None)
+    (m, k), n = x.shape, weight.shape[0]
+    chunk = k_chunk(n, k)
+    if m == 0 or n % 2 or chunk < k or not (aligned(x) and aligned(weight)):
+        return None
+    tile = choose_tile(m, n, k, chunk, multiprocessors(x.device), gated=True)
+    if tile is None:
+        return None
+    out = torch.empty((m, n // 2), dtype=x.dtype, device=x.device)
+    with on_device(x):
+        launch(x, weight, None if bias is None else bias.contiguous(), out, chunk, tile, gated=True)
     return out
 
 

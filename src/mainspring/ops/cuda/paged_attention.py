@@ -34,7 +34,7 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("scale", "cap_in", "cap_out")),
         *((name, ctypes.c_int) for name in ("window", "num_seqs", "tokens", "q_stride", "table_stride", "kv_heads")),
         *((name, ctypes.c_int) for name in ("group", "block_size", "cache_rows", "tile_rows", "tiles", "rows")),
-        ("max_length", ctypes.c_int),
+        *((name, ctypes.c_int) for name in ("max_length", "max_keys")),
     )  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def paged_decode(
         *(x.data_ptr() for x in (partial, tickets, cu_seqlens, context_lens, block_tables)),
         1.0 if cap else scale * LOG2_E, 2 * LOG2_E * scale / cap if cap else 0.0, cap * LOG2_E,
         window or 0, num_seqs, tokens, q.stride(0), block_tables.stride(0), kv_heads,
-        group, k_cache.shape[1], k_cache.shape[0] * k_cache.shape[1], tile_rows, tiles, rows, max_length,
+        group, k_cache.shape[1], k_cache.shape[0] * k_cache.shape[1], tile_rows, tiles, rows, max_length, max_context,
     )  # fmt: skip
     library = _library(d, q.dtype, fp8, defines)
     with on_device(q):
