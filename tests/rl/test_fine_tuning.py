@@ -56,7 +56,7 @@ def test_sft_does_not_depend_on_tokens_per_microbatch(tokens_per_microbatch: int
     samples = [pair.chosen for pair in sorting.pairs(12, 1)]
     models = [sorting.model(), sorting.model()]
     for model, tokens in zip(models, (ALL, tokens_per_microbatch), strict=True):
-        settings = SftSettings(6, tokens, max_steps=3, schedule=STEADY)
+        settings = SftSettings(6, tokens_per_microbatch=tokens, max_steps=3, schedule=STEADY)
         _exhaust(sft(model, Optimizer(model, SMOOTH), samples, settings))
     _weights_equal(models[0], models[1], atol=1e-6)
     assert (models[0].embedding - sorting.model().embedding).abs().max() > 1e-3
@@ -69,7 +69,9 @@ def test_dpo_does_not_depend_on_tokens_per_microbatch(tokens_per_microbatch: int
     models = [sorting.model(), sorting.model()]
     for model, tokens in zip(models, (ALL, tokens_per_microbatch), strict=True):
         reference = reference_log_probs(model, pairs, tokens, mean=mean)
-        settings = DpoSettings(6, tokens, max_steps=3, schedule=STEADY, mean_log_probs=mean)
+        settings = DpoSettings(
+            6, tokens_per_microbatch=tokens, max_steps=3, schedule=STEADY, mean_log_probs=mean
+        )
         _exhaust(dpo(model, Optimizer(model, SMOOTH), pairs, reference, settings))
     _weights_equal(models[0], models[1], atol=1e-6)
     assert (models[0].embedding - sorting.model().embedding).abs().max() > 1e-3
@@ -138,7 +140,7 @@ def test_a_bfloat16_model_learns_preferences() -> None:
     model = create_model(sorting.config(), dtype="bfloat16", numerics="fast")
     pairs = sorting.pairs(32, 11)
     reference = reference_log_probs(model, pairs)
-    settings = DpoSettings(16, 200, max_steps=30, schedule=STEADY)
+    settings = DpoSettings(16, tokens_per_microbatch=200, max_steps=30, schedule=STEADY)
     _exhaust(dpo(model, Optimizer(model, OptimizerSection(lr=1e-3)), pairs, reference, settings))
     assert judge(model, pairs, reference).margin > 2.0
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,81 +12,21 @@ from typer.testing import CliRunner
 
 from mainspring.cli.main import app
 from mainspring.errors import CheckpointError, ConfigError, MainspringError, RecipeError
-from mainspring.model.checkpoint import load_model, save_model
-from mainspring.model.initialise import create_model
+from mainspring.model.checkpoint import load_model
 from mainspring.rl.grpo import DAPO
-from mainspring.rl.recipe import RlRecipe, parse_rl_recipe
+from mainspring.rl.recipe import RlRecipe
 from mainspring.rl.run import RlResult, RlRun
 from mainspring.train.metrics import Progress
-from support.byte_tokenizer import byte_tokenizer
-from train.models import tiny_config
-
-RECIPE = """
-algorithm = "{algorithm}"
-output = "{folder}/out"
-[model]
-path = "{folder}/model"
-dtype = "float32"
-[data]
-train = "{folder}/train.jsonl"
-validation = "{folder}/held_out.jsonl"
-stop = ["\\n"]
-[reward]
-function = "rl.reward_functions:share_of_digits"
-[rollouts]
-prompts_per_step = 3
-group_size = 3
-max_tokens = 6
-[optimizer]
-lr = 1e-3
-[grpo]
-max_steps = 4
-mini_batches = 2
-[vapo]
-max_steps = 4
-warmup_steps = 1
-[sft]
-max_steps = 4
-prompts_per_step = 3
-[dpo]
-max_steps = 4
-prompts_per_step = 3
-[checkpoint]
-every = 2
-keep = 3
-"""
+from rl.small_runs import RECIPE, lines, prepare, recipe
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A random model of bytes, and files of prompts, answers and pairs."""
-    config = tiny_config(vocab_size=257, max_position_embeddings=64, eos_token_id=256, num_attention_heads=2)
-    save_model(create_model(config, seed=1), tmp_path / "model", tokenizer=byte_tokenizer())
-    for name, numbers in (("train", range(8)), ("held_out", range(8, 11))):
-        rows = [
-            {
-                "prompt": f"{i}+{i}=",
-                "reference": str(2 * i),
-                "answer": str(2 * i),
-                "chosen": "a",
-                "rejected": "b",
-            }
-            for i in numbers
-        ]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path
-
-
-def recipe(folder: Path, algorithm: str = "grpo", *overrides: str) -> RlRecipe:
-    return parse_rl_recipe(RECIPE.format(folder=folder, algorithm=algorithm), overrides=overrides)
+    return prepare(tmp_path)
 
 
 def run(settings: RlRecipe, **more: bool) -> RlResult:
     return RlRun(settings, show=Progress(silent=True), **more).run()
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("algorithm", ["sft", "dpo", "grpo", "gspo", "vapo"])
@@ -210,14 +148,3 @@ def test_the_command_trains_and_shows_what_was_written(folder: Path) -> None:
     assert none.output.strip() == ""
     missing = runner.invoke(app, ["rl", "view", str(folder / "nowhere")])
     assert isinstance(missing.exception, ConfigError)
-
-
-def test_ranks_of_torchrun_are_not_silently_runs_of_their_own(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = folder / "recipe.toml"
-    path.write_text(RECIPE.format(folder=folder, algorithm="grpo"))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused = CliRunner().invoke(app, ["rl", str(path)])
-    assert isinstance(refused.exception, ConfigError)
-    assert "2 ranks" in str(refused.exception)

@@ -116,7 +116,7 @@ def test_reward_training_begins_at_log_two_and_reports_what_it_optimises() -> No
     judge, pairs = _with_head("sequence"), sorting.pairs(8, 3)
     chosen = judge.scores([p.chosen.tokens for p in pairs]).tolist()
     rejected = judge.scores([p.rejected.tokens for p in pairs]).tolist()
-    settings = RewardModelSettings(8, 40, schedule=STEADY, margin=0.5)
+    settings = RewardModelSettings(8, tokens_per_microbatch=40, schedule=STEADY, margin=0.5)
     found = next(reward_model(judge, Optimizer(judge, OptimizerSection(lr=1e-3)), pairs, settings)).ranking
     differences = [c - r for c, r in zip(chosen, rejected, strict=True)]
     losses = [-math.log(oracles.sigmoid(d - 0.5)) for d in differences]
@@ -149,7 +149,7 @@ def test_reward_training_does_not_depend_on_the_cut_and_continues_to_the_bit() -
     ends: list[ValueModel] = []
     for stop_at, tokens in ((8, 10**6), (4, 10**6), (8, 60)):
         judge = _with_head("sequence")
-        settings = RewardModelSettings(6, tokens, max_steps=8)
+        settings = RewardModelSettings(6, tokens_per_microbatch=tokens, max_steps=8)
         # A large eps makes AdamW's step a smooth function of the gradient.
         optimizer = Optimizer(judge, OptimizerSection(lr=0.1, eps=1.0, weight_decay=0.0))
         deque(islice(reward_model(judge, optimizer, pairs, settings), stop_at), maxlen=0)

@@ -9,8 +9,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mainspring.errors import ConfigError
-
 _INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
 
@@ -42,23 +40,35 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: --set grpo.max_steps=100."),
     ] = None,
+    zero: Annotated[
+        int | None, typer.Option(help="ZeRO stage of the ranks that torchrun has started, 0 to 3.")
+    ] = None,
 ) -> None:
-    """Train by a recipe (the word `train` may be left out). Ctrl-C writes a checkpoint and stops."""
+    """Train by a recipe (the word `train` may be left out). Ctrl-C writes a checkpoint and stops.
+
+    GRPO and its relatives on several ranks: torchrun --nproc-per-node 2 -m mainspring rl RECIPE --zero 3.
+    """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in `mainspring train`; read when PyTorch is loaded
     if resume and restart:
         raise typer.BadParameter("--resume and --restart exclude each other")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            f"torchrun has started {os.environ['WORLD_SIZE']} ranks, but a recipe of post-training runs on one device; "
-            "for several ranks call grpo with rl.ranks.RankRollouts (docs/rl.md)"
-        )
     from mainspring.rl.recipe import load_rl_recipe
-    from mainspring.rl.run import RlRun
 
     overrides = list(set_ or [])
     if output is not None:
         overrides.append(f"output={str(output)!r}")
-    result = RlRun(load_rl_recipe(recipe, overrides), resume=resume, restart=restart).run()
+    if zero is not None:
+        overrides.append(f"parallel.zero={zero}")
+    settings = load_rl_recipe(recipe, overrides)
+    from mainspring.parallel.launch import joined
+    from mainspring.rl.run import RlRun
+    from mainspring.train.checkpoint import checkpoints
+    from mainspring.train.make_runner import Ranks
+
+    with joined(settings.model.device):
+        # torchrun --max-restarts starts the same command anew when a rank has died: then it continues.
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and not resume:
+            resume, restart = bool(checkpoints(Path(settings.output).expanduser())), False
+        result = RlRun(settings, resume=resume, restart=restart, ranks=Ranks.present()).run()
     if result.interrupted:
         raise typer.Exit(_INTERRUPTED)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,7 +40,16 @@ def read_groups(run: Path, step: int | None, mixed: bool) -> Iterator[GroupRecor
 
     Raises ConfigError if there is no such file, or a line (named) is not of it; the last one may be cut off.
     """
-    path = run / "rollouts.jsonl" if run.is_dir() else run
+    if not run.is_dir():
+        yield from _read_file(run, step, mixed)
+        return
+    # Of several ranks each has written its own, step by step.
+    paths = [run / "rollouts.jsonl", *sorted(run.glob("rollouts-*.jsonl"))]
+    files = [_read_file(path, step, mixed) for path in paths]
+    yield from heapq.merge(*files, key=lambda record: record.step)
+
+
+def _read_file(path: Path, step: int | None, mixed: bool) -> Iterator[GroupRecord]:
     decoder = msgspec.json.Decoder(GroupRecord)
     try:
         with path.open("rb") as file:

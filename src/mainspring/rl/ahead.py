@@ -1,7 +1,7 @@
 """One step off: while the trainer learns from a step's answers, the engine writes the next ones.
 
 It writes with a copy of the weights as they were when the step began, so what is learnt from is one version old. Its
-old log-probabilities are those of the weights that wrote it, and `GrpoSettings.importance_cap` makes up for the rest.
+old log-probabilities are those of the weights that wrote it, and `importance_cap` makes up for the rest.
 What is checked is the engine against its own copy: a sample of each step's answers goes through that copy's packed
 forward pass before the copy is overwritten.
 """

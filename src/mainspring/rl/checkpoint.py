@@ -5,6 +5,8 @@
     OUTPUT/step-00000100/adapter/    where adapters are trained: they alone (the weights above have them added in)
     OUTPUT/step-00000100/critic/     the value model and its optimizer's state, where there is one
 
+Ranks that run together write one such directory, and optimizer/rollouts-RANK.json beside the first rank's state.
+
 A checkpoint appears whole or not at all; names and links are those of pretraining's (`train.checkpoint`).
 """
 
@@ -42,7 +44,9 @@ class RlState:
     elapsed: float
     """Seconds of training so far, over all sittings."""
     rollouts: RolloutState
+    """This rank's, if there are several."""
     recipe: dict[str, Any]
+    ranks: int = 1
 
 
 def save_run(
@@ -71,32 +75,56 @@ def save_run(
             (partial / "critic" / "optimizer").mkdir()
             moments = critic.optimizer.state_tensors() | random_states(model.device)
             write_tensors(partial / "critic" / "optimizer", moments)
-        write_json(partial / "optimizer" / "state.json", {"version": _VERSION, **asdict(state)})
+        write_state(partial, state)
     publish(output, path, keep)
     return path
 
 
-def read_run_state(path: Path) -> RlState:
-    """The state of a checkpoint. Raises CheckpointError if it cannot be read, or is not a post-training run's."""
+def write_state(directory: Path, state: RlState) -> None:
+    """Into a checkpoint that is being written, whose optimizer/ is there."""
+    write_json(directory / "optimizer" / "state.json", {"version": _VERSION, **asdict(state)})
+
+
+def rollouts_file(directory: Path, rank: int) -> Path:
+    """Where a checkpoint has the rollouts' state of a rank other than the first."""
+    return directory / "optimizer" / f"rollouts-{rank}.json"
+
+
+def read_run_state(path: Path, ranks: int = 1, rank: int = 0) -> RlState:
+    """The state of a checkpoint, with the rollouts of this rank.
+
+    Raises CheckpointError if it cannot be read, is not a post-training run's, or was written by another number of
+    ranks.
+    """
     file = path / "optimizer" / "state.json"
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         version = record["version"]
         if version != _VERSION:
             raise CheckpointError(f"{file} has version {version}; this release reads version {_VERSION}")
-        carried = tuple(
-            tuple(Written(**_tuples(conversation)) for conversation in group)
-            for group in record["rollouts"]["carried"]
-        )
-        ahead = tuple(
-            tuple(Trajectory(**_tuples(answer)) for answer in group) for group in record["rollouts"]["ahead"]
-        )
-        rollouts = RolloutState(record["rollouts"]["position"], carried, ahead)
-        return RlState(record["step"], record["elapsed"], rollouts, record["recipe"])
+        wrote = record.get("ranks", 1)
+        if wrote != ranks:
+            raise CheckpointError(
+                f"{path} was written by {wrote} rank(s), each with its own place among the prompts; this run has "
+                f"{ranks}. Start as many, or begin a new run from the weights: --set model.path={str(path)!r}"
+            )
+        rollouts = record["rollouts"]
+        if rank:
+            file = rollouts_file(path, rank)
+            rollouts = json.loads(file.read_text(encoding="utf-8"))
+        return RlState(record["step"], record["elapsed"], _rollouts(rollouts), record["recipe"], wrote)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"cannot read the state of a post-training run from {file}: {type(error).__name__}: {error}"
         ) from error
+
+
+def _rollouts(record: dict[str, Any]) -> RolloutState:
+    carried = tuple(
+        tuple(Written(**_tuples(conversation)) for conversation in group) for group in record["carried"]
+    )
+    ahead = tuple(tuple(Trajectory(**_tuples(answer)) for answer in group) for group in record["ahead"])
+    return RolloutState(record["position"], carried, ahead)
 
 
 def load_run_optimizers(path: Path, optimizer: Optimizer, critic: Critic | None, model: Decoder) -> None:

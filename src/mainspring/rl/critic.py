@@ -13,7 +13,7 @@ from mainspring.rl.math import kl
 from mainspring.rl.math.advantages import whitened
 from mainspring.rl.math.aggregation import mean_over_tokens
 from mainspring.rl.math.value_loss import clipped_value_loss
-from mainspring.rl.samples import cut, written_log_probs
+from mainspring.rl.samples import cut, scored_log_probs
 from mainspring.rl.trajectories import Packed, Trajectory, pack
 from mainspring.rl.value_model import ValueModel
 from mainspring.train.optimizer import Optimizer
@@ -38,19 +38,23 @@ class Experience:
     values: Tensor  # before the step
     advantages: Tensor
     returns: Tensor  # what the critic learns
+    nearby_log_probs: Tensor | None = (
+        None  # of the weights at the step's beginning, where others may have written
+    )
 
     def select(self, chosen: Sequence[int]) -> Experience:
         """A mini-batch of them."""
-        lengths = self.batch.lengths.tolist()
-
-        def pick(per_token: Tensor) -> Tensor:
-            pieces = per_token.split(lengths)
-            return torch.cat([pieces[i] for i in chosen])
-
         answers = tuple(self.answers[i] for i in chosen)
-        reference = None if self.reference_log_probs is None else pick(self.reference_log_probs)
-        rest = (pick(t) for t in (self.rewards, self.values, self.advantages, self.returns))
-        return Experience(answers, pack(answers, self.values.device), reference, *rest)
+        reference, nearby = (
+            None if known is None else self.batch.pick(known, chosen)
+            for known in (self.reference_log_probs, self.nearby_log_probs)
+        )
+        rewards, values, advantages, returns = (
+            self.batch.pick(known, chosen)
+            for known in (self.rewards, self.values, self.advantages, self.returns)
+        )
+        batch = pack(answers, self.values.device)
+        return Experience(answers, batch, reference, rewards, values, advantages, returns, nearby)
 
 
 Estimate = Callable[[Packed, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -82,7 +86,7 @@ def judged(
     rewards = torch.zeros_like(values).index_put((batch.last,), batch.rewards)
     log_probs: Tensor | None = None
     if reference is not None:
-        log_probs = torch.cat([written_log_probs(reference, piece, temperature)[0] for piece in pieces])
+        log_probs = scored_log_probs(reference, batch.samples, temperature, tokens_per_microbatch)
         rewards = rewards - kl_reward * kl.k1(batch.old_log_probs, log_probs)
     advantages, returns = estimate(batch, rewards, values)
     if whiten:

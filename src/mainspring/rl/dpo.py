@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,26 +24,17 @@ from mainspring.model.decoder import Decoder
 from mainspring.rl.math.preferences import dpo_loss
 from mainspring.rl.math.segments import sequence_sums
 from mainspring.rl.samples import Pair, cut, drawn, written_log_probs
+from mainspring.rl.step_settings import SampleSettings
 from mainspring.train.optimizer import Optimizer
-from mainspring.train.recipe import ScheduleSection
-from mainspring.train.schedule import learning_rate_factor
 
 PreferenceLoss = Callable[[Tensor], Tensor]
 """Margins [N] -> losses [N]; see `math.preferences`."""
 
 
 @dataclass(frozen=True)
-class DpoSettings:
+class DpoSettings(SampleSettings):
     """How a run steps. A prompt brings one pair: the group is two answers."""
 
-    prompts_per_step: int = 32
-    tokens_per_microbatch: int = 8192
-    """Of both answers with their prompts. It decides memory and speed, not the result."""
-    max_steps: int = 1000
-    """The learning rate's schedule ends here, and so does the run."""
-    schedule: ScheduleSection = field(default_factory=ScheduleSection)
-    clip_norm: float = 1.0
-    seed: int = 0
     mean_log_probs: bool = False
     """An answer counts by its mean, not its sum, as IPO's authors advise for answers of unequal lengths."""
 
@@ -103,8 +94,7 @@ def dpo(
             rewards.append(log_ratios.detach())
             losses.append(pair_losses.detach())
         judged = _preference(torch.cat(rewards), torch.cat(losses))
-        done = (step + 0.5) / settings.max_steps
-        grad_norm = optimizer.step(learning_rate_factor(settings.schedule, done), settings.clip_norm)
+        grad_norm = optimizer.step(settings.lr_factor(step), settings.clip_norm)
         if not (math.isfinite(judged.loss) and math.isfinite(grad_norm)):
             raise MainspringError(
                 f"step {step + 1}: the loss is {judged.loss} and the gradient's norm {grad_norm}; "

@@ -15,9 +15,11 @@ class Drawn:
 
     groups: list[Group]
     reward: float
-    """Mean over all answers that were drawn."""
+    """Mean over all answers that were drawn, learnt from or not; of so many:"""
+    answers: int
     teaching: float
-    """Share of the groups drawn whose rewards are not all equal."""
+    """Share of the groups drawn whose rewards are not all equal; of so many:"""
+    asked: int
     dropped: int
     """Answers without a reward."""
     seconds: float
@@ -57,7 +59,9 @@ def draw(rollouts: Rollouts, step: int, *, max_rounds: int | None) -> Drawn:
     return Drawn(
         groups=found[:wanted],
         reward=mean,
+        answers=len(rewards),
         teaching=taught / drawn,
+        asked=drawn,
         dropped=sum(report.dropped for report in reports),
         seconds=sum(report.seconds for report in reports),
         reward_seconds=sum(report.reward_seconds for report in reports),

@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from mainspring.errors import ConfigError
@@ -46,40 +45,24 @@ from mainspring.rl.policy_update import (
     total,
 )
 from mainspring.rl.rollouts import Rollouts
-from mainspring.rl.samples import PolicyModel, cut, written_log_probs
+from mainspring.rl.samples import PolicyModel, scored_log_probs
+from mainspring.rl.step_settings import PolicySettings
 from mainspring.rl.trajectories import Packed, pack
-from mainspring.train.recipe import ScheduleSection
-from mainspring.train.schedule import learning_rate_factor
 
 _KL = {"k1": kl.k1, "k2": kl.k2, "k3": kl.k3, "k3_with_k2_gradient": kl.k3_with_k2_gradient}
 
 
 @dataclass(frozen=True, kw_only=True)
-class GrpoSettings:
-    """How a run steps; how much is written in a step is `RolloutSettings`' affair."""
+class GrpoSettings(PolicySettings):
+    """How a run steps."""
 
-    max_steps: int = 1000
-    """The learning rate's schedule ends here, and so does the run."""
-    tokens_per_microbatch: int = 8192
-    """Of prompts and answers together. It decides memory and speed, not the result."""
-    epochs: int = 1
-    mini_batches: int = 1
-    """Of an epoch; the optimizer takes a step for each."""
-    schedule: ScheduleSection = field(default_factory=ScheduleSection)
-    clip_norm: float = 1.0
-    seed: int = 0
     divide_by_std: bool = True
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float | None = None
     ratio: Literal["token", "sequence"] = "token"
     """Of which probabilities the clipped ratio is: a token's, or (GSPO) a whole answer's, to the 1 / length."""
     loss_mean: Literal["sequences", "tokens", "constant"] = "sequences"
     """All answers weigh the same, or all tokens, or (Dr. GRPO) tokens over the budget of tokens."""
-    kl_loss: float = 0.0
-    """β of the KL to the reference as a term of the loss."""
     kl_estimator: Literal["k1", "k2", "k3", "k3_with_k2_gradient"] = "k3"
-    entropy_bonus: float = 0.0
+    """Of the KL whose weight is `kl_loss`."""
     dynamic_sampling: bool = False
     """Groups whose rewards are all equal teach nothing: ask further prompts until the step has its groups."""
     max_rounds: int = 10
@@ -87,13 +70,6 @@ class GrpoSettings:
     overlong_buffer: int = 0
     """The last so many tokens of the budget cost an answer up to `overlong_penalty`; 0 turns this off."""
     overlong_penalty: float = 1.0
-    lockstep_check: Literal["first", "all"] = "first"
-    """Hold the first mini-batch's log-probabilities against the engine's, or all of a step's before any update."""
-    importance_cap: float | None = None
-    """Where answers are of older weights or other numerics: clip the ratio to the weights at the step's beginning, and
-    weigh each token by their probability over the writers', at most this. Costs a forward pass."""
-    carried_checks: int = 4
-    """Unfinished conversations that are checked in each step, while the weights that wrote them are there."""
 
 
 DR_GRPO = GrpoSettings(divide_by_std=False, loss_mean="constant")
@@ -132,13 +108,18 @@ def grpo(
         advantages = _advantages(
             batch, [len(g) for g in drawn.groups], rollouts.settings.max_tokens, settings
         )
-        anchors = None if reference is None else _log_probs(reference, batch, rollouts, tokens_per_microbatch)
-        capped = settings.importance_cap is not None
-        nearby = _log_probs(check.whole, batch, rollouts, tokens_per_microbatch) if capped else None
+        scored = partial(
+            scored_log_probs,
+            samples=batch.samples,
+            temperature=rollouts.temperature,
+            tokens_per_microbatch=tokens_per_microbatch,
+        )
+        anchors = None if reference is None else scored(reference)
+        nearby = None if settings.importance_cap is None else scored(check.whole)
         check.begin()
-        scored = rollouts.carried()[: settings.carried_checks]
-        scored += answers if settings.lockstep_check == "all" else []
-        check.score(scored, tokens_per_microbatch)
+        checked = rollouts.carried()[: settings.carried_checks]
+        checked += answers if settings.lockstep_check == "all" else []
+        check.score(checked, tokens_per_microbatch)
         totals: dict[str, float] = {}
         parts = mini_batches(len(answers), settings.mini_batches, settings.epochs, (settings.seed, step))
         for number, chosen in enumerate(parts):
@@ -149,7 +130,7 @@ def grpo(
                 num_tokens,
                 num_answers,
                 advantages[chosen],
-                *(None if one is None else torch.cat([one[i] for i in chosen]) for one in (anchors, nearby)),
+                *(None if one is None else batch.pick(one, chosen) for one in (anchors, nearby)),
             )
             sums = policy_gradient(
                 model,
@@ -161,11 +142,11 @@ def grpo(
                 observe=check if number == 0 else None,  # later the weights are not those that wrote
                 group=group,
             )
-            factor = learning_rate_factor(settings.schedule, (step + 0.5) / settings.max_steps)
-            sums["grad_norm"] = optimizer.step(factor, settings.clip_norm)
+            sums["grad_norm"] = optimizer.step(settings.lr_factor(step), settings.clip_norm)
             add_sums(totals, sums, num_tokens, step)
         rollouts.take_weights(step + 1)
-        yield grpo_metrics(step, drawn, batch, advantages, anchors, totals, check, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        yield grpo_metrics(step, drawn, batch, advantages, anchors, totals, check, seconds, group)
 
 
 def _advantages(batch: Packed, sizes: Sequence[int], max_tokens: int, settings: GrpoSettings) -> Tensor:
@@ -222,21 +203,10 @@ def _loss(
     return share, {"clipped": clipped.sum(), "entropy": micro.entropy.sum(), "kl_old": moved.sum()}
 
 
-@torch.no_grad()
-def _log_probs(model: Decoder, batch: Packed, rollouts: Rollouts, tokens_per_microbatch: int) -> list[Tensor]:
-    """Of each answer's written tokens."""
-    found: list[Tensor] = []
-    for run in cut([len(sample.tokens) for sample in batch.samples], tokens_per_microbatch):
-        samples = batch.samples[run.start : run.stop]
-        log_probs, counts = written_log_probs(model, samples, rollouts.temperature)
-        found += log_probs.split(counts.tolist())
-    return found
-
-
 def _check(settings: GrpoSettings, rollouts: Rollouts, reference: Decoder | None) -> None:
-    for name in ("epochs", "mini_batches", "max_steps", "max_rounds", "tokens_per_microbatch"):
-        if getattr(settings, name) < 1:
-            raise ConfigError(f"{name} = {getattr(settings, name)} must be at least 1")
+    settings.check()
+    if settings.max_rounds < 1:
+        raise ConfigError(f"max_rounds = {settings.max_rounds} must be at least 1")
     if rollouts.settings.group_size < 2:
         raise ConfigError(
             f"group_size = {rollouts.settings.group_size}: an answer is compared with its group; take at least 2"

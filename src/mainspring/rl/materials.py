@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mainspring.errors import ConfigError
+from mainspring.formats.model_config import ModelConfig
 from mainspring.formats.tokenizer import Tokenizer
-from mainspring.model.decoder import Decoder
 from mainspring.rl.environment import Environment
 from mainspring.rl.gym import gym_prompts
 from mainspring.rl.prompts import Prompt, Texts
@@ -22,9 +22,9 @@ from mainspring.rl.sample_files import TokenRules, read_prompts
 _SEEDS_APART = 1_000_003  # entry i of seed s is entry 0 of seed s + i
 
 
-def texts_of(tokenizer: Tokenizer, model: Decoder, data: DataSection) -> Texts:
+def texts_of(tokenizer: Tokenizer, config: ModelConfig, data: DataSection) -> Texts:
     """Raises ConfigError for a stop that is not exactly one token."""
-    ends = [*model.config.eos_token_ids, *tokenizer.eos_token_ids]
+    ends = [*config.eos_token_ids, *tokenizer.eos_token_ids]
     for stop in data.stop:
         tokens = tokenizer.encode(stop, add_special_tokens=False)
         if len(tokens) != 1:

@@ -10,8 +10,8 @@ from mainspring.rl.trajectories import Group
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyMetrics:
-    """Of one step. What the optimizer's steps see is averaged over them. Over ranks, what comes of the update (loss,
-    entropy, clip_fraction, kl_old, grad_norm) is of all answers, the rest of the rank's own."""
+    """Of one step. What the optimizer's steps see is averaged over them. Over ranks numbers are of all ranks' answers,
+    seconds the slowest's; `groups` and `advantages` are the rank's own."""
 
     step: int
     reward: float

@@ -114,9 +114,8 @@ def policy_gradient(
             sums[name] = (
                 sums.get(name, torch.zeros((), dtype=torch.float64, device=value.device)) + value.detach()
             )
-    for _ in range(
-        most(len(runs), group, model.device) - len(runs)
-    ):  # another rank has more: take part with nothing
+    passes = int(most([len(runs)], group, model.device)[0])
+    for _ in range(passes - len(runs)):  # another rank has more: take part with nothing
         log_probs, _, _ = written_log_probs_and_entropy(model, packed.samples[:1], temperature)
         (log_probs.sum() * 0).backward()
         optimizer.accumulate()
@@ -132,9 +131,13 @@ def total(values: Sequence[float], group: Group, device: torch.device) -> list[f
     return summed
 
 
-def most(value: int, group: Group, device: torch.device) -> int:
-    """The largest over the ranks of a group."""
-    return int(all_reduce_max(torch.tensor(value, device=device), group)) if group.size > 1 else value
+def most(values: Sequence[float], group: Group, device: torch.device) -> list[float]:
+    """Each value's largest over the ranks of a group."""
+    if group.size == 1:
+        return list(values)
+    largest = all_reduce_max(torch.tensor(values, dtype=torch.float64, device=device), group)
+    found: list[float] = largest.tolist()
+    return found
 
 
 def add_sums(totals: dict[str, float], sums: Mapping[str, float], num_tokens: int, step: int) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -28,52 +28,31 @@ from mainspring.rl.lockstep import LockstepCheck
 from mainspring.rl.math import kl
 from mainspring.rl.math.advantages import gae
 from mainspring.rl.math.aggregation import mean_over_sequences, mean_over_tokens
-from mainspring.rl.math.policy_loss import clipped_policy_loss
+from mainspring.rl.math.policy_loss import clipped_policy_loss, truncated_importance_weights
 from mainspring.rl.policy_update import MicroBatch, add_sums, mini_batches, policy_gradient
 from mainspring.rl.ppo_metrics import PpoMetrics, ppo_metrics
 from mainspring.rl.rollouts import Rollouts
+from mainspring.rl.samples import scored_log_probs
+from mainspring.rl.step_settings import PolicySettings
 from mainspring.rl.trajectories import Packed
 from mainspring.train.optimizer import Optimizer
-from mainspring.train.recipe import ScheduleSection
-from mainspring.train.schedule import learning_rate_factor
 
 
 @dataclass(frozen=True, kw_only=True)
-class PpoSettings:
-    """How a run steps; how much is written in a step is `RolloutSettings`' affair."""
+class PpoSettings(PolicySettings):
+    """How a run steps; policy and critic each take one step of their optimizer for every mini-batch."""
 
-    max_steps: int = 1000
-    """The learning rates' schedules end here, and so does the run."""
-    tokens_per_microbatch: int = 8192
-    """Of prompts and answers together. It decides memory and speed, not the result."""
-    epochs: int = 1
-    mini_batches: int = 1
-    """Of an epoch: policy and critic each take one step of their optimizer for every mini-batch."""
-    schedule: ScheduleSection = field(default_factory=ScheduleSection)
-    clip_norm: float = 1.0
-    seed: int = 0
     gamma: float = 1.0
     lam: float = 0.95
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float | None = None
     value_clip: float | None = 0.5
     whiten: bool = True
     """Advantages of a step get mean 0 and variance 1."""
     loss_mean: Literal["sequences", "tokens"] = "sequences"
     """Whether all answers weigh the same in the policy's loss, or all tokens."""
-    entropy_bonus: float = 0.0
     kl_reward: float = 0.0
     """β of a penalty β (log π_old − log π_ref) on each token's reward (Ouyang et al., arXiv 2203.02155, eq. 2)."""
-    kl_loss: float = 0.0
-    """β of the KL to the reference as a term of the loss."""
     warmup_steps: int = 0
     """First steps in which only the critic learns. The policy's schedule begins after them."""
-    lockstep_check: Literal["first", "all"] = "first"
-    """Hold the first mini-batch's log-probabilities against the engine's, or all of a step's before any update."""
-    carried_checks: int = 4
-    """Unfinished conversations that are checked in each step, while the weights that wrote them are there; and
-    answers, where the policy stays and computes no log-probabilities of its own."""
 
 
 PolicyLoss = Callable[[Experience, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
@@ -118,14 +97,17 @@ def ppo(
             whiten=settings.whiten,
             tokens_per_microbatch=tokens_per_microbatch,
         )
+        policy_learns = step >= settings.warmup_steps
+        if settings.importance_cap is not None and policy_learns:
+            samples = experience.batch.samples
+            nearby = scored_log_probs(model, samples, rollouts.temperature, tokens_per_microbatch)
+            experience = replace(experience, nearby_log_probs=nearby)
         check.begin()
         check.score(rollouts.carried()[: settings.carried_checks], tokens_per_microbatch)
-        policy_learns = step >= settings.warmup_steps
         if settings.lockstep_check == "all":
             check.score(answers, tokens_per_microbatch)
         elif not policy_learns:
             check.score(answers[: settings.carried_checks], tokens_per_microbatch)
-        value_factor, policy_factor = _learning_rates(settings, step)
         totals: dict[str, float] = {}
         parts = mini_batches(len(answers), settings.mini_batches, settings.epochs, (settings.seed, step))
         for number, chosen in enumerate(parts):
@@ -134,7 +116,7 @@ def ppo(
                 critic,
                 mini,
                 clip=settings.value_clip,
-                lr_factor=value_factor,
+                lr_factor=settings.lr_factor(step),
                 clip_norm=clip_norm,
                 tokens_per_microbatch=tokens_per_microbatch,
             )
@@ -148,7 +130,7 @@ def ppo(
                     temperature=rollouts.temperature,
                     observe=check if number == 0 else None,  # later the weights are not those that wrote
                 )
-                sums["grad_norm"] = optimizer.step(policy_factor, clip_norm)
+                sums["grad_norm"] = optimizer.step(settings.lr_factor(step, settings.warmup_steps), clip_norm)
             add_sums(totals, sums, mini.batch.num_tokens, step)
         rollouts.take_weights(step + 1)
         seconds = time.monotonic() - began
@@ -169,13 +151,17 @@ def clipped_loss(settings: PpoSettings) -> PolicyLoss:
     """The clipped surrogate, and what the settings add to it."""
 
     def loss(mini: Experience, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        nearby = mini.nearby_log_probs
+        old = micro.old_log_probs if nearby is None else nearby[micro.tokens]
         losses, clipped = clipped_policy_loss(
-            micro.log_probs - micro.old_log_probs,
+            micro.log_probs - old,
             mini.advantages[micro.tokens],
             clip_low=settings.clip_low,
             clip_high=settings.clip_high,
             dual_clip=settings.dual_clip,
         )
+        if settings.importance_cap is not None:
+            losses = losses * truncated_importance_weights(old - micro.old_log_probs, settings.importance_cap)
         if settings.entropy_bonus:
             losses = losses - settings.entropy_bonus * micro.entropy
         if settings.kl_loss and mini.reference_log_probs is not None:
@@ -191,18 +177,8 @@ def clipped_loss(settings: PpoSettings) -> PolicyLoss:
     return loss
 
 
-def _learning_rates(settings: PpoSettings, step: int) -> tuple[float, float]:
-    """(the critic's factor, the policy's): the policy's schedule spans the steps in which it learns."""
-    stays = settings.warmup_steps
-    own = max(0.0, (step - stays + 0.5) / (settings.max_steps - stays))
-    whole = (step + 0.5) / settings.max_steps
-    return learning_rate_factor(settings.schedule, whole), learning_rate_factor(settings.schedule, own)
-
-
 def _check(settings: PpoSettings, reference: Decoder | None) -> None:
-    for name in ("epochs", "mini_batches", "max_steps", "tokens_per_microbatch"):
-        if getattr(settings, name) < 1:
-            raise ConfigError(f"{name} = {getattr(settings, name)} must be at least 1")
+    settings.check()
     if not 0 <= settings.warmup_steps < settings.max_steps:
         raise ConfigError(
             f"warmup_steps = {settings.warmup_steps} must be at least 0 and below max_steps = {settings.max_steps}; "

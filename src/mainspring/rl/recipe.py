@@ -26,6 +26,7 @@ from mainspring.train.recipe_file import build_table, parse_toml
 
 Algorithm = Literal["sft", "dpo", "reward_model", "grpo", "dr_grpo", "dapo", "gspo", "ppo", "vc_ppo", "vapo"]
 
+GRPO_FAMILY = ("grpo", "dr_grpo", "dapo", "gspo")
 _PRESETS = {"dr_grpo": DR_GRPO, "dapo": DAPO, "gspo": GSPO}
 
 
@@ -97,6 +98,14 @@ class EngineSection:
 
 
 @dataclass(frozen=True)
+class RanksSection:
+    """Where torchrun has started several ranks, which are then data-parallel."""
+
+    zero: Literal[0, 1, 2, 3] = 0
+    """What they share instead of each having all: 1 the optimizer's state, 2 the gradients too, 3 the weights too."""
+
+
+@dataclass(frozen=True)
 class ValidationSection:
     """Answers to held-out prompts."""
 
@@ -122,6 +131,7 @@ class RlRecipe:
     """With a rank above 0 adapters are trained instead of the weights."""
     rollouts: RolloutSettings = field(default_factory=RolloutSettings)
     engine: EngineSection = EngineSection()
+    parallel: RanksSection = RanksSection()
     optimizer: OptimizerSection = field(default_factory=lambda: OptimizerSection(lr=1e-6, weight_decay=0.0))
     critic: OptimizerSection = field(default_factory=lambda: OptimizerSection(lr=1e-5, weight_decay=0.0))
     sft: SftSettings = field(default_factory=SftSettings)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,24 +23,15 @@ from mainspring.errors import ConfigError, MainspringError
 from mainspring.rl.math.preferences import bradley_terry_loss
 from mainspring.rl.rewards import Completion
 from mainspring.rl.samples import Pair, cut, drawn
+from mainspring.rl.step_settings import SampleSettings
 from mainspring.rl.value_model import ValueModel
 from mainspring.train.optimizer import Optimizer
-from mainspring.train.recipe import ScheduleSection
-from mainspring.train.schedule import learning_rate_factor
 
 
 @dataclass(frozen=True)
-class RewardModelSettings:
+class RewardModelSettings(SampleSettings):
     """How a run steps. A prompt brings one pair."""
 
-    prompts_per_step: int = 32
-    tokens_per_microbatch: int = 8192
-    """Of both answers with their prompts. It decides memory and speed, not the result."""
-    max_steps: int = 1000
-    """The learning rate's schedule ends here, and so does the run."""
-    schedule: ScheduleSection = field(default_factory=ScheduleSection)
-    clip_norm: float = 1.0
-    seed: int = 0
     margin: float = 0.0
     """By how much the chosen answer's score must be above the other's."""
 
@@ -89,8 +80,7 @@ def reward_model(
             optimizer.accumulate()
             differences.append((scores[:, 0] - scores[:, 1]).detach())
         ranking = _ranking(torch.cat(differences), settings.margin)
-        done = (step + 0.5) / settings.max_steps
-        grad_norm = optimizer.step(learning_rate_factor(settings.schedule, done), settings.clip_norm)
+        grad_norm = optimizer.step(settings.lr_factor(step), settings.clip_norm)
         if not (math.isfinite(ranking.loss) and math.isfinite(grad_norm)):
             raise MainspringError(
                 f"step {step + 1}: the loss is {ranking.loss} and the gradient's norm {grad_norm}; "

@@ -198,12 +198,14 @@ class Rollouts:
     ) -> list[Group]:
         """Answers to other prompts, held-out ones for instance, and their rewards; the stream of prompts stays.
 
-        temperature: None as in training; 0 takes the likeliest token. A trajectory's `prompt` counts within `prompts`.
+        Over ranks each answers its share. temperature: None as in training; 0 takes the likeliest token. A trajectory's
+        `prompt` counts within `prompts`.
         """
         sampling = replace_temperature(self._sampling, temperature)
+        rank, ranks = self._share
         groups = [
             [self._begin(i, p, _seed("validation", seed, i, member)) for member in range(samples)]
-            for i, p in enumerate(prompts)
+            for i, p in list(enumerate(prompts))[rank::ranks]
         ]
         self._write([c for group in groups for c in group], sampling, sliced=False)
         if self.settings.free_cache:

@@ -3,13 +3,15 @@
 OUTPUT/metrics.jsonl    one line a step: rewards, losses, max |delta log-prob|, tokens per second of each phase
 OUTPUT/rollouts.jsonl   every group: the prompt, its answers, their rewards and advantages (`mainspring rl view`)
 OUTPUT/step-N           checkpoints (`rl.checkpoint`)
+
+Over several ranks (`rl.rank_learner`) each makes an `RlRun`; the first writes metrics.jsonl, every one its groups.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,28 +22,25 @@ import torch
 from mainspring.engine.config import EngineConfig
 from mainspring.engine.sampling_params import SamplingParams
 from mainspring.errors import CheckpointError, ConfigError
+from mainspring.formats.model_config import ModelConfig
 from mainspring.formats.named_models import resolve
 from mainspring.formats.tokenizer import Tokenizer
 from mainspring.model.checkpoint import load_model
 from mainspring.model.decoder import Decoder
+from mainspring.parallel.launch import local_rank
 from mainspring.rl import materials
 from mainspring.rl.ahead import RolloutsAhead
-from mainspring.rl.checkpoint import (
-    ADAPTER,
-    RlState,
-    load_critic,
-    load_run_optimizers,
-    read_run_state,
-    save_run,
-)
-from mainspring.rl.critic import Critic
+from mainspring.rl.checkpoint import RlState, read_run_state
 from mainspring.rl.dpo import DpoMetrics, DpoSettings, dpo, judge, reference_log_probs
 from mainspring.rl.grpo import grpo
-from mainspring.rl.lora import LoraDecoder
+from mainspring.rl.learner import DeviceLearner, Learner
 from mainspring.rl.policy_metrics import PolicyMetrics
+from mainspring.rl.policy_update import most, total
 from mainspring.rl.ppo import ppo
 from mainspring.rl.prompts import Prompt, Texts
-from mainspring.rl.recipe import RlRecipe, rl_recipe_to_dict
+from mainspring.rl.rank_learner import RankLearner
+from mainspring.rl.ranks import RankRollouts
+from mainspring.rl.recipe import GRPO_FAMILY, RlRecipe, rl_recipe_to_dict
 from mainspring.rl.reward_model import ModelRewards, RewardModelMetrics, rank, reward_model
 from mainspring.rl.rewards import RewardWorker
 from mainspring.rl.rollouts import Rollouts, RolloutState
@@ -54,8 +53,8 @@ from mainspring.rl.vapo import vapo
 from mainspring.rl.vc_ppo import vc_ppo
 from mainspring.train.checkpoint import choose_start
 from mainspring.train.interrupt import StopRequest
+from mainspring.train.make_runner import Ranks
 from mainspring.train.metrics import MetricsFile, Progress
-from mainspring.train.optimizer import Optimizer
 from mainspring.train.runner import usable_device
 
 Metrics = SftMetrics | DpoMetrics | RewardModelMetrics | PolicyMetrics
@@ -76,7 +75,13 @@ class RlRun:
     """One sitting of a run. `run` trains to the end, or until Ctrl-C, and leaves a checkpoint either way."""
 
     def __init__(
-        self, recipe: RlRecipe, *, resume: bool = False, restart: bool = False, show: Progress | None = None
+        self,
+        recipe: RlRecipe,
+        *,
+        resume: bool = False,
+        restart: bool = False,
+        show: Progress | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """Reads data and model, builds engine and optimizer.
 
@@ -85,50 +90,58 @@ class RlRun:
         a tokenizer and a checkpoint raises.
         """
         self._recipe = recipe
-        self._show = show or Progress()
+        self._ranks = ranks or Ranks.alone()
+        self._show = show or Progress(silent=not self._ranks.speaks)
         self._output = Path(recipe.output).expanduser()
         self._resources = ExitStack()
         if recipe.model.threads is not None:
             torch.set_num_threads(recipe.model.threads)
-        device = usable_device(recipe.model.device)
-        start = choose_start(self._output, resume, restart)
-        state = None if start is None else read_run_state(start)
-        if state is not None and state.recipe["algorithm"] != recipe.algorithm:
-            raise CheckpointError(
-                f"{start} was written by algorithm = {state.recipe['algorithm']!r}, not {recipe.algorithm!r}; "
-                "set another output, or start anew with --restart"
-            )
-        # Adapters belong to the weights that the recipe names; else a checkpoint has the weights themselves.
-        source = recipe.model.path if start is None or recipe.lora.rank else start
-        directory = resolve(source, recipe.model.dtype).path
+        world, number = self._ranks.world, self._ranks.rank
+        own = local_rank() if world > 1 and recipe.model.device == "cuda" else None
+        self._device = usable_device(recipe.model.device, own)
+        with (
+            self._ranks.first_alone()
+        ):  # deletes what was there, converts a GGUF; the others then find all done
+            start = choose_start(self._output, resume, restart and self._ranks.speaks)
+            state = None if start is None else read_run_state(start, world, number)
+            if state is not None and state.recipe["algorithm"] != recipe.algorithm:
+                raise CheckpointError(
+                    f"{start} was written by algorithm = {state.recipe['algorithm']!r}, not {recipe.algorithm!r}; "
+                    "set another output, or start anew with --restart"
+                )
+            # Adapters belong to the weights that the recipe names; else a checkpoint has the weights themselves.
+            source = recipe.model.path if start is None or recipe.lora.rank else start
+            directory = resolve(source, recipe.model.dtype).path
         self._tokenizer = Tokenizer.from_directory(directory)
-        self._model = _load(recipe, directory, device, start)
-        self._texts = materials.texts_of(self._tokenizer, self._model, recipe.data)
+        self._learner: Learner
+        if world > 1:
+            self._learner = RankLearner(recipe, directory, self._device, world)
+        else:
+            self._learner = DeviceLearner(recipe, directory, self._device, start)
+        self._texts = materials.texts_of(self._tokenizer, self._learner.model.config, recipe.data)
         self._samples: tuple[list[Sample], list[Sample]] = ([], [])
         self._pairs: tuple[list[Pair], list[Pair]] = ([], [])
         self._held_out: list[Prompt] = []
         self._rollouts = self._read_data()
-        trained = self._model.lora if isinstance(self._model, LoraDecoder) else self._model
-        self._optimizer = Optimizer(trained, recipe.optimizer)
-        self._critic = self._make_critic(start)
         self._reference = self._make_reference()
         self._step = 0
         self._elapsed = 0.0
         if state is not None and start is not None:
-            load_run_optimizers(start, self._optimizer, self._critic, self._model)
+            self._learner.load_optimizers(start)
             self._step, self._elapsed = state.step, state.elapsed
             if self._rollouts is not None:
                 self._rollouts.restore(state.rollouts)
             self._show.say(f"resuming from {start}")
         resume_at = self._step if state is not None else None
-        self._metrics = MetricsFile(self._output / "metrics.jsonl", resume_at)
-        self._log = MetricsFile(self._output / "rollouts.jsonl", resume_at)
+        self._metrics = MetricsFile(self._output / "metrics.jsonl", resume_at) if not number else None
+        groups = "rollouts.jsonl" if not number else f"rollouts-{number}.jsonl"
+        self._log = MetricsFile(self._output / groups, resume_at)
 
     def run(self) -> RlResult:
         """Trains. Raises what the algorithm raises; the last checkpoint stays."""
         recipe = self._recipe
         began = time.monotonic() - self._elapsed
-        self._metrics.write("start", {"step": self._step, "recipe": rl_recipe_to_dict(recipe)})
+        self._record("start", {"step": self._step, "recipe": rl_recipe_to_dict(recipe)})
         with self._resources, StopRequest() as stop:
             try:
                 if self._step == 0:
@@ -140,7 +153,7 @@ class RlRun:
                     over = self._step == recipe.settings.max_steps
                     if recipe.validation.every and self._step % recipe.validation.every == 0 and not over:
                         self._validate()
-                    if stop.requested:
+                    if self._largest([stop.requested])[0]:  # of any rank
                         break
                     if recipe.checkpoint.every and self._step % recipe.checkpoint.every == 0 and not over:
                         self._save()
@@ -155,7 +168,8 @@ class RlRun:
                 self._show.say(f"{self._step} steps, {self._elapsed:.0f} s. Checkpoint: {path}")
                 return RlResult(path, self._step, False, found)
             finally:
-                self._metrics.close()
+                if self._metrics is not None:
+                    self._metrics.close()
                 self._log.close()
 
     def _read_data(self) -> Rollouts | None:
@@ -182,7 +196,7 @@ class RlRun:
         if recipe.reward.model:
             judge = ValueModel.load(
                 resolve(recipe.reward.model).path,
-                device=self._model.device,
+                device=self._device,
                 dtype=recipe.model.dtype,
                 numerics=recipe.model.numerics,
             )
@@ -201,28 +215,23 @@ class RlRun:
             max_num_seqs=engine.max_num_seqs,
             max_num_batched_tokens=engine.max_num_batched_tokens,
             kv_cache_bytes=engine.kv_cache_bytes,
-            max_model_len=_longest(prompts, self._held_out, recipe.rollouts.max_tokens, self._model)
+            max_model_len=_longest(
+                prompts, self._held_out, recipe.rollouts.max_tokens, self._learner.model.config
+            )
             if not recipe.reward.environment
             else None,
         )
-        sampling = SamplingParams(temperature=engine.temperature)
-        environment = materials.environment_factory(recipe.reward)
-        parts = (self._model, prompts, texts, scorer, recipe.rollouts)
-        if engine.ahead:
-            ahead = RolloutsAhead(*parts, sampling=sampling, engine=config, environment=environment)
-            return self._resources.enter_context(ahead)
-        return Rollouts(
-            *parts, sampling=sampling, engine=config, environment=environment, snapshot=engine.snapshot
+        rollouts = self._learner.rollouts(
+            prompts,
+            texts,
+            scorer,
+            sampling=SamplingParams(temperature=engine.temperature),
+            engine=config,
+            environment=materials.environment_factory(recipe.reward),
         )
-
-    def _make_critic(self, start: Path | None) -> Critic | None:
-        recipe = self._recipe
-        if recipe.algorithm not in ("ppo", "vc_ppo", "vapo"):
-            return None
-        if start is not None:
-            return load_critic(start, self._model, recipe.critic)
-        values = ValueModel.of(self._model)
-        return Critic(values, Optimizer(values, recipe.critic))
+        if isinstance(rollouts, RolloutsAhead):
+            self._resources.enter_context(rollouts)
+        return rollouts
 
     def _make_reference(self) -> Decoder | None:
         """The model as the recipe names it, where a setting needs it."""
@@ -233,12 +242,26 @@ class RlRun:
             return None
         directory = resolve(recipe.model.path, recipe.model.dtype).path
         model = load_model(
-            directory, device=self._model.device, dtype=recipe.model.dtype, numerics=recipe.model.numerics
+            directory, device=self._device, dtype=recipe.model.dtype, numerics=recipe.model.numerics
         )
         return model.requires_grad_(False)
 
     def _steps(self) -> Iterator[Metrics]:
-        recipe, model, optimizer, first = self._recipe, self._model, self._optimizer, self._step
+        recipe, first, learner = self._recipe, self._step, self._learner
+        rollouts, reference = self._rollouts, self._reference
+        if recipe.algorithm in GRPO_FAMILY:
+            assert rollouts is not None
+            return grpo(
+                learner.model,
+                learner.optimizer,
+                rollouts,
+                recipe.grpo,
+                reference=reference,
+                first_step=first,
+                group=learner.group,
+            )
+        assert isinstance(learner, DeviceLearner)  # all others run on one device
+        model, optimizer, critic = learner.model, learner.optimizer, learner.critic
         if recipe.algorithm == "sft":
             return sft(model, optimizer, self._samples[0], recipe.sft, first_step=first)
         if recipe.algorithm == "dpo":
@@ -246,10 +269,7 @@ class RlRun:
             return dpo(model, optimizer, self._pairs[0], anchors, recipe.dpo, first_step=first)
         if isinstance(model, ValueModel):
             return reward_model(model, optimizer, self._pairs[0], recipe.reward_model, first_step=first)
-        rollouts, critic, reference = self._rollouts, self._critic, self._reference
-        assert rollouts is not None
-        if critic is None:
-            return grpo(model, optimizer, rollouts, recipe.grpo, reference=reference, first_step=first)
+        assert rollouts is not None and critic is not None  # of PPO and its relatives
         if recipe.algorithm == "ppo":
             return ppo(model, optimizer, critic, rollouts, recipe.ppo, reference=reference, first_step=first)
         if recipe.algorithm == "vc_ppo":
@@ -270,11 +290,15 @@ class RlRun:
         record["elapsed"] = self._elapsed
         if isinstance(metrics, PolicyMetrics):
             if isinstance(self._scorer, RewardWorker):
-                record["reward_failures"] = self._scorer.failures
+                record["reward_failures"] = int(self._sum([self._scorer.failures])[0])
+            if isinstance(self._rollouts, RankRollouts):
+                resharding = self._rollouts.resharding
+                record["resharding_seconds"] = self._largest([resharding.seconds])[0]
+                record["resharding_peak_bytes"] = resharding.peak_bytes
             record["rollout_tokens_per_second"] = _rate(metrics.tokens, metrics.rollout_seconds)
             record["update_tokens_per_second"] = _rate(metrics.tokens, metrics.update_seconds)
             self._log_groups(metrics.groups, metrics.advantages)
-        self._metrics.write("step", record)
+        self._record("step", record)
         shown = ("loss", "reward", "length", "entropy", "grad_norm", "max_delta")
         parts = [f"{name} {record[name]:.4g}" for name in shown if record.get(name) is not None]
         self._show.say(f"step {self._step}/{self._recipe.settings.max_steps}  " + "  ".join(parts))
@@ -300,17 +324,18 @@ class RlRun:
 
     def _validate(self) -> float | None:
         """Of what is held out: the mean reward, or the loss."""
-        recipe = self._recipe
+        recipe, model = self._recipe, self._learner.model
         record: dict[str, Any] = {"step": self._step}
         if recipe.algorithm == "sft" and self._samples[1]:
-            record["loss"] = sft_loss(self._model, self._samples[1], recipe.sft.tokens_per_microbatch)
-        elif isinstance(self._model, ValueModel) and self._pairs[1]:
+            assert isinstance(model, Decoder)
+            record["loss"] = sft_loss(model, self._samples[1], recipe.sft.tokens_per_microbatch)
+        elif isinstance(model, ValueModel) and self._pairs[1]:
             tokens = recipe.reward_model.tokens_per_microbatch
-            ranked = rank(self._model, self._pairs[1], tokens, margin=recipe.reward_model.margin)
-            record |= asdict(ranked)
+            record |= asdict(rank(model, self._pairs[1], tokens, margin=recipe.reward_model.margin))
         elif recipe.algorithm == "dpo" and self._pairs[1]:
+            assert isinstance(model, Decoder)
             held_out = self._pairs[1]
-            judged = judge(self._model, held_out, self._anchors(held_out), recipe.dpo.tokens_per_microbatch)
+            judged = judge(model, held_out, self._anchors(held_out), recipe.dpo.tokens_per_microbatch)
             record |= {"loss": judged.loss, "margin": judged.margin, "accuracy": judged.accuracy}
         elif self._rollouts is not None and self._held_out:
             settings = recipe.validation
@@ -318,55 +343,45 @@ class RlRun:
                 self._held_out, samples=settings.samples, temperature=settings.temperature
             )
             answers = [answer for group in groups for answer in group]
-            if answers:
-                record["reward"] = sum(answer.reward for answer in answers) / len(answers)
-                record["length"] = sum(answer.num_written for answer in answers) / len(answers)
-                record["answers"] = len(answers)
+            sums = (sum(a.reward for a in answers), sum(a.num_written for a in answers), len(answers))
+            reward, length, count = self._sum(sums)
+            if count:
+                record |= {"reward": reward / count, "length": length / count, "answers": int(count)}
         if len(record) == 1:
             return None
-        self._metrics.write("validation", record)
+        self._record("validation", record)
         self._show.say("validation: " + "  ".join(f"{k} {v:.4g}" for k, v in record.items()))
         return float(record.get("reward", record.get("loss", math.nan)))
 
     def _save(self) -> Path:
         rollouts = RolloutState() if self._rollouts is None else self._rollouts.state
-        state = RlState(self._step, self._elapsed, rollouts, rl_recipe_to_dict(self._recipe))
-        path = save_run(
-            self._output,
-            self._model,
-            self._optimizer,
-            self._critic,
-            self._tokenizer,
-            state,
-            self._recipe.checkpoint.keep,
-        )
-        self._metrics.write("checkpoint", {"step": self._step, "path": str(path)})
+        recipe = rl_recipe_to_dict(self._recipe)
+        state = RlState(self._step, self._elapsed, rollouts, recipe, self._ranks.world)
+        path = self._learner.save(self._output, self._tokenizer, state, self._recipe.checkpoint.keep)
+        self._record("checkpoint", {"step": self._step, "path": str(path)})
         return path
 
+    def _record(self, event: str, values: Mapping[str, Any]) -> None:
+        if self._metrics is not None:
+            self._metrics.write(event, values)
 
-def _load(recipe: RlRecipe, directory: Path, device: torch.device, start: Path | None) -> Decoder:
-    """The model to train; a reward model begins as a copy of a policy, or as what a former run has made of it."""
-    model = recipe.model
-    if recipe.algorithm == "reward_model" and start is not None:
-        return ValueModel.load(directory, device=device, dtype=model.dtype, numerics=model.numerics)
-    policy = load_model(directory, device=device, dtype=model.dtype, numerics=model.numerics)
-    if recipe.algorithm == "reward_model":
-        return ValueModel.of(policy, "sequence")
-    if not recipe.lora.rank:
-        return policy
-    adapted = LoraDecoder(policy, recipe.lora)
-    if start is not None:
-        adapted.lora.load(start / ADAPTER)
-    return adapted
+    def _sum(self, values: Sequence[float]) -> list[float]:
+        """Over the ranks, all of which call this."""
+        return total(values, self._learner.group, self._device)
+
+    def _largest(self, values: Sequence[float]) -> list[float]:
+        return most(values, self._learner.group, self._device)
 
 
-def _longest(train: Sequence[Prompt], held_out: Sequence[Prompt], max_tokens: int, model: Decoder) -> int:
+def _longest(
+    train: Sequence[Prompt], held_out: Sequence[Prompt], max_tokens: int, config: ModelConfig
+) -> int:
     """The engine's longest sequence: held-out prompts must fit too. Raises ConfigError."""
     longest = max(len(prompt.tokens) for prompt in (*train, *held_out)) + max_tokens
-    if longest > model.config.max_position_embeddings:
+    if longest > config.max_position_embeddings:
         raise ConfigError(
             f"the longest prompt and rollouts.max_tokens = {max_tokens} make {longest} tokens, but the model's "
-            f"context is {model.config.max_position_embeddings}; leave longer prompts out or lower max_tokens"
+            f"context is {config.max_position_embeddings}; leave longer prompts out or lower max_tokens"
         )
     return longest
 

@@ -115,6 +115,19 @@ def written_log_probs(
     return model.token_log_probs(hidden, targets, temperature), counts
 
 
+@torch.no_grad()
+def scored_log_probs(
+    model: PolicyModel, samples: Sequence[Sample], temperature: float, tokens_per_microbatch: int
+) -> Tensor:
+    """`written_log_probs` of any number of samples, [W] float32, without gradients.
+
+    Raises ConfigError if a sample alone is too long for a micro-batch.
+    """
+    runs = cut([len(sample.tokens) for sample in samples], tokens_per_microbatch)
+    pieces = [written_log_probs(model, samples[run.start : run.stop], temperature)[0] for run in runs]
+    return torch.cat(pieces) if pieces else torch.zeros(0, device=model.device)
+
+
 def written_log_probs_and_entropy(
     model: PolicyModel, samples: Sequence[Sample], temperature: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -20,23 +20,13 @@ from mainspring.errors import ConfigError, MainspringError
 from mainspring.model.decoder import Decoder
 from mainspring.rl.math.aggregation import mean_over_tokens
 from mainspring.rl.samples import Sample, cut, drawn, written_log_probs
+from mainspring.rl.step_settings import SampleSettings
 from mainspring.train.optimizer import Optimizer
-from mainspring.train.recipe import ScheduleSection
-from mainspring.train.schedule import learning_rate_factor
 
 
 @dataclass(frozen=True)
-class SftSettings:
+class SftSettings(SampleSettings):
     """How a run steps."""
-
-    prompts_per_step: int = 32
-    tokens_per_microbatch: int = 8192
-    """Of prompts and answers together. It decides memory and speed, not the result."""
-    max_steps: int = 1000
-    """The learning rate's schedule ends here, and so does the run."""
-    schedule: ScheduleSection = field(default_factory=ScheduleSection)
-    clip_norm: float = 1.0
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,8 +65,7 @@ def sft(
             loss.backward()
             optimizer.accumulate()
             step_loss += float(loss.detach())
-        done = (step + 0.5) / settings.max_steps
-        grad_norm = optimizer.step(learning_rate_factor(settings.schedule, done), settings.clip_norm)
+        grad_norm = optimizer.step(settings.lr_factor(step), settings.clip_norm)
         if not (math.isfinite(step_loss) and math.isfinite(grad_norm)):
             raise MainspringError(
                 f"step {step + 1}: the loss is {step_loss} and the gradient's norm {grad_norm}; lower the learning rate"

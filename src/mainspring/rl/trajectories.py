@@ -70,6 +70,11 @@ class Packed:
         """Written ones."""
         return self.old_log_probs.shape[0]
 
+    def pick(self, per_token: Tensor, chosen: Sequence[int]) -> Tensor:
+        """Of values [W] those of the chosen trajectories' tokens, end to end."""
+        pieces = per_token.split(self.lengths.tolist())
+        return torch.cat([pieces[i] for i in chosen])
+
     @property
     def last(self) -> Tensor:
         """[N] int64: where each trajectory's last written token lies."""

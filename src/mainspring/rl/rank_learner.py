@@ -1,0 +1,128 @@
+"""What learns in a run from a recipe, over the data-parallel ranks that torchrun has started (ZeRO 0 to 3).
+
+    torchrun --nproc-per-node 2 -m mainspring rl RECIPE --zero 3
+
+Each rank holds its shards of the weights, the masters and the moments, and writes its share of a step's answers with an
+engine of the whole model (`rl.ranks`). A checkpoint is the one that one device would write, each rank its own part of
+it; where a rank's rollouts stand is beside the optimizer's state in rollouts-RANK.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from mainspring.engine.config import EngineConfig
+from mainspring.engine.sampling_params import SamplingParams
+from mainspring.errors import ConfigError
+from mainspring.formats.files import write_json
+from mainspring.formats.model_config import ModelConfig
+from mainspring.formats.safetensors_file import CheckpointReader
+from mainspring.formats.tokenizer import Tokenizer
+from mainspring.model.checkpoint import saved_config
+from mainspring.model.decoder import Decoder
+from mainspring.model.initialise import torch_dtype
+from mainspring.ops import Policy
+from mainspring.parallel.checkpoint import (
+    agreed,
+    check_names,
+    held,
+    load_weights,
+    shared_directory,
+    stored_weights,
+    write_together,
+)
+from mainspring.parallel.layout import Layout
+from mainspring.parallel.mesh import Mesh
+from mainspring.parallel.parallelize import parallelize
+from mainspring.parallel.units import Units
+from mainspring.rl.checkpoint import RlState, rollouts_file, write_state
+from mainspring.rl.environment import Environment
+from mainspring.rl.prompts import Prompt, Texts
+from mainspring.rl.ranks import RankRollouts
+from mainspring.rl.recipe import GRPO_FAMILY, RlRecipe
+from mainspring.rl.rewards import Scorer
+from mainspring.train.checkpoint import publish
+from mainspring.train.rank_optimizer import RankOptimizer
+
+
+class RankLearner:
+    """See `learner.Learner`. Every rank makes one, of the same checkpoint, and calls its methods together."""
+
+    critic = None
+
+    def __init__(self, recipe: RlRecipe, directory: Path, device: torch.device, world: int) -> None:
+        """Raises ConfigError for what does not run over ranks, and what the layout and the weights raise."""
+        _check(recipe)
+        self._recipe = recipe
+        config, layout = ModelConfig.from_file(directory), Layout(dp=world, zero=recipe.parallel.zero)
+        self._mesh = Mesh.build(layout.axes, key_copies=layout.key_copies(config))
+        policy, dtype = Policy(recipe.model.numerics), torch_dtype(recipe.model.dtype)
+        empty = Decoder(config, policy=policy, device="meta", dtype=dtype).train()
+        self._units = Units(parallelize(empty, layout, self._mesh), device)
+        load_weights(self._units, directory)
+        self.model = self._units.model
+        self.optimizer = RankOptimizer(self._units, recipe.optimizer)
+        self.group = self._mesh.group("dp")
+
+    def rollouts(
+        self,
+        prompts: Sequence[Prompt],
+        texts: Texts,
+        scorer: Scorer,
+        *,
+        sampling: SamplingParams,
+        engine: EngineConfig,
+        environment: Callable[[], Environment] | None,
+    ) -> RankRollouts:
+        return RankRollouts(
+            self._units,
+            prompts,
+            texts,
+            scorer,
+            self._recipe.rollouts,
+            sampling=sampling,
+            engine=engine,
+            environment=environment,
+        )
+
+    def load_optimizers(self, start: Path) -> None:
+        reader = CheckpointReader(start / "optimizer")
+        specs = self.optimizer.sharded.checkpoint().specs
+        check_names(reader, {name: spec.shape for name, spec in specs.items()})
+        self.optimizer.sharded.load(reader)
+
+    def save(self, output: Path, tokenizer: Tokenizer, state: RlState, keep: int) -> Path:
+        path, world, units = output / f"step-{state.step:08d}", self._mesh.group("world"), self._units
+        weights = held(stored_weights(units), units, "weight", None)
+        moments = held(self.optimizer.sharded.checkpoint(), units, "state", None)
+        with shared_directory(path, world) as partial:
+            write_together(partial, weights, units, world)
+            write_together(partial / "optimizer", moments, units, world)
+            with agreed(world, f"write {path}"):
+                if world.rank == 0:
+                    write_json(partial / "config.json", saved_config(self.model.config, self.model.dtype))
+                    tokenizer.save(partial)
+                    write_state(partial, state)
+                else:
+                    write_json(rollouts_file(partial, world.rank), asdict(state.rollouts))
+        with agreed(world, f"publish {path}"):
+            if world.rank == 0:
+                publish(output, path, keep)
+        return path
+
+
+def _check(recipe: RlRecipe) -> None:
+    if recipe.algorithm not in GRPO_FAMILY:
+        raise ConfigError(
+            f"algorithm = {recipe.algorithm!r} runs on one device; over ranks run {', '.join(GRPO_FAMILY)}"
+        )
+    engine = recipe.engine
+    if recipe.lora.rank or engine.ahead or engine.snapshot:
+        raise ConfigError(
+            "lora.rank, engine.ahead and engine.snapshot are settings of one device; over ranks each engine has the "
+            "whole model's weights, gathered after every step"
+        )
