@@ -22,11 +22,13 @@ from engine.test_core import (
     run,
     tiny_model,
 )
+from mainspring.engine import model_runner
 from mainspring.engine.admission import make_request
 from mainspring.engine.config import EngineConfig
 from mainspring.engine.core import EngineCore
 from mainspring.engine.sampling_params import SamplingParams
 from mainspring.errors import ConfigError
+from mainspring.ops.decode_order import Ints, decode_order
 
 # As on a GPU: one step of lag, decode steps of fixed sizes.
 AHEAD: dict[str, Any] = {"async_scheduling": True, "cuda_graphs": True}
@@ -70,6 +72,33 @@ def test_whatever_runs_ahead_and_is_shared_tokens_and_bits_are_those_of_each_req
             assert result == single
             assert_bitwise_the_trainers(model, result)
         results = run(core, requests, arrivals)  # once more, now with everything in the cache
+
+
+def test_rows_that_stand_in_the_order_of_their_lengths_are_each_their_requests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU, where decode steps are sorted; here, for a device that reads two sequences at a time."""
+    monkeypatch.setattr(model_runner, "decode_lanes", lambda heads, device: 2)
+    orders: list[list[int]] = []
+
+    def sorted_as_ever(contexts: Ints, lanes: int) -> Ints:
+        order = decode_order(contexts, lanes)
+        orders.append(order.tolist())
+        return order
+
+    monkeypatch.setattr(model_runner, "decode_order", sorted_as_ever)
+    model = tiny_model("llama")
+    jobs: list[Job] = [
+        (
+            [(5 * i + j) % VOCAB for j in range(3 + 7 * i % 11)],
+            SamplingParams(max_tokens=6 + 3 * i % 8, seed=i, logprobs=2),
+        )
+        for i in range(6)
+    ]
+    results = run(EngineCore(model, EngineConfig(num_blocks=200, **AHEAD)), jobs, [0, 0, 1, 2, 2, 3])
+    assert any(order != sorted(order) for order in orders)
+    for job, result in zip(jobs, results, strict=True):
+        assert result == run(EngineCore(model), [job])[0]
 
 
 def test_preemption_with_a_token_in_flight_loses_nothing() -> None:

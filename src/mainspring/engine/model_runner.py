@@ -29,6 +29,7 @@ from mainspring.engine.step_input import StepArrays, build_step, send
 from mainspring.engine.threads import single_threaded
 from mainspring.ops.batch import KVCache, LinearAdapters, TokenBatch
 from mainspring.ops.cuda.ahead import build_for_serving
+from mainspring.ops.decode_order import decode_lanes, decode_order
 from mainspring.ops.logit_loss import rows_per_chunk
 
 
@@ -98,6 +99,7 @@ class ModelRunner:
         self._max_num_tokens = max_num_tokens
         self._wants_graphs = graphs
         self._logprobs_temperature = logprobs_temperature
+        self._decode_lanes = decode_lanes(cache_shape(model).num_kv_heads, model.device)
         self._cache: KVCache | None = None
         self._graphs: DecodeGraphs | None = None
         self._step_graphs: StepGraphs | None = None
@@ -172,15 +174,23 @@ class ModelRunner:
         for item in scheduled:
             if not item.request.is_seated:
                 self._sampler.take_seat(item.request.seat, item.request)
-        result = StepResult(scheduled)
         if self._graphs is not None and all(self._fits_graph(item) for item in scheduled):
+            result = StepResult(self._in_turn(scheduled))
             self._decode(self._graphs, result)
         else:
+            result = StepResult(scheduled)
             self._compute(result)
         if self._model.device.type == "cuda":
             result.done = torch.cuda.Event()
             result.done.record()
         return result
+
+    def _in_turn(self, scheduled: Sequence[ScheduledRequest]) -> Sequence[ScheduledRequest]:
+        """The requests of a decode step in the order in which the device reads their keys soonest."""
+        if not 0 < self._decode_lanes < len(scheduled):
+            return scheduled
+        contexts = np.fromiter((item.start + 1 for item in scheduled), dtype=np.int64, count=len(scheduled))
+        return [scheduled[place] for place in decode_order(contexts, self._decode_lanes).tolist()]
 
     def _fits_graph(self, item: ScheduledRequest) -> bool:
         """One token is to be computed and another sampled, of a request of which the device knows the rest."""
