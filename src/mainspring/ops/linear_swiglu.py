@@ -7,7 +7,7 @@ from torch import Tensor
 from mainspring.ops import library
 from mainspring.ops.cpu.support import refuses
 from mainspring.ops.cuda import support as cuda_support
-from mainspring.ops.linear import FEW_ROWS, linear
+from mainspring.ops.linear import linear
 from mainspring.ops.policy import LOCKSTEP, Policy
 from mainspring.ops.registry import Call, Implementation, Operation, accepts_all, any_requires_grad
 from mainspring.ops.swiglu import swiglu
@@ -42,7 +42,7 @@ def cuda_refuses(call: Call) -> str | None:
 def _cuda(x: Tensor, weight: Tensor, bias: Tensor | None, policy: Policy) -> Tensor:
     from mainspring.ops.cuda.linear import linear_swiglu as fused
 
-    out = fused(x, weight, bias) if policy.numerics == "lockstep" or x.shape[0] <= FEW_ROWS else None
+    out = fused(x, weight, bias)  # where order is free, too: cuBLAS would leave the gate to another kernel
     if out is not None:
         return out
     # The gate has no CUDA C++ kernel of its own that a policy could force.
