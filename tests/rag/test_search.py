@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,11 @@ from mainspring.rag.search.ledger import Evaluate, Figures, Ledger, Outcome
 from mainspring.rag.search.pareto import dominates, pareto_front
 from mainspring.rag.search.questions import TuneQuestion, load_questions, split
 from mainspring.rag.search.report import report
+from mainspring.rag.search.screening import screen
 from mainspring.rag.search.space import Choice, Space, canonical, changes, default_space, load_space
-from mainspring.rag.search.tune import TuneResult, TuneSettings, tune
+from mainspring.rag.search.tune import TuneResult, TuneSettings, search, tune
 from mainspring.rag.search.verdict import CONFIDENCE
-from mainspring.rag.strategy import RetrieveStep, Strategy, parse_strategy, to_toml
+from mainspring.rag.strategy import IndexStep, RetrieveStep, Strategy, parse_strategy, to_toml
 
 QUESTIONS = tuple(TuneQuestion(f"question {n}", (f"answer {n}",)) for n in range(80))
 SMALL = Space(
@@ -35,6 +37,7 @@ SMALL = Space(
         Choice("context.passages", (3, 5)),
     )
 )
+WIDE = Space((*SMALL.choices, Choice("retrieve.candidates", (10, 20, 30, 50, 100))))
 
 
 def unit(*parts: object) -> float:
@@ -60,12 +63,12 @@ def run(seed: int = 0, budget: int = 300, spread: float = 0.4, limit: float = 1.
 
 
 @settings(max_examples=8, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 3000), st.integers(1, 5))
+@given(st.integers(0, 10**6), st.integers(1, 3000), st.integers(1, 20))
 def test_both_searches_spend_the_same_and_exactly_the_budget_while_something_is_left(
-    seed: int, budget: int, width: int
+    seed: int, budget: int, finalists: int
 ) -> None:
     calls: list[Strategy] = []
-    settings_ = TuneSettings(1.0, budget, width, seed=seed)
+    settings_ = TuneSettings(1.0, budget, finalists, seed=seed)
     result = tune(made_up(seed, 0.4, calls), QUESTIONS, SMALL, Strategy(), settings_)
     everything = len({SMALL.at(i, Strategy()) for i in range(SMALL.size)} | {canonical(Strategy())})
     assert result.beam.spent == result.greedy.spent == min(budget, everything * result.searched_questions)
@@ -118,10 +121,69 @@ def test_beam_finds_settings_that_help_only_together_and_greedy_passes_them_by()
 
     space = Space((SMALL.choices[0], SMALL.choices[2]))
     start = SMALL.choices[2].applied(Strategy(), "none")
-    ledger = Ledger(evaluate, QUESTIONS, 1000, 1.0)
-    assert ledger.figures(beam_search(ledger, space, start, 3, 1000)[0]).quality == pytest.approx(0.9)
-    ledger = Ledger(evaluate, QUESTIONS, 1000, 1.0)
-    assert ledger.figures(greedy_search(ledger, space, start)[0]).quality == pytest.approx(0.5)
+    ledger, second = search(evaluate, QUESTIONS, space, start, TuneSettings(1.0, 300))
+    assert ledger.figures(ledger.leader()).quality == pytest.approx(0.9)
+    greedy = Ledger(evaluate, QUESTIONS, 1000, 1.0)
+    assert greedy.figures(greedy_search(greedy, space, start)[0]).quality == pytest.approx(0.5)
+    assert (second.spent, second.budget) == (ledger.spent, ledger.spent)
+
+
+def valued(generator: random.Random, noise: float) -> tuple[Evaluate, Callable[[Strategy], float]]:
+    """A world where settings are worth something each, the question more, and what a strategy is worth in it."""
+    worth = {(c.key, v): generator.uniform(-0.05, 0.05) for c in WIDE.choices for v in c.values}
+
+    def quality(strategy: Strategy) -> float:
+        return 0.5 + sum(worth[c.key, c.value(strategy)] for c in WIDE.choices)
+
+    def evaluate(strategy: Strategy, question: TuneQuestion) -> Outcome:
+        own = 0.4 * (unit(question) - 0.5) + noise * (unit(strategy, question) - 0.5)
+        seconds = 0.01 * (1 + strategy.rerank.depth if strategy.rerank.method != "none" else 1)
+        return Outcome(quality(strategy) + own, seconds, 1.0)
+
+    return evaluate, quality
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_screening_ranks_strategies_that_it_has_not_seen(seed: int) -> None:
+    evaluate, quality = valued(random.Random(seed), noise=0.1)
+    ledger = Ledger(evaluate, QUESTIONS, 400, 1.0)
+    known = screen(ledger, WIDE, Strategy(), random.Random(seed))
+    assert ledger.spent <= 160
+    everything = list({WIDE.at(i, Strategy()): None for i in range(WIDE.size)})
+    assert len(ledger.strategies) < len(everything)
+    ranked = known.ranked(everything)
+    best = max(map(quality, everything))
+    middle = sorted(map(quality, everything))[len(everything) // 2]
+    found = sum(map(quality, ranked[:5])) / 5
+    assert found - middle > 0.6 * (best - middle)
+
+
+def test_screening_puts_what_is_too_slow_behind_what_is_not() -> None:
+    evaluate, _ = valued(random.Random(1), noise=0.1)
+    ledger = Ledger(evaluate, QUESTIONS, 400, 0.1)  # a depth of 5 fits, one of 20 does not
+    known = screen(ledger, WIDE, Strategy(), random.Random(1))
+    ranked = known.ranked(list({WIDE.at(i, Strategy()): None for i in range(WIDE.size)}))
+    slow = [s.rerank.method != "none" and s.rerank.depth == 20 for s in ranked]
+    assert slow == sorted(slow)
+    assert any(slow)
+    best = beam_search(known, WIDE, Strategy(), 4)
+    assert best[:3] == [s for s in ranked if s != canonical(Strategy())][:3] or best[:4] == ranked[:4]
+    assert canonical(Strategy()) in best
+
+
+def test_screening_makes_few_indexes() -> None:
+    made: set[IndexStep] = set()
+
+    def evaluate(strategy: Strategy, question: TuneQuestion) -> Outcome:
+        made.add(strategy.index)
+        return Outcome(unit(strategy, question), 0.1, 1.0)
+
+    sizes = Choice("index.size", tuple(range(50, 250, 4)))
+    screen(
+        Ledger(evaluate, QUESTIONS, 2000, 1.0), Space((sizes, *SMALL.choices)), Strategy(), random.Random(0)
+    )
+    assert Strategy().index in made
+    assert 4 < len(made) <= 8
 
 
 def test_a_limit_that_nothing_keeps_is_said_with_the_fastest() -> None:
@@ -131,7 +193,7 @@ def test_a_limit_that_nothing_keeps_is_said_with_the_fastest() -> None:
 
 def test_halving_asks_ever_more_questions_of_ever_fewer() -> None:
     ledger = Ledger(made_up(1, 0.5), QUESTIONS, 600, 1.0)
-    pool = beam_search(ledger, SMALL, Strategy(), 3, 200)[:8]
+    pool = list({SMALL.at(i, Strategy()): None for i in range(SMALL.size)})[:8]
     before = ledger.spent
     winners = successive_halving(ledger, pool)
     assert len(winners) < len(pool)
@@ -152,6 +214,19 @@ def test_a_ledger_evaluates_a_pair_once_and_compares_on_common_questions() -> No
     assert ledger.leader() == one
     assert not ledger.extend(other, 80)
     assert (ledger.spent, ledger.seen(other), ledger.leader()) == (25, 15, other)
+    assert not ledger.look(one, 40)  # nothing is left
+
+
+def test_a_look_ahead_counts_when_the_gap_before_it_is_closed() -> None:
+    calls: list[Strategy] = []
+    ledger = Ledger(made_up(2, 0.3, calls), QUESTIONS, 25, 1.0)
+    strategy = Strategy()
+    assert ledger.look(strategy, 2)
+    assert ledger.look(strategy, 2)
+    assert (ledger.seen(strategy), ledger.spent, [n for n, _ in ledger.outcomes(strategy)]) == (0, 1, [2])
+    ledger.extend(strategy, 2)
+    assert (ledger.seen(strategy), ledger.spent, len(calls)) == (3, 3, 3)
+    assert ledger.figures(strategy).questions == 3
 
 
 figures = st.builds(

@@ -39,7 +39,9 @@ def tune(
     budget: Annotated[
         int, typer.Option(min=1, help="Evaluations (strategy x question) of each search.")
     ] = 2000,
-    beam: Annotated[int, typer.Option(min=1, help="Strategies that are kept from step to step.")] = 4,
+    finalists: Annotated[
+        int, typer.Option(min=1, help="Strategies of the beam that successive halving tells apart.")
+    ] = 16,
     seed: Annotated[int, typer.Option(help="Of the split, and of the strategies drawn at random.")] = 0,
     store: Store = None,
     model: Annotated[
@@ -60,7 +62,8 @@ def tune(
 ) -> None:
     """Find the strategy with the best quality for a latency, on your questions; held-out ones decide.
 
-    Searches whole strategies (beam, then successive halving) and module by module with as many evaluations. Nothing
+    Searches whole strategies (a beam over what a screening of the space taught, then successive halving) and module by
+    module with as many evaluations. Nothing
     is called better unless the interval of a paired bootstrap lies above zero. Run again, it goes on from what is kept.
     """
     from mainspring.formats.files import write_file
@@ -72,7 +75,7 @@ def tune(
     from mainspring.rag.search.tune import tune as search_strategies
     from mainspring.rag.strategy import to_toml
 
-    settings = TuneSettings(_seconds(latency_p95), budget, beam, seed=seed)
+    settings = TuneSettings(_seconds(latency_p95), budget, finalists, seed=seed)
     asked, present = load_questions(questions) if questions is not None else (), loaded(strategy)
     if space is not None:
         wanted = load_space(space, with_index=folder is not None)

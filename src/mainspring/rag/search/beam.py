@@ -1,34 +1,27 @@
-"""Beam search: several whole strategies are kept while the steps are decided one after the other."""
+"""Beam search over whole strategies by what the screening knows: it asks no question, so that the beam may be wide."""
 
 from __future__ import annotations
 
-from mainspring.rag.search.ledger import Ledger
+from mainspring.rag.search.screening import Screen
 from mainspring.rag.search.space import Space, canonical
 from mainspring.rag.strategy import Strategy
 
-LEAST_QUESTIONS = 20
+_WIDTH = 64
+_ROUNDS = 2  # so that a setting that was decided early is looked at again beside the later ones
 
 
-def beam_search(ledger: Ledger, space: Space, base: Strategy, width: int, budget: int) -> list[Strategy]:
-    """Every strategy that was tried on as many questions as the others, the best first.
+def beam_search(known: Screen, space: Space, base: Strategy, count: int) -> list[Strategy]:
+    """The `count` best of those that it met, the best first; the base is always one of them.
 
-    From the base on, each setting in turn takes all its values in each of the `width` best strategies so far. As many
-    questions are asked as about `budget` evaluations allow, and at least one; where these would be fewer than
-    LEAST_QUESTIONS, fewer strategies are kept: a wide beam that cannot tell its strategies apart is worse than greedy.
+    From the base on, each setting in turn takes all its values in each of the best strategies so far.
     """
-    values = sum(len(choice.values) for choice in space.choices)
-    while width > 1 and budget // (1 + width * values) < LEAST_QUESTIONS:
-        width -= 1
-    tries = 1 + width * values
-    count = max(1, min(ledger.all_questions, budget // tries))
     first = canonical(base)
-    if not ledger.extend(first, count):
-        return []
-    beam, tried = [first], {first}
-    for choice in space.choices:
-        pool = dict.fromkeys(beam)
-        pool.update(dict.fromkeys(choice.applied(s, value) for s in beam for value in choice.values))
-        pool = {s: None for s in pool if ledger.extend(s, count)}
-        tried.update(pool)
-        beam = ledger.ranked(pool, count)[:width]
-    return ledger.ranked(tried, count)
+    beam, met = [first], {first: None}
+    for _ in range(_ROUNDS):
+        for choice in space.choices:
+            pool = dict.fromkeys(beam)
+            pool.update(dict.fromkeys(choice.applied(s, value) for s in beam for value in choice.values))
+            beam = known.ranked(pool)[:_WIDTH]
+            met.update(dict.fromkeys(beam))
+    best = known.ranked(met)[:count]
+    return best if first in best else [*best[: count - 1], first]

@@ -1,11 +1,12 @@
 """What a search has evaluated and what it may still spend: one unit is one strategy on one question.
 
-Every strategy sees the questions in one order, so that any two can be compared on the questions both have seen.
+Strategies are compared on the first questions of one order, as many as both have seen; a look at a question further on
+counts for them as soon as the gap is closed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,7 +73,8 @@ class Ledger:
             raise ConfigError(f"a search needs a budget of at least 1 evaluation, got {budget}")
         self._evaluate = evaluate
         self._questions = tuple(questions)
-        self._outcomes: dict[Strategy, list[Outcome]] = {}
+        self._outcomes: dict[Strategy, dict[int, Outcome]] = {}
+        self._seen: dict[Strategy, int] = {}
         self._leader: Strategy | None = None
         self.budget = budget
         self.limit = limit
@@ -94,25 +96,42 @@ class Ledger:
         """Those that have seen a question."""
         return self._outcomes.keys()
 
+    def outcomes(self, strategy: Strategy) -> Iterable[tuple[int, Outcome]]:
+        """The numbers of the questions that a strategy has seen, and how it did."""
+        return self._outcomes.get(strategy, {}).items()
+
     def seen(self, strategy: Strategy) -> int:
-        """How many questions a strategy has seen."""
-        return len(self._outcomes.get(strategy, ()))
+        """How many questions a strategy has seen, from the first on without a gap."""
+        return self._seen.get(strategy, 0)
+
+    def look(self, strategy: Strategy, number: int) -> bool:
+        """Lets a strategy see one question, if something is left to spend; whether it has."""
+        outcomes = self._outcomes.get(strategy, {})
+        if number in outcomes:
+            return True
+        if self.left == 0:
+            return False
+        self.spent += 1
+        outcomes[number] = self._evaluate(strategy, self._questions[number])
+        self._outcomes[strategy] = outcomes
+        while self.seen(strategy) in outcomes:
+            self._seen[strategy] = self.seen(strategy) + 1
+            self._consider(strategy)
+        return True
 
     def extend(self, strategy: Strategy, count: int) -> bool:
         """Lets a strategy see the first `count` questions, as far as the budget goes; whether it has."""
-        for question in self._questions[self.seen(strategy) : count]:
-            if self.left == 0:
-                break
-            self.spent += 1
-            self._outcomes.setdefault(strategy, []).append(self._evaluate(strategy, question))
-            self._consider(strategy)
+        wanted = min(count, self.all_questions)
+        while self.seen(strategy) < wanted and self.look(strategy, self.seen(strategy)):
+            pass
         if self._leader is not None:
             self.progress.append(Progress(self.spent, self.figures(self._leader).quality))
-        return self.seen(strategy) >= min(count, self.all_questions)
+        return self.seen(strategy) >= wanted
 
     def figures(self, strategy: Strategy, count: int | None = None) -> Figures:
-        """On the first `count` questions, or on all that the strategy has seen."""
-        return Figures.of(self._outcomes[strategy][:count])
+        """On the first `count` questions, or on all that the strategy has seen without a gap."""
+        last = min(self.seen(strategy), count if count is not None else self.all_questions)
+        return Figures.of([self._outcomes[strategy][number] for number in range(last)])
 
     def ranked(self, strategies: Collection[Strategy], count: int | None = None) -> list[Strategy]:
         """The best first, on the first `count` questions, or each on what it has seen."""

@@ -1,4 +1,4 @@
-"""The whole search: beam and halving, greedy at equal evaluations, a Pareto front, a verdict on held-out questions."""
+"""The whole search: screening, beam, halving; greedy at equal evaluations; a front; a verdict on held-out questions."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mainspring.rag.search.ledger import Evaluate, Figures, Ledger, Outcome, Pro
 from mainspring.rag.search.pareto import pareto_front
 from mainspring.rag.search.questions import TuneQuestion, split
 from mainspring.rag.search.remainder import spend_rest
+from mainspring.rag.search.screening import screen
 from mainspring.rag.search.space import Space, canonical
 from mainspring.rag.search.verdict import Comparison, HeldOut, Recommendation, compare, recommend
 from mainspring.rag.strategy import Strategy
@@ -21,19 +22,22 @@ from mainspring.rag.strategy import Strategy
 
 @dataclass(frozen=True)
 class TuneSettings:
-    """`limit`: seconds that the p95 may take. `budget`: evaluations of each search (a strategy on a question)."""
+    """`limit`: seconds that the p95 may take. `budget`: evaluations of each search (a strategy on a question).
+
+    `finalists`: strategies that the beam hands to successive halving.
+    """
 
     limit: float
     budget: int = 2000
-    width: int = 4
+    finalists: int = 16
     held_out: float = 0.5
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.limit > 0 or self.width < 1 or not 0 < self.held_out < 1:
+        if not self.limit > 0 or self.finalists < 1 or not 0 < self.held_out < 1:
             raise ConfigError(
-                f"tuning needs a latency above 0, a beam of at least 1 and a held-out share between 0 and 1, got "
-                f"{self.limit} s, {self.width} and {self.held_out}"
+                f"tuning needs a latency above 0, at least 1 finalist and a held-out share between 0 and 1, got "
+                f"{self.limit} s, {self.finalists} and {self.held_out}"
             )
 
 
@@ -140,10 +144,12 @@ def search(
 
 
 def _beam_then_halving(ledger: Ledger, space: Space, present: Strategy, settings: TuneSettings) -> None:
-    """Half the budget finds good strategies on few questions, the other half tells them apart on many."""
-    tried = beam_search(ledger, space, present, settings.width, settings.budget // 2)
-    finalists = successive_halving(ledger, tried[: 4 * settings.width])
-    spend_rest(ledger, space, present, [*finalists, *tried], Random(settings.seed))
+    """A part of the budget screens the space, the rest tells the best of what a beam found there apart."""
+    generator = Random(settings.seed)
+    known = screen(ledger, space, present, generator)
+    found = beam_search(known, space, present, settings.finalists)
+    best = successive_halving(ledger, found)
+    spend_rest(ledger, space, present, [*best, *found], generator)
 
 
 def _run(ledger: Ledger) -> SearchRun:
