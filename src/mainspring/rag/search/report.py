@@ -63,7 +63,8 @@ def report(result: TuneResult, left_out: int = 0, answers: bool = False) -> str:
         "<h2>The searches</h2>",
         "<p>Quality of the leading strategy on the questions it had seen then: it falls where more questions correct a "
         "lucky one. Solid: screening, beam and halving; dashed: greedy, module by module. Both spend what is left in "
-        "the same way: all questions for their best, then for what else they tried, then for strategies drawn at random.</p>",
+        "the same way: all questions for their best, then for what else they tried, then for strategies drawn at "
+        "random.</p>",
         _progress(result),
         "<h2>The recipe</h2>",
         f"<pre>{escape(to_toml(result.recommended))}</pre>",
