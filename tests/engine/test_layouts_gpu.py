@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from engine.test_core import Job, Result, run
-from mainspring.engine.config import EngineConfig
+from mainspring.engine.config import EngineConfig, KVCacheDtype
 from mainspring.engine.core import EngineCore
 from mainspring.engine.ranks.layout import serving_layout
 from mainspring.engine.ranks.lead import LeadModel
@@ -35,10 +35,8 @@ CONFIG = {
     "max_num_seqs": 12,
 }  # tight: prompts are cut, requests preempted
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a layout of two ranks needs two GPUs"),
-]
+pytestmark = pytest.mark.gpu
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a layout of two ranks needs two GPUs")
 
 
 @pytest.fixture(autouse=True)
@@ -92,9 +90,11 @@ def led(directory: Path, **degrees: int | bool) -> Iterator[LeadModel]:
         model.close()
 
 
-def served(model: LeadModel, graphs: bool | None, vocab_size: int) -> list[Result]:
+def served(
+    model: LeadModel, graphs: bool | None, vocab_size: int, cache: KVCacheDtype = "auto"
+) -> list[Result]:
     began = time.monotonic()
-    core = EngineCore(model, EngineConfig(cuda_graphs=graphs, **CONFIG))
+    core = EngineCore(model, EngineConfig(cuda_graphs=graphs, kv_cache_dtype=cache, **CONFIG))
     ready = time.monotonic()
     results = run(core, jobs(vocab_size), [number // 3 for number in range(24)])
     stats = core.stats()
@@ -112,6 +112,23 @@ def differing(got: list[Result], expected: list[Result]) -> list[int]:
     return [number for number, (a, b) in enumerate(zip(got, expected, strict=True)) if a != b]
 
 
+def first_gap(got: list[Result], expected: list[Result]) -> float:
+    """Of the log-probabilities of the first tokens, where those are the same."""
+    pairs = [(a.logprobs[0], b.logprobs[0]) for a, b in zip(got, expected, strict=True)]
+    same = [(a, b) for a, b in pairs if a.token_ids[0] == b.token_ids[0]]
+    assert len(same) > len(pairs) // 2
+    return max(abs(a.logprobs[0] - b.logprobs[0]) for a, b in same)
+
+
+def test_one_rank_of_a_layout_serves_from_an_fp8_cache(tmp_path: Path) -> None:
+    config = ModelConfig(**{**SHAPES["qwen3-0.6b"], "num_layers": 4, "vocab_size": VOCAB})
+    directory = checkpoint(tmp_path / "model", config)
+    with led(directory, tp_invariant=True) as model:
+        expected = served(model, None, VOCAB)
+        assert 0 < first_gap(served(model, None, VOCAB, "fp8"), expected) < 0.5
+
+
+@needs_two
 def test_two_gpus_give_one_gpus_bits(tmp_path: Path) -> None:
     config = ModelConfig(**{**SHAPES["qwen3-0.6b"], "num_layers": 4, "vocab_size": VOCAB})
     directory = checkpoint(tmp_path / "model", config)
@@ -121,8 +138,10 @@ def test_two_gpus_give_one_gpus_bits(tmp_path: Path) -> None:
         assert differing(served(model, False, VOCAB), expected) == []
         assert model.supports_graphs
         assert differing(served(model, True, VOCAB), expected) == []
+        assert 0 < first_gap(served(model, True, VOCAB, "fp8"), expected) < 0.5
 
 
+@needs_two
 def test_two_stages_give_one_gpus_bits_and_one_that_dies_is_noticed(tmp_path: Path) -> None:
     config = ModelConfig(**{**SHAPES["qwen3-0.6b"], "num_layers": 3, "vocab_size": VOCAB})
     directory = checkpoint(tmp_path / "model", config)
@@ -142,6 +161,7 @@ def test_two_stages_give_one_gpus_bits_and_one_that_dies_is_noticed(tmp_path: Pa
         assert time.monotonic() - began < 60  # not NCCL's timeout of ten minutes
 
 
+@needs_two
 def test_experts_on_two_gpus_give_one_gpus_bits(tmp_path: Path) -> None:
     config = tiny(
         "moe",
