@@ -1,8 +1,8 @@
 """The GPU kernels against their peers in one run: `python benchmarks/kernels.py --json kernels.json`.
 
 `kernel_groups/` has the rows, a file for each kind of kernel, and `kernel_groups/timing.py` how a row is timed.
-A row gives the median time of a call, half the distance between the quartiles as its spread, and the peer's
-median over ours.
+A row gives the median time of a call, half the distance between the quartiles as its spread, the share of what the
+same run measured as this GPU's ceiling (a copy's bandwidth, cuBLAS's rate), and the peer's median over ours.
 """
 
 from __future__ import annotations
@@ -46,7 +46,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, help="write the rows here too, after each")
-    parser.add_argument("--groups", default=",".join(GROUPS), help="which, in order; default: %(default)s")
+    parser.add_argument(
+        "--groups",
+        default=",".join(GROUPS),
+        help="which, in order, after the ceilings; default: %(default)s",
+    )
     arguments = parser.parse_args()
     groups = arguments.groups.split(",")
     unknown = [g for g in groups if g not in GROUPS]
@@ -56,16 +60,19 @@ def main() -> None:
         sys.exit("the kernels run on CUDA devices, and torch sees none")
     torch.manual_seed(0)
     rows: list[Row] = []
+    ceilings: dict[str, float] = {}
     print(torch.cuda.get_device_name(), torch.__version__)
-    for group in groups:
+    for group in ["ceilings", *(g for g in groups if g != "ceilings")]:
         for found in rows_of(group):
             rows.append(found)
-            print(found.text(), flush=True)
+            if group == "ceilings":
+                ceilings[found.unit] = found.rate
+            print(found.text(ceilings), flush=True)
             if arguments.json:
                 data = {
                     "device": torch.cuda.get_device_name(),
                     "torch": torch.__version__,
-                    "rows": [{**asdict(r), "ratio": r.ratio} for r in rows],
+                    "rows": [{**asdict(r), "ratio": r.ratio, "share": r.share(ceilings)} for r in rows],
                 }
                 arguments.json.write_text(json.dumps(data, indent=1))
         torch.cuda.empty_cache()

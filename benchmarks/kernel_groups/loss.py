@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernel_groups import liger
 from kernel_groups.timing import BF16, Row, eager_times, randn
 from mainspring.ops import cross_entropy
 from mainspring.ops.policy import FAST
@@ -34,4 +35,7 @@ def loss_rows() -> Iterator[Row]:
 
         ours = eager_times(step(lambda x, w, t: cross_entropy(x, w, t, policy=FAST)))
         name = f"M={ROWS} V={vocab} H={h} {BF16}".replace("torch.", "")
-        yield Row("loss", name, 6e-9 * ROWS * vocab * h, "GFLOP", *ours, *eager_times(step(torchs)), "torch")
+        flop = 6e-9 * ROWS * vocab * h
+        yield Row("loss", name, flop, "GFLOP", *ours, *eager_times(step(torchs)), "torch")
+        if liger.PRESENT:
+            yield Row("loss", name, flop, "GFLOP", *ours, *eager_times(step(liger.loss)), liger.NAME)

@@ -8,7 +8,7 @@ quartiles as its spread.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,10 +39,22 @@ class Row:
         """Above 1: ours is faster."""
         return None if self.peer is None else self.peer / self.ours
 
-    def text(self) -> str:
-        rate = self.amount / self.ours * (1e6 if self.unit == "GB" else 1e3)
-        line = f"{self.group:10} {self.name:44} {self.ours:9.1f} us ±{self.ours_spread:6.1f} {rate:8.1f} "
-        line += "GB/s" if self.unit == "GB" else "TFLOP/s"
+    @property
+    def rate(self) -> float:
+        """GB/s or TFLOP/s."""
+        return self.amount / self.ours * (1e6 if self.unit == "GB" else 1e3)
+
+    def share(self, ceilings: Mapping[str, float]) -> float | None:
+        """Of the rate that this GPU was measured to reach. ceilings: rates by unit."""
+        return self.rate / ceilings[self.unit] if self.unit in ceilings else None
+
+    def text(self, ceilings: Mapping[str, float]) -> str:
+        line = (
+            f"{self.group:10} {self.name:44} {self.ours:9.1f} us ±{self.ours_spread:6.1f} {self.rate:8.1f} "
+        )
+        line += "GB/s   " if self.unit == "GB" else "TFLOP/s"
+        share = self.share(ceilings)
+        line += "" if share is None else f" {share:6.1%}"
         return line + (f"  {self.ratio:5.2f}x {self.peer_name}" if self.ratio is not None else "")
 
 
@@ -109,6 +121,17 @@ def row(
         return Row(group, name, amount, unit, *times([ours])[0])
     found = times([ours, peer])
     return Row(group, name, amount, unit, *found[0], *found[1], peer_name)
+
+
+def rows(
+    group: str, name: str, amount: float, unit: str, ours: Calls, peers: Mapping[str, Calls]
+) -> Iterator[Row]:
+    """A row for each of several peers, all timed in turn; without any, ours alone."""
+    mine, *theirs = times([ours, *peers.values()])
+    if not peers:
+        yield Row(group, name, amount, unit, *mine)
+    for peer, found in zip(peers, theirs, strict=True):
+        yield Row(group, name, amount, unit, *mine, *found, peer)
 
 
 def randn(*shape: int, dtype: torch.dtype = BF16, scale: float = 1.0) -> Tensor:
