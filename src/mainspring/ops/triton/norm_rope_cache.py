@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mainspring.ops.triton.norm import row_shape
-from mainspring.ops.triton.rope import check_rotation, sine_cosine
+from mainspring.ops.triton.rope import check_rotation, token_rotation
 from mainspring.ops.triton.rope_cache import check_cache, quantised
 from mainspring.ops.triton.support import canonical_rows, has_dependent_launch, on_device, require
 
@@ -47,6 +47,27 @@ def normed_rotated(
     return tl.fma(tl.where((columns < HALF)[None, :], -other, other), sin, own * cos)
 
 
+@triton.jit
+def column_rotation(
+    positions, rows, inv_freq, token, columns, rope_scale, HALF: tl.constexpr, ROWED: tl.constexpr
+):  # fmt: skip
+    """(cos, sin), each [1, columns]: both elements of a pair have its angle."""
+    pairs = tl.where(columns < HALF, columns, columns - HALF)
+    return token_rotation(positions, rows, inv_freq, token, pairs, rope_scale, HALF, ROWED, False)
+
+
+@triton.jit
+def store_normed_rotated(
+    source, weight, target, group, columns, cos, sin, eps,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """A token's `group`-th GROUP heads of source, normed and rotated, to where they belong in target [HEADS, DIM]."""
+    row = group * GROUP + tl.arange(0, GROUP)
+    inside = (row < HEADS)[:, None] & (columns < DIM)[None, :]
+    rotated = normed_rotated(source, weight, row, columns, inside, cos, sin, eps, DIM, HALF)
+    tl.store(target + row[:, None] * DIM + columns[None, :], rotated.to(target.dtype.element_ty), inside)
+
+
 @triton.jit(do_not_specialize=["rope_scale", "eps"])
 def norm_rope_cache_kernel(
     q, k, v, q_weight, k_weight, q_out, k_cache, v_cache, k_scale, v_scale, positions, rows, inv_freq, slots,
@@ -62,20 +83,12 @@ def norm_rope_cache_kernel(
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     columns = tl.arange(0, BLOCK)
-    position = tl.load(positions + token).to(tl.float32)
-    if ROWED:
-        inv_freq += tl.load(rows + token).to(tl.int64) * HALF
-    frequency = tl.load(inv_freq + tl.where(columns < HALF, columns, columns - HALF), columns < DIM, 0.0)
-    sine, cosine = sine_cosine(position * frequency)
-    cos, sin = (cosine * rope_scale)[None, :], (sine * rope_scale)[None, :]
+    cos, sin = column_rotation(positions, rows, inv_freq, token, columns, rope_scale, HALF, ROWED)
     if group < Q_GROUPS:
-        row = group * GROUP + tl.arange(0, GROUP)
-        inside = (row < Q_HEADS)[:, None] & (columns < DIM)[None, :]
-        turned = normed_rotated(
-            q + token * q_stride, q_weight, row, columns, inside, cos, sin, eps, DIM, HALF
+        store_normed_rotated(
+            q + token * q_stride, q_weight, q_out + token * (Q_HEADS * DIM), group, columns, cos, sin, eps,
+            Q_HEADS, GROUP, DIM, HALF,
         )  # fmt: skip
-        target = q_out + token * (Q_HEADS * DIM) + row[:, None] * DIM + columns[None, :]
-        tl.store(target, turned.to(q_out.dtype.element_ty), inside)
     else:
         slot = tl.load(slots + token)
         if slot >= 0:

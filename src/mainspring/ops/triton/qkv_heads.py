@@ -12,12 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from mainspring.ops.triton.norm import column_sum_kernel, row_shape
-from mainspring.ops.triton.norm_rope_cache import normed_rotated
+from mainspring.ops.triton.norm_rope_cache import column_rotation, store_normed_rotated
 from mainspring.ops.triton.rope import (
     check_rotation,
     load_pairs,
     rope,
-    sine_cosine,
     store_pairs,
     token_rotation,
     turned,
@@ -38,28 +37,17 @@ def norm_rope_kernel(
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     columns = tl.arange(0, BLOCK)
-    position = tl.load(positions + token).to(tl.float32)
-    if ROWED:
-        inv_freq += tl.load(rows + token).to(tl.int64) * HALF
-    frequency = tl.load(inv_freq + tl.where(columns < HALF, columns, columns - HALF), columns < DIM, 0.0)
-    sine, cosine = sine_cosine(position * frequency)
-    cos, sin = (cosine * rope_scale)[None, :], (sine * rope_scale)[None, :]
+    cos, sin = column_rotation(positions, rows, inv_freq, token, columns, rope_scale, HALF, ROWED)
     if group < Q_GROUPS:
-        row = group * GROUP + tl.arange(0, GROUP)
-        inside = (row < Q_HEADS)[:, None] & (columns < DIM)[None, :]
-        rotated = normed_rotated(
-            q + token * q_stride, q_weight, row, columns, inside, cos, sin, eps, DIM, HALF
+        store_normed_rotated(
+            q + token * q_stride, q_weight, q_out + token * (Q_HEADS * DIM), group, columns, cos, sin, eps,
+            Q_HEADS, GROUP, DIM, HALF,
         )  # fmt: skip
-        target = q_out + token * (Q_HEADS * DIM) + row[:, None] * DIM + columns[None, :]
-        tl.store(target, rotated.to(q_out.dtype.element_ty), inside)
     else:
-        row = (group - Q_GROUPS) * GROUP + tl.arange(0, GROUP)
-        inside = (row < K_HEADS)[:, None] & (columns < DIM)[None, :]
-        rotated = normed_rotated(
-            k + token * k_stride, k_weight, row, columns, inside, cos, sin, eps, DIM, HALF
+        store_normed_rotated(
+            k + token * k_stride, k_weight, k_out + token * (K_HEADS * DIM), group - Q_GROUPS, columns, cos, sin, eps,
+            K_HEADS, GROUP, DIM, HALF,
         )  # fmt: skip
-        target = k_out + token * (K_HEADS * DIM) + row[:, None] * DIM + columns[None, :]
-        tl.store(target, rotated.to(k_out.dtype.element_ty), inside)
 
 
 @triton.jit
