@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mainspring.rag.search.screening import Screen
+from mainspring.rag.search.screening import Order, Screen
 from mainspring.rag.search.space import Space, canonical
 from mainspring.rag.strategy import Strategy
 
@@ -16,12 +16,13 @@ def beam_search(known: Screen, space: Space, base: Strategy, count: int) -> list
     From the base on, each setting in turn takes all its values in each of the best strategies so far.
     """
     first = canonical(base)
-    beam, met = [first], {first: None}
+    orders: dict[Strategy, Order] = known.orders([first])
+    beam = [first]
     for _ in range(_ROUNDS):
         for choice in space.choices:
             pool = dict.fromkeys(beam)
             pool.update(dict.fromkeys(choice.applied(s, value) for s in beam for value in choice.values))
-            beam = known.ranked(pool)[:_WIDTH]
-            met.update(dict.fromkeys(beam))
-    best = known.ranked(met)[:count]
+            orders.update(known.orders([s for s in pool if s not in orders]))
+            beam = sorted(pool, key=orders.__getitem__)[:_WIDTH]
+    best = sorted(orders, key=orders.__getitem__)[:count]
     return best if first in best else [*best[: count - 1], first]

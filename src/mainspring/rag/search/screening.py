@@ -37,6 +37,7 @@ _SECONDS_RIDGE = 1.0
 _P95 = 1.645  # standard deviations above the mean
 
 Array = npt.NDArray[np.float64]
+Order = tuple[bool, float]
 _Key = tuple[int | Value, ...]  # (choice, value), or two of them: what a column of the design stands for
 
 
@@ -52,17 +53,17 @@ class Screen:
     spread: float
     limit: float
 
-    def ranked(self, strategies: Collection[Strategy]) -> list[Strategy]:
-        """The best first: within the limit of seconds by quality, beyond it by time, as far as the model knows."""
-        found = list(strategies)
-        design = np.stack([_row(_keys(self.space, s), self.columns) for s in found])
-        quality = design @ self.quality
-        p95 = np.exp(self.mean_log_seconds + design @ self.log_seconds + _P95 * self.spread)
-        order = [
-            (True, float(p95[n])) if p95[n] > self.limit else (False, -float(quality[n]))
-            for n in range(len(found))
-        ]
-        return [found[n] for n in sorted(range(len(found)), key=order.__getitem__)]
+    def orders(self, strategies: Collection[Strategy]) -> dict[Strategy, Order]:
+        """What sorts the best first: within the limit of seconds by quality, beyond it by time."""
+        if not strategies:
+            return {}
+        design = np.stack([_row(_keys(self.space, s), self.columns) for s in strategies])
+        quality = (design @ self.quality).tolist()
+        p95 = np.exp(self.mean_log_seconds + design @ self.log_seconds + _P95 * self.spread).tolist()
+        return {
+            s: (True, time) if time > self.limit else (False, -good)
+            for s, good, time in zip(strategies, quality, p95, strict=True)
+        }
 
 
 def screen(ledger: Ledger, space: Space, base: Strategy, generator: Random) -> Screen:
