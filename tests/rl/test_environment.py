@@ -9,19 +9,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mainspring.errors import ConfigError, MainspringError
 from mainspring.model.decoder import Decoder
 from mainspring.model.initialise import create_model
 from mainspring.rl.conversation import Conversation
 from mainspring.rl.environment import Calculator, Turn, calculate
+from mainspring.rl.environment_worker import EnvironmentWorker
 from mainspring.rl.grpo import GrpoSettings, grpo
 from mainspring.rl.prompts import Prompt, Texts
 from mainspring.rl.rollout_settings import RolloutSettings
 from mainspring.rl.rollouts import Rollouts
 from mainspring.rl.samples import Sample
 from mainspring.rl.sft import SftSettings, sft
+from mainspring.rl.worker import CallFailedError
 from mainspring.train.optimizer import Optimizer
 from mainspring.train.recipe import OptimizerSection, ScheduleSection
 from rl import sorting
+from rl.reward_functions import MoodyWorld
 from train.models import tiny_config
 
 CHARACTERS = "0123456789+-*/=().?: \nabcdefghijklmnopqrstuvwxyz"
@@ -83,6 +87,7 @@ def test_a_conversation_that_is_replayed_has_the_rewards_it_had() -> None:
         conversation.take(tokens, [-1.0] * len(tokens), 0)
 
     original = begun()
+    original.begin()
     for text, ends in (("calc(6*7)", True), ("calc(2)", True), ("so it", False)):
         written(original, text, ends=ends)
         if ends:
@@ -94,6 +99,54 @@ def test_a_conversation_that_is_replayed_has_the_rewards_it_had() -> None:
     original.end(finished=False)  # its budget has cut it off: the environment was not told
     copy.replay(original.written)
     assert (copy.reward, copy.done, copy.finished) == (2.0, True, False)
+
+
+def test_an_environment_that_hangs_or_dies_costs_its_turn_and_the_others_are_told_again() -> None:
+    with EnvironmentWorker(MoodyWorld, timeout=0.4) as make:
+        kept, bad = make(), make()
+        kept.reset(Prompt((1,), "one", ""))
+        assert kept.step("a").text == "one>a"
+        for answer, reason in (
+            ("raise", "ValueError: no such turn"),
+            ("nothing", "TypeError: a step must give a Turn with a finite reward, not None"),
+            ("hang", r"did not answer within 0\.4 s"),
+            ("die", "process died"),
+        ):
+            bad.reset(Prompt((2,), "two", ""))
+            assert bad.step("x").text == "two>x"
+            with pytest.raises(CallFailedError, match=reason):
+                bad.step(answer)
+        with pytest.raises(CallFailedError, match="did not answer"):
+            bad.reset(Prompt((3,), "hang", ""))
+        assert kept.step("b").text == "one>a>b", "it knows what it was told in a process that is gone"
+        del bad
+        assert kept.step("c") == Turn("one>a>b>c", reward=0.5)
+
+
+def test_what_hangs_is_dropped_and_counted_and_past_the_limit_the_run_stops() -> None:
+    prompts = [Prompt((i, sorting.SEPARATOR), text, "") for i, text in enumerate(("hang", "1", "2"))]
+    settings = RolloutSettings(3, 2, max_tokens=12, seed=0, max_failures=2)
+    with EnvironmentWorker(MoodyWorld, timeout=0.4) as make:
+        rollouts = Rollouts(
+            sorting.model("lockstep"), prompts, sorting.TEXTS, sorting.Graded(), settings, environment=make
+        )
+        groups = rollouts.collect()
+        assert (rollouts.report.dropped, rollouts.failures) == (2, 2)
+        assert {t.prompt for g in groups for t in g} == {1, 2}
+        assert all(t.num_written for g in groups for t in g)
+        with pytest.raises(MainspringError, match=r"failed 3 times, more than max_failures = 2.*0\.4 s"):
+            rollouts.collect()
+
+
+def test_an_environment_that_cannot_be_imported_in_a_process_is_no_samples_failure() -> None:
+    with EnvironmentWorker(lambda: Calculator(), timeout=1.0) as make:
+        settings = RolloutSettings(1, 2, max_tokens=4)
+        prompts = [Prompt((1,), "1", "")]
+        rollouts = Rollouts(
+            sorting.model("lockstep"), prompts, sorting.TEXTS, sorting.Graded(), settings, environment=make
+        )
+        with pytest.raises(ConfigError, match="at the top level of a module"):
+            rollouts.collect()
 
 
 def _model() -> Decoder:

@@ -31,7 +31,8 @@ class Conversation:
     """Mutable; owned by `Rollouts`.
 
     seed: fixes, with a token's place, the random numbers it is drawn by. done: nothing more is to be written;
-    finished: it ended by itself; failed: its environment raised, and there is no reward.
+    finished: it ended by itself; failed: its environment raised, and there is no reward. One that is new calls `begin`,
+    one that was kept `replay`.
     """
 
     def __init__(
@@ -50,8 +51,11 @@ class Conversation:
         self._log_probs: list[float] = []
         self._versions: list[int] = []
         self._turn_began = len(prompt.tokens)
-        if environment is not None:
-            environment.reset(prompt)
+
+    def begin(self) -> None:
+        """Tells the environment of it, if there is one. Raises what that raises."""
+        if self._environment is not None:
+            self._environment.reset(self.prompt)
 
     @property
     def num_written(self) -> int:

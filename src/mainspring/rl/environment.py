@@ -29,11 +29,12 @@ class Environment(Protocol):
     """One conversation's world. It must be a function of what it is told: a carried one is told all of it again."""
 
     def reset(self, prompt: Prompt) -> None:
-        """A conversation begins."""
+        """A conversation begins. Whatever this or `step` raises drops the sample and is counted; `environment_worker`
+        sees to it that they return in time."""
         ...
 
     def step(self, answer: str) -> Turn:
-        """The policy has ended a turn with this text. Whatever it raises drops the sample and is counted."""
+        """The policy has ended a turn with this text."""
         ...
 
 

@@ -75,12 +75,13 @@ class RewardSection:
     function: str = "mainspring.rl.verifiers:same_number"
     """module:name of a function (prompt, answer, reference) -> float; it runs in a process of its own."""
     timeout: float = 10.0
-    """Seconds for one answer."""
+    """Seconds for one answer; in an environment for each `reset` and `step`."""
     model: str = ""
     """Directory of a reward model of the same tokenizer, whose scores are then the rewards."""
     max_failures: int = 100
     environment: str = ""
-    """module:name of what makes an `Environment`, which then gives the rewards."""
+    """module:name of what makes an `Environment`, which then gives the rewards, from a process of its own. Its failures
+    are limited by `rollouts.max_failures`."""
 
 
 @dataclass(frozen=True)

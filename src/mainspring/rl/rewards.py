@@ -7,21 +7,17 @@ with RewardWorker(same_number, timeout=5.0, max_failures=100) as worker:
 from __future__ import annotations
 
 import math
-import multiprocessing
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from functools import partial
 from types import TracebackType
 from typing import Protocol, Self
 
 from mainspring.errors import ConfigError, MainspringError
+from mainspring.rl.worker import CallFailedError, Handler, Worker
 
 RewardFunction = Callable[[str, str, str], float]
 """(prompt, answer, reference) -> reward. A function of a module's top level: the worker imports it by name."""
-
-_START_SECONDS = 120.0  # the worker's imports; a function is timed without them
 
 
 @dataclass(frozen=True)
@@ -52,15 +48,11 @@ class RewardWorker:
     """
 
     def __init__(self, function: RewardFunction, *, timeout: float = 10.0, max_failures: int = 100) -> None:
-        if not timeout > 0:
-            raise ConfigError(f"a reward's timeout must be above 0 seconds, got {timeout}")
         if max_failures < 0:
             raise ConfigError(f"max_failures must be at least 0, got {max_failures}")
-        self._function = function
-        self._timeout = timeout
+        self._name = f"the reward function {getattr(function, '__name__', function)}"
+        self._worker = Worker(partial(_handler, function), name=self._name, timeout=timeout)
         self._max_failures = max_failures
-        self._process: BaseProcess | None = None
-        self._pipe: Connection | None = None
         self.failures = 0
         self.last_failure: str | None = None
 
@@ -70,11 +62,7 @@ class RewardWorker:
 
     def close(self) -> None:
         """Ends the worker at once."""
-        if self._process is not None and self._pipe is not None:
-            self._pipe.close()
-            self._process.kill()
-            self._process.join()
-        self._process = self._pipe = None
+        self._worker.close()
 
     def __enter__(self) -> Self:
         return self
@@ -85,75 +73,25 @@ class RewardWorker:
         self.close()
 
     def _one(self, completion: Completion) -> float | None:
-        pipe = self._pipe or self._start()
         try:
-            pipe.send((completion.prompt, completion.answer, completion.reference))
-            if not pipe.poll(self._timeout):
-                self.close()
-                self._count_failure(f"it did not answer within {self._timeout} s")
-                return None
-            value, problem = pipe.recv()
-        except (EOFError, OSError):  # the worker is gone
-            self.close()
-            self._count_failure("its process died")
+            value: float = self._worker.call(completion.prompt, completion.answer, completion.reference)
+        except CallFailedError as error:
+            self._count_failure(str(error))
             return None
-        if problem is not None:
-            self._count_failure(problem)
+        if not math.isfinite(value):
+            self._count_failure(f"it gave {value}")
             return None
-        return float(value)
-
-    def _start(self) -> Connection:
-        context = multiprocessing.get_context("spawn")  # a fork would copy the trainer's threads' locks
-        pipe, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(self._function, theirs), daemon=True)
-        try:
-            process.start()
-        except (pickle.PicklingError, AttributeError) as error:
-            pipe.close()
-            theirs.close()
-            raise ConfigError(
-                f"the reward function {_name(self._function)} cannot be handed to a worker ({error}); "
-                "define it at the top level of a module"
-            ) from error
-        theirs.close()  # so that the child's end closes with the child
-        self._process, self._pipe = process, pipe
-        try:
-            ready = pipe.poll(_START_SECONDS) and pipe.recv()
-        except (EOFError, OSError):
-            ready = False
-        if not ready:
-            self.close()
-            raise MainspringError(
-                f"the worker of the reward function {_name(self._function)} did not start; "
-                "its module must be importable in a fresh process"
-            )
-        return pipe
+        return value
 
     def _count_failure(self, reason: str) -> None:
         self.failures += 1
         self.last_failure = reason
         if self.failures > self._max_failures:
             raise MainspringError(
-                f"the reward function {_name(self._function)} has failed {self.failures} times, more than "
-                f"max_failures = {self._max_failures}; the last time: {reason}. Mend it, or raise max_failures"
+                f"{self._name} has failed {self.failures} times, more than max_failures = {self._max_failures}; "
+                f"the last time: {reason}. Mend it, or raise max_failures"
             )
 
 
-def _serve(function: RewardFunction, pipe: Connection) -> None:
-    """The worker's loop; it ends when the other end of the pipe is closed."""
-    pipe.send(True)
-    while True:
-        try:
-            prompt, answer, reference = pipe.recv()
-        except EOFError:
-            return
-        try:
-            value = float(function(prompt, answer, reference))
-            problem = None if math.isfinite(value) else f"it gave {value}"
-        except Exception as error:  # whatever a user's function raises is that sample's failure
-            value, problem = math.nan, f"{type(error).__name__}: {error}"
-        pipe.send((value, problem))
-
-
-def _name(function: RewardFunction) -> str:
-    return str(getattr(function, "__name__", function))
+def _handler(function: RewardFunction) -> Handler:
+    return lambda prompt, answer, reference: float(function(prompt, answer, reference))

@@ -15,6 +15,7 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -32,6 +33,7 @@ from mainspring.rl.prompts import Prompt, Texts, epoch_order
 from mainspring.rl.rewards import Scorer
 from mainspring.rl.rollout_settings import UNCHANGED, RolloutSettings, check_rollouts
 from mainspring.rl.trajectories import Group, Trajectory
+from mainspring.rl.worker import WorkerStartError
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,8 @@ class Rollouts:
         self._share = (0, 1)  # which of how many takers of the stream of prompts this one is
         self._order: tuple[int, list[int]] = (-1, [])
         self._carried: list[list[Conversation]] = []
-        self._failures = 0
+        self.failures = 0
+        """Of environments, so far."""
         if self.settings.free_cache:
             self._core.sleep()
 
@@ -141,7 +144,10 @@ class Rollouts:
     def restore(self, state: RolloutState) -> None:
         """Go on where another `Rollouts` of the same prompts and settings stood."""
         self._position = state.position
-        self._carried = [[self._restored(written) for written in group] for group in state.carried]
+        self._carried = [
+            [self._again(self.prompts[written.prompt], written) for written in group]
+            for group in state.carried
+        ]
 
     def take_weights(self, version: int) -> None:
         """The trainer's weights have moved: the engine writes with them from now on, and forgets the old ones' keys."""
@@ -207,7 +213,7 @@ class Rollouts:
             [self._begin(i, p, _seed("validation", seed, i, member)) for member in range(samples)]
             for i, p in list(enumerate(prompts))[rank::ranks]
         ]
-        self._write([c for group in groups for c in group], sampling, sliced=False)
+        self._write([c for group in groups for c in group if not c.done], sampling, sliced=False)
         if self.settings.free_cache:
             self._core.sleep()
         return self._rewarded(groups)
@@ -222,10 +228,8 @@ class Rollouts:
         """What becomes of conversations that were begun elsewhere, unrewarded; the stream of prompts stays."""
         begun = []
         for prompt, written in conversations:
-            conversation = self._begin(written.prompt, prompt, written.seed)
-            conversation.replay(written)
-            begun.append(conversation)
-        self._write(begun, sampling, sliced=sliced)
+            begun.append(self._again(prompt, written))
+        self._write([c for c in begun if not c.done], sampling, sliced=sliced)
         if self.settings.free_cache:
             self._core.sleep()
         return [conversation.written for conversation in begun]
@@ -246,11 +250,14 @@ class Rollouts:
 
     def _begin(self, index: int, prompt: Prompt, seed: int) -> Conversation:
         environment = None if self._environment is None else self._environment()
-        return Conversation(index, prompt, seed, environment, self._texts)
+        conversation = Conversation(index, prompt, seed, environment, self._texts)
+        self._tell(conversation, conversation.begin)
+        return conversation
 
-    def _restored(self, written: Written) -> Conversation:
-        conversation = self._begin(written.prompt, self.prompts[written.prompt], written.seed)
-        conversation.replay(written)
+    def _again(self, prompt: Prompt, written: Written) -> Conversation:
+        environment = None if self._environment is None else self._environment()
+        conversation = Conversation(written.prompt, prompt, written.seed, environment, self._texts)
+        self._tell(conversation, partial(conversation.replay, written))
         return conversation
 
     def _write(
@@ -317,11 +324,7 @@ class Rollouts:
             if not cut:
                 conversation.end(finished=False)
             return False
-        try:
-            conversation.turn_over()
-        except Exception as error:  # whatever an environment raises is that sample's failure
-            conversation.fail()
-            self._count_failure(error)
+        self._tell(conversation, conversation.turn_over)
         if conversation.done:
             return False
         room = self._core.limits.max_model_len - len(conversation.tokens)
@@ -331,11 +334,21 @@ class Rollouts:
             return False
         return conversation.num_written < limit
 
+    def _tell(self, conversation: Conversation, what: Callable[[], None]) -> None:
+        """Lets an environment hear something; what it raises is that sample's failure."""
+        try:
+            what()
+        except WorkerStartError:
+            raise
+        except Exception as error:
+            conversation.fail()
+            self._count_failure(error)
+
     def _count_failure(self, error: Exception) -> None:
-        self._failures += 1
-        if self._failures > self.settings.max_failures:
+        self.failures += 1
+        if self.failures > self.settings.max_failures:
             raise MainspringError(
-                f"environments have failed {self._failures} times, more than max_failures = "
+                f"environments have failed {self.failures} times, more than max_failures = "
                 f"{self.settings.max_failures}; the last time: {type(error).__name__}: {error}"
             ) from error
 

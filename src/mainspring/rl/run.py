@@ -32,6 +32,7 @@ from mainspring.rl import materials
 from mainspring.rl.ahead import RolloutsAhead
 from mainspring.rl.checkpoint import RlState, read_run_state
 from mainspring.rl.dpo import DpoMetrics, DpoSettings, dpo, judge, reference_log_probs
+from mainspring.rl.environment_worker import EnvironmentWorker
 from mainspring.rl.grpo import grpo
 from mainspring.rl.learner import DeviceLearner, Learner
 from mainspring.rl.policy_metrics import PolicyMetrics
@@ -221,13 +222,18 @@ class RlRun:
             if not recipe.reward.environment
             else None,
         )
+        make = materials.environment_factory(recipe.reward)
+        environment = None
+        if make is not None:
+            environment = EnvironmentWorker(make, timeout=recipe.reward.timeout)
+            self._resources.enter_context(environment)
         rollouts = self._learner.rollouts(
             prompts,
             texts,
             scorer,
             sampling=SamplingParams(temperature=engine.temperature),
             engine=config,
-            environment=materials.environment_factory(recipe.reward),
+            environment=environment,
         )
         if isinstance(rollouts, RolloutsAhead):
             self._resources.enter_context(rollouts)
@@ -291,6 +297,8 @@ class RlRun:
         if isinstance(metrics, PolicyMetrics):
             if isinstance(self._scorer, RewardWorker):
                 record["reward_failures"] = int(self._sum([self._scorer.failures])[0])
+            if self._recipe.reward.environment and self._rollouts is not None:
+                record["environment_failures"] = int(self._sum([self._rollouts.failures])[0])
             if isinstance(self._rollouts, RankRollouts):
                 resharding = self._rollouts.resharding
                 record["resharding_seconds"] = self._largest([resharding.seconds])[0]
