@@ -255,7 +255,7 @@ class TerminalReporter:
         if self._task is not None:
             self._progress.update(self._task, completed=done, total=total)
 
-    def ready(self, url: str, model_name: str, ready: Ready) -> None:
+    def ready(self, url: str, model_name: str, ready: Ready, chats: bool) -> None:
         """The server takes requests."""
         self._finish_step()
         self._progress.stop()
@@ -273,7 +273,7 @@ class TerminalReporter:
         self._console.print(addresses)
         # Printed as it is: a wrapped or coloured command line would not survive being copied.
         self._console.print(
-            f"\n{curl_line(url, model_name)}\n", highlight=False, markup=False, soft_wrap=True
+            f"\n{curl_line(url, model_name, chats)}\n", highlight=False, markup=False, soft_wrap=True
         )
         self._console.print("[dim]Ctrl-C finishes running requests and stops; twice stops at once.[/]")
 
@@ -290,7 +290,9 @@ class TerminalReporter:
         self._task = self._message = None
 
 
-def curl_line(url: str, model_name: str) -> str:
-    """A command that asks the server something, to be pasted into a shell."""
-    body = json.dumps({"model": model_name, "messages": [{"role": "user", "content": "Hello! Who are you?"}]})
-    return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+def curl_line(url: str, model_name: str, chats: bool) -> str:
+    """A command that asks the server something, to be pasted into a shell; a model that cannot chat continues."""
+    greeting = {"messages": [{"role": "user", "content": "Hello! Who are you?"}]}
+    body = json.dumps({"model": model_name, **(greeting if chats else {"prompt": "Once upon a time"})})
+    route = "chat/completions" if chats else "completions"
+    return f"curl {url}/v1/{route} -H 'Content-Type: application/json' -d {shlex.quote(body)}"

@@ -49,7 +49,7 @@ class LogReporter:
     def progress(self, done: int, total: int) -> None:
         """Not logged."""
 
-    def ready(self, url: str, model_name: str, ready: Ready) -> None:
+    def ready(self, url: str, model_name: str, ready: Ready, chats: bool) -> None:
         """Ray tells when a replica is ready."""
 
     def note(self, message: str) -> None:

@@ -16,8 +16,8 @@ class Reporter(Protocol):
     def progress(self, done: int, total: int) -> None:
         """The present step is that far."""
 
-    def ready(self, url: str, model_name: str, ready: Ready) -> None:
-        """Requests are taken at this address."""
+    def ready(self, url: str, model_name: str, ready: Ready, chats: bool) -> None:
+        """Requests are taken at this address; `chats`: the model has a chat template."""
 
     def note(self, message: str) -> None:
         """Something happened after the start."""

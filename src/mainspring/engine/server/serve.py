@@ -110,7 +110,7 @@ async def _serve(
     gc.freeze()
     # From here on connections wait in the listener's queue until uvicorn takes them.
     listener.listen(config.backlog)
-    reporter.ready(_url(settings.host, listener), name, ready)
+    reporter.ready(_url(settings.host, listener), name, ready, tokenizer.chat_template is not None)
     try:
         await server.serve(sockets=[listener])
     finally:
