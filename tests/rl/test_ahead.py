@@ -11,8 +11,12 @@ import torch
 from mainspring.errors import LockstepError
 from mainspring.model.decoder import Decoder
 from mainspring.rl.ahead import RolloutsAhead
+from mainspring.rl.critic import Critic
 from mainspring.rl.grpo import GrpoSettings, grpo
+from mainspring.rl.ppo_metrics import PpoMetrics
 from mainspring.rl.rollout_settings import RolloutSettings
+from mainspring.rl.value_model import ValueModel
+from mainspring.rl.vapo import VapoSettings, vapo
 from mainspring.train.optimizer import Optimizer
 from mainspring.train.recipe import OptimizerSection, ScheduleSection
 from rl import oracles, sorting
@@ -107,3 +111,24 @@ def test_a_step_on_old_answers_weighs_tokens_by_capped_importance() -> None:
     loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in fresh.parameters() if p.grad is not None])
     assert metrics.grad_norm == pytest.approx(float(norm), rel=1e-4)
+
+
+def test_what_has_a_critic_weighs_old_answers_too_and_fresh_ones_by_one() -> None:
+    def run(cap: float | None) -> tuple[Decoder, list[PpoMetrics]]:
+        model = sorting.model("lockstep")
+        values = ValueModel.of(model)
+        critic = Critic(values, Optimizer(values, MOVING))
+        settings = VapoSettings(
+            max_steps=4, warmup_steps=1, mini_batches=2, schedule=STEADY, importance_cap=cap
+        )
+        with ahead(model) as rollouts:
+            return model, list(vapo(model, Optimizer(model, MOVING), critic, rollouts, settings))
+
+    plain, capped, tight = run(None), run(2.0), run(1.001)
+    for _, metrics in (plain, capped, tight):
+        assert [m.lag for m in metrics] == [0.0, 1.0, 1.0, 1.0]
+        assert all(m.max_delta == 0 and m.compared > 0 for m in metrics)
+    norms = [[m.grad_norm for m in metrics[1:]] for _, metrics in (plain, capped, tight)]
+    # The policy stayed in the first step, so what the second learns from is its own: all weights are 1.
+    assert norms[0][0] == norms[1][0] == norms[2][0]
+    assert norms[1][1] != norms[2][1], "some tokens have become likelier by more than the cap"

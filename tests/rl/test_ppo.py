@@ -202,6 +202,23 @@ def test_losses_are_their_formulas() -> None:
     assert float(clipped_loss(by_answer)(experience, micro)[0].detach()) == pytest.approx(
         sum(means) / 12, rel=1e-4
     )
+    # Where the weights at the step's beginning are others than those that wrote, ratios are to the former, and tokens
+    # weigh by their probability over the latter's, capped.
+    nearby = micro.log_probs.detach() - 0.3 * torch.randn(
+        num_tokens, generator=torch.Generator().manual_seed(5)
+    )
+    weights = (nearby - micro.old_log_probs).exp().clamp(max=1.1)
+    assert 0 < int((weights == 1.1).sum()) < num_tokens
+    ratios = (micro.log_probs.detach() - nearby).tolist()
+    surrogates = [
+        oracles.policy_loss(x, a, 0.2, 0.2, None)[0]
+        for x, a in zip(ratios, experience.advantages.tolist(), strict=True)
+    ]
+    capped = PpoSettings(importance_cap=1.1, loss_mean="tokens")
+    found = clipped_loss(capped)(replace(experience, nearby_log_probs=nearby), micro)[0]
+    assert float(found.detach()) == pytest.approx(
+        float((weights * torch.tensor(surrogates)).mean()), rel=1e-4
+    )
     none_right = replace(settings, right_from=2.0)
     expected = sum(losses) / num_tokens
     assert float(imitating_loss(none_right)(experience, micro)[0].detach()) == pytest.approx(
