@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch._C._distributed_c10d import TCPStore
 
 from mainspring.errors import MainspringError
 from mainspring.formats.files import write_json
@@ -44,13 +44,16 @@ def run_on_ranks(
         },
     )  # fmt: skip
     command = [sys.executable, "-m", "mainspring.train.verify_ranks", str(order)]
-    port = str(_free_port())
+    # The ranks meet at a store of this process, which asks the system for a port: one that was looked up to be free
+    # may have been taken by the time that a rank opens it.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = []
     try:
         for rank in range(layout.world):
             environment = {
                 **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(layout.world),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "OMP_NUM_THREADS": "1",
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
             }  # fmt: skip
             if settings.device == "cpu":
                 environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -104,13 +107,6 @@ def _wait(processes: list[subprocess.Popen[bytes]], folder: Path) -> None:
 
 def _tail(path: Path, characters: int = 3000) -> str:
     return path.read_text(errors="replace")[-characters:].strip()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _main() -> None:
