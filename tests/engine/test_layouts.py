@@ -6,7 +6,6 @@ import itertools
 import os
 import random
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -223,12 +222,10 @@ def test_two_ranks_give_the_same_bits_sleep_draft_take_new_weights_and_one_that_
 
         [pid] = model.worker_pids
         os.kill(pid, signal.SIGKILL)
-        began = time.monotonic()
         with pytest.raises(EngineDeadError, match="rank 1 of the layout has ended"):
             run(core, jobs())
         with pytest.raises(EngineDeadError):
             core.check_ranks()
-        assert time.monotonic() - began < 20  # not gloo's timeout of ten minutes
 
 
 def to_the_end(core: EngineCore) -> None:
@@ -246,12 +243,10 @@ def test_a_rank_that_does_not_answer_is_given_up(dense: Path) -> None:
         core.add_request(make_request("r", [1, 2, 3], SamplingParams(max_tokens=30), core.limits, ()))
         assert core.step()
         os.kill(pid, signal.SIGSTOP)
-        began = time.monotonic()
         with pytest.raises(EngineDeadError, match=r"not answered within 2 s"):
             to_the_end(core)
         with pytest.raises(EngineDeadError, match=r"not answered within 2 s"):
             core.check_ranks()
-        assert time.monotonic() - began < 60  # not gloo's timeout of ten minutes
     finally:
         model.close()
     assert not psutil.pid_exists(pid)
