@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -14,8 +14,7 @@ import torch
 from mainspring.errors import ConfigError, MainspringError
 from mainspring.model.decoder import Decoder
 from mainspring.model.initialise import create_model
-from mainspring.rl.dpo import DpoSettings, PreferenceLoss, dpo, judge, reference_log_probs
-from mainspring.rl.math.preferences import conservative_dpo_loss, dpo_loss, ipo_loss, robust_dpo_loss
+from mainspring.rl.dpo import DpoSettings, dpo, judge, reference_log_probs
 from mainspring.rl.samples import Pair, Sample, cut, drawn, written_log_probs
 from mainspring.rl.sft import SftSettings, sft, sft_loss
 from mainspring.train.optimizer import Optimizer
@@ -119,19 +118,24 @@ def test_dpo_lifts_margin_and_accuracy_on_held_out_pairs() -> None:
 
 
 @pytest.mark.parametrize(
-    "loss",
-    [partial(ipo_loss, tau=0.1), conservative_dpo_loss, robust_dpo_loss, partial(dpo_loss, beta=0.5)],
+    "chosen",
+    [
+        DpoSettings(loss="ipo"),
+        DpoSettings(loss="conservative", flipped=0.2),
+        DpoSettings(loss="robust"),
+        DpoSettings(beta=0.5),
+    ],
     ids=["ipo", "conservative", "robust", "dpo"],
 )
 @pytest.mark.parametrize("with_reference", [True, False])
-def test_each_loss_falls_and_lifts_the_margin(loss: PreferenceLoss, with_reference: bool) -> None:
+def test_each_loss_falls_and_lifts_the_margin(chosen: DpoSettings, with_reference: bool) -> None:
     model, pairs = sorting.model(), sorting.pairs(32, 6)
     reference = reference_log_probs(model, pairs) if with_reference else None
-    before = judge(model, pairs, reference, loss=loss)
-    settings = DpoSettings(16, max_steps=12, schedule=STEADY)
+    settings = replace(chosen, prompts_per_step=16, max_steps=12, schedule=STEADY)
+    before = judge(model, pairs, reference, settings)
     optimizer = Optimizer(model, OptimizerSection(lr=1e-2))
-    _exhaust(dpo(model, optimizer, pairs, reference, settings, loss=loss))
-    after = judge(model, pairs, reference, loss=loss)
+    _exhaust(dpo(model, optimizer, pairs, reference, settings))
+    after = judge(model, pairs, reference, settings)
     assert after.loss < before.loss
     assert after.margin > before.margin + 0.3
 

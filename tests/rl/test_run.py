@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -65,6 +66,20 @@ def test_a_run_that_is_resumed_ends_at_the_same_bits(folder: Path, algorithm: st
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
     groups = [lines(folder / name / "rollouts.jsonl") for name in ("whole", "out")]
     assert groups[0] == groups[1]
+
+
+def test_a_recipe_chooses_the_loss_of_pairs_and_whether_there_is_a_reference(folder: Path) -> None:
+    losses = {}
+    for change in ("beta=0.1", "beta=0.3", "loss='ipo'", "reference_free=true", "mean_log_probs=true"):
+        run(recipe(folder, "dpo", f"dpo.{change}", "dpo.max_steps=2"), restart=True)
+        records = lines(folder / "out" / "metrics.jsonl")
+        losses[change] = [r["loss"] for r in records if r["event"] == "step"]
+        held_out = [r for r in records if r["event"] == "validation"]
+        # Before the first step the model is the reference, if there is one.
+        assert (held_out[0]["margin"] == pytest.approx(0, abs=1e-5)) == (change != "reference_free=true")
+    assert losses["beta=0.1"][0] == pytest.approx(math.log(2))
+    assert losses["loss='ipo'"][0] == pytest.approx(25.0)  # (0 - 1 / (2 · 0.1))²
+    assert len({round(found[1], 6) for found in losses.values()}) == 5
 
 
 def test_a_malformed_line_of_prompts_is_named_and_nothing_is_begun(folder: Path) -> None:

@@ -5,36 +5,46 @@
         print(metrics)
 
 The reference is the model as it was: two numbers a pair, computed once, so no second model is held. Without a
-reference (`reference=None`) they are 0. Which loss is an argument: `partial(dpo_loss, beta=0.1)`, `partial(ipo_loss,
-tau=0.1)`, or any function of the margins. Rafailov et al., arXiv 2305.18290. A run is (model, optimizer, step, and
-the reference): with these it continues to the bit.
+reference (`reference=None`) they are 0. Rafailov et al., arXiv 2305.18290. A run is (model, optimizer, step, and the
+reference): with these it continues to the bit.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mainspring.errors import ConfigError, MainspringError
 from mainspring.model.decoder import Decoder
-from mainspring.rl.math.preferences import dpo_loss
+from mainspring.rl.math.preferences import (
+    conservative_dpo_loss,
+    dpo_loss,
+    ipo_loss,
+    robust_dpo_loss,
+)
 from mainspring.rl.math.segments import sequence_sums
 from mainspring.rl.samples import Pair, cut, drawn, written_log_probs
 from mainspring.rl.step_settings import SampleSettings
 from mainspring.train.optimizer import Optimizer
-
-PreferenceLoss = Callable[[Tensor], Tensor]
-"""Margins [N] -> losses [N]; see `math.preferences`."""
 
 
 @dataclass(frozen=True)
 class DpoSettings(SampleSettings):
     """How a run steps. A prompt brings one pair: the group is two answers."""
 
+    loss: Literal["dpo", "conservative", "robust", "ipo"] = "dpo"
+    """See `math.preferences`."""
+    beta: float = 0.1
+    """How much a margin counts; of IPO its τ, whose margins have the goal 1 / (2 τ)."""
+    flipped: float = 0.1
+    """ε: the share of labels that are the wrong way round, of "conservative" and "robust"."""
+    reference_free: bool = False
+    """In a run from a recipe: the reference's log-probabilities count as 0, and it is not loaded."""
     mean_log_probs: bool = False
     """An answer counts by its mean, not its sum, as IPO's authors advise for answers of unequal lengths."""
 
@@ -70,7 +80,6 @@ def dpo(
     reference: Tensor | None,
     settings: DpoSettings,
     *,
-    loss: PreferenceLoss = dpo_loss,
     first_step: int = 0,
 ) -> Iterator[DpoMetrics]:
     """Trains up to max_steps; each `next` is one step. first_step: the steps already done by a run that resumes.
@@ -88,7 +97,7 @@ def dpo(
             micro = [batch[i] for i in run]
             anchors = reference[[chosen_ones[i] for i in run]]
             log_ratios = _answer_log_probs(model, micro, settings.mean_log_probs) - anchors  # [n, 2]
-            pair_losses = loss(log_ratios[:, 0] - log_ratios[:, 1])
+            pair_losses = preference_losses(log_ratios[:, 0] - log_ratios[:, 1], settings)
             (pair_losses.sum() / len(batch)).backward()
             optimizer.accumulate()
             rewards.append(log_ratios.detach())
@@ -101,6 +110,20 @@ def dpo(
                 "lower the learning rate"
             )
         yield DpoMetrics(step + 1, judged, grad_norm)
+
+
+def preference_losses(margins: Tensor, settings: DpoSettings) -> Tensor:
+    """[N] -> [N], by the settings' loss. Raises ConfigError for a weight or a share out of range."""
+    beta, flipped = settings.beta, settings.flipped
+    match settings.loss:
+        case "conservative":
+            return conservative_dpo_loss(margins, beta=beta, flipped=flipped)
+        case "robust":
+            return robust_dpo_loss(margins, beta=beta, flipped=flipped)
+        case "ipo":
+            return ipo_loss(margins, tau=beta)
+        case _:
+            return dpo_loss(margins, beta=beta)
 
 
 @torch.no_grad()
@@ -117,15 +140,15 @@ def judge(
     model: Decoder,
     pairs: Sequence[Pair],
     reference: Tensor | None,
-    tokens_per_microbatch: int = 8192,
-    *,
-    loss: PreferenceLoss = dpo_loss,
-    mean: bool = False,
+    settings: DpoSettings | None = None,
 ) -> Preference:
-    """How the model judges pairs, those held out for instance; `reference` as for `dpo`. Raises ConfigError."""
+    """How the model judges pairs, those held out for instance; the rest as for `dpo`. Raises ConfigError."""
+    settings = settings if settings is not None else DpoSettings()
     reference = _checked(reference, pairs, model)
-    log_ratios = reference_log_probs(model, pairs, tokens_per_microbatch, mean=mean) - reference
-    return _preference(log_ratios, loss(log_ratios[:, 0] - log_ratios[:, 1]))
+    tokens, mean = settings.tokens_per_microbatch, settings.mean_log_probs
+    log_ratios = reference_log_probs(model, pairs, tokens, mean=mean) - reference
+    losses = preference_losses(log_ratios[:, 0] - log_ratios[:, 1], settings)
+    return _preference(log_ratios, losses)
 
 
 def _answer_log_probs(model: Decoder, pairs: Sequence[Pair], mean: bool) -> Tensor:

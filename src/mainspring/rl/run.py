@@ -244,7 +244,7 @@ class RlRun:
         recipe = self._recipe
         settings = recipe.settings
         wanted = getattr(settings, "kl_loss", 0.0) or getattr(settings, "kl_reward", 0.0)
-        if not (wanted or recipe.algorithm == "dpo"):
+        if not (wanted or (recipe.algorithm == "dpo" and not recipe.dpo.reference_free)):
             return None
         directory = resolve(recipe.model.path, recipe.model.dtype).path
         model = load_model(
@@ -284,8 +284,9 @@ class RlRun:
             )
         return vapo(model, optimizer, critic, rollouts, recipe.vapo, reference=reference, first_step=first)
 
-    def _anchors(self, pairs: Sequence[Pair]) -> torch.Tensor:
-        assert self._reference is not None  # of dpo
+    def _anchors(self, pairs: Sequence[Pair]) -> torch.Tensor | None:
+        if self._reference is None:
+            return None
         settings: DpoSettings = self._recipe.dpo
         return reference_log_probs(
             self._reference, pairs, settings.tokens_per_microbatch, mean=settings.mean_log_probs
@@ -343,7 +344,7 @@ class RlRun:
         elif recipe.algorithm == "dpo" and self._pairs[1]:
             assert isinstance(model, Decoder)
             held_out = self._pairs[1]
-            judged = judge(model, held_out, self._anchors(held_out), recipe.dpo.tokens_per_microbatch)
+            judged = judge(model, held_out, self._anchors(held_out), recipe.dpo)
             record |= {"loss": judged.loss, "margin": judged.margin, "accuracy": judged.accuracy}
         elif self._rollouts is not None and self._held_out:
             settings = recipe.validation
