@@ -180,6 +180,16 @@ def alive_after_a_step(directory: str, layout: str) -> list[str]:
     return [name for name, reference in watched.items() if reference() is not None]
 
 
+def gradient_dtypes(directory: str, layout: str, count: int) -> set[str]:
+    """Of the sums over ranks in a step of a bfloat16 model with `count` micro-batches."""
+    parsed = Layout.parse(layout)
+    model = load_model(directory, dtype="bfloat16", numerics="fast").train()
+    share = parallelize(model, parsed, mesh_for(parsed, model.config))
+    units = Units(share)
+    Pipeline(share, units).run(micro_batches(share.config, VerifySettings(micro_batches=count), 0))
+    return {str(units.gradient(piece).dtype) for piece in units.pieces}
+
+
 def traffic(directory: str, layout: str, settings: VerifySettings) -> dict[str, int]:
     """Bytes that this rank puts into each (collective/group) during a step."""
     units = units_of(directory, Layout.parse(layout))

@@ -14,6 +14,7 @@ from mainspring.parallel.placement import full_shapes
 from mainspring.train.verify import VerifySettings
 from parallel.conftest import Reference
 from parallel.pool import Pool
+from parallel.test_layouts import hold
 
 SETTINGS = VerifySettings(steps=2)
 
@@ -36,6 +37,19 @@ def test_a_rank_holds_what_zeros_formula_says(
         assert held["shards"] == pytest.approx(total / shards, abs=slack)
         assert held["parameters"] == pytest.approx(total / (shards if zero == 3 else 1), abs=slack)
         assert held["gradients"] == pytest.approx(total / shards if zero else total, abs=slack)
+
+
+@pytest.mark.parametrize("layout", ["dp=2", "dp=2,zero=1", "dp=2,zero=3"])
+def test_gradients_are_summed_narrow_where_that_was_asked_for_and_a_rank_has_one_micro_batch(
+    pool: Pool, reference: Callable[..., Reference], layout: str
+) -> None:
+    settings = VerifySettings(steps=2, micro_batches=2, dtype="bfloat16")
+    known = reference("dense", settings)
+    narrow = f"{layout},gradient_sums=narrow"
+    hold(pool, reference, f"dense:{narrow}", settings)
+    for asked, count, dtype in ((layout, 2, "float32"), (narrow, 2, "bfloat16"), (narrow, 4, "float32")):
+        found = pool.run("jobs:gradient_dtypes", 2, str(known.directory), asked, count)
+        assert found == [{f"torch.{dtype}"}] * 2
 
 
 @pytest.mark.parametrize("layout", ["dp=2,zero=3", "pp=2,schedule=zero_bubble_h2"])

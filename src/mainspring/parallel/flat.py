@@ -2,7 +2,7 @@
 
 Rajbhandari et al., arXiv 1910.02054. Parameters are views of the buffer `full`. With ZeRO-3 its storage is empty
 except while the unit computes; the views stay what they are, as autograd's saved tensors need. Gradients are summed
-in fp32 (fp64 for fp64), over micro-batches and over ranks.
+in fp32 (fp64 for fp64), over micro-batches and over ranks, unless `gradient_dtype` says otherwise.
 
     zero   full (parameters)     gradient (sum over micro-batches)      optimizer's state
     0      all                   all, summed over ranks at the end      all
@@ -75,6 +75,8 @@ class FlatUnit:
         self._bytes = self.full.untyped_storage().nbytes()
         self._is_whole = True
         self._gathering: Pending | None = None
+        self.gradient_dtype = accumulator(self.dtype)
+        """Of the gradients that are collected next."""
         self._gradient: Tensor | None = None  # of the whole unit
         self._unwritten: set[str] = set()  # parameters whose part of it still has no values
         self._reducing: Pending | None = None
@@ -196,7 +198,7 @@ class FlatUnit:
         self._unwritten = set()
 
     def _empty(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=accumulator(self.dtype), device=self.device)
+        return torch.empty(size, dtype=self.gradient_dtype, device=self.device)
 
 
 def _aligned(elements: int) -> int:

@@ -14,6 +14,7 @@ from mainspring.parallel.mesh import Axes, even_bounds
 ScheduleName = Literal["afab", "1f1b", "interleaved", "zero_bubble", "zero_bubble_h2"]
 ContextMethod = Literal["ring", "ulysses"]
 Recompute = Literal["none", "selective", "full"]
+GradientSums = Literal["wide", "narrow"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ class Layout:
     recompute: Recompute = "none"
     """What is computed again in the backward pass: nothing; norms, attention itself and gated products
     (`parallel.recompute`); or whole layers, of which only the inputs are kept."""
+    gradient_sums: GradientSums = "wide"
+    """Over ranks: in float32, or in the model's dtype (as PyTorch's DDP), half the bytes of a bfloat16 model's. Narrow
+    sums are for steps of one micro-batch a rank: several are added on it in float32, and so are those sums."""
     tp_invariant: bool = False
     """Row-parallel sums by a tree that is the same at every degree: the bits do not depend on tp."""
 
@@ -58,7 +62,12 @@ class Layout:
                 f"layout: replicate {self.replicate} does not divide dp {self.dp}; "
                 "each replica must have equally many ranks to shard over"
             )
-        for name, kind in (("schedule", ScheduleName), ("context", ContextMethod), ("recompute", Recompute)):
+        for name, kind in (
+            ("schedule", ScheduleName),
+            ("context", ContextMethod),
+            ("recompute", Recompute),
+            ("gradient_sums", GradientSums),
+        ):
             if getattr(self, name) not in get_args(kind):
                 raise ConfigError(
                     f"layout: {name} is {getattr(self, name)!r}; choose among {', '.join(get_args(kind))}"

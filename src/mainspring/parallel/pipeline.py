@@ -78,7 +78,7 @@ class Pipeline:
         mine = list(micro_batches[group.rank :: group.size])
         schedule = make_schedule(self.layout.schedule, self.layout.pp, self.layout.virtual, len(mine))
         run = _Run(self, mine, count, sum(len(m.tokens) for m in micro_batches), schedule)
-        self.units.begin_step()
+        self.units.begin_step(narrow=self.layout.gradient_sums == "narrow" and len(mine) == 1)
         run.do_all()
         self.units.finish_step()
         # Tensor-parallel ranks have the same loss; only the last stage has one.

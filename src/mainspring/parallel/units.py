@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mainspring.ops.euclidean_norms import euclidean_norms
+from mainspring.ops.precision import accumulator
 from mainspring.parallel.balance import blocks_by_layer
 from mainspring.parallel.collectives import all_reduce
 from mainspring.parallel.decoder import ParallelDecoder, Stream
@@ -97,8 +98,10 @@ class Units:
 
     # Around a step
 
-    def begin_step(self) -> None:
-        """Makes whole what stays whole during a step."""
+    def begin_step(self, *, narrow: bool = False) -> None:
+        """Makes whole what stays whole during a step. narrow: its gradients are summed in the model's dtype."""
+        for unit in self.units:
+            unit.gradient_dtype = unit.dtype if narrow else accumulator(unit.dtype)
         self._reduced.clear()
         self._last.clear()
         for unit in self._roots():

@@ -130,6 +130,7 @@ def layout_of(section: ParallelSection, world: int) -> Layout:
         split=_split(section.split),
         context=section.context,
         recompute=section.recompute,
+        gradient_sums=section.gradient_sums,
     )
     if layout.world != world:
         raise ConfigError(

@@ -106,11 +106,12 @@ def _of_stage(config: ModelConfig, layout: Layout, batch: Batch, rank: int, devi
     passing = shard + roots + min(2, len(layers)) * largest
     parameters = size * (passing if layout.zero == 3 else whole)
     several = batch.micro_batches // layout.dp > 1
+    wide = size if layout.gradient_sums == "narrow" and not several else 4
     if layout.world == 1:  # those of a single micro-batch go to the optimizer as they are
         gradients = (4 + size if several and size != 4 else size) * whole
     else:  # with ZeRO each layer's are scattered behind it: with stage 1 in the last backward pass alone
         scattered = layout.zero >= 2 or (layout.zero == 1 and not several)
-        gradients = 4 * (passing if scattered else whole + 2 * largest * (layout.zero == 1))
+        gradients = wide * (passing if scattered else whole + 2 * largest * (layout.zero == 1))
         gradients += size * largest  # autograd's own of a layer before they are collected
     carried = 4 * (shard if layout.zero >= 2 else whole) if several else 0.0
     masters = 4 if size != 4 else 0

@@ -125,7 +125,8 @@ def _context(config: ModelConfig, layout: Layout, tokens: float, size: int) -> f
 
 
 def _data(config: ModelConfig, layout: Layout, size: int, count: int) -> float:
-    """Gradients in fp32, parameters in their dtype; experts are shared by fewer ranks."""
+    """Gradients in fp32 (or narrow), parameters in their dtype; experts are shared by fewer ranks."""
+    wide = size if layout.gradient_sums == "narrow" and count == 1 else 4
     sent = 0.0
     for rank in range(layout.pp):
         mine = 0.0
@@ -136,14 +137,14 @@ def _data(config: ModelConfig, layout: Layout, size: int, count: int) -> float:
             copies = layout.replicate
             if layout.zero == 0:
                 holders = shards * copies
-                mine += 2 * 4 * elements * (holders - 1) / holders
+                mine += 2 * wide * elements * (holders - 1) / holders
                 continue
             part = elements * (shards - 1) / shards
             scatters = count if layout.zero >= 2 and name.startswith("layers.") else 1
             # ZeRO-3 gathers for each pass through a layer; 1 and 2 after the optimizer's step.
             gathers = 2 * count if layout.zero == 3 and name.startswith("layers.") else 1
-            mine += 4 * part * scatters + size * part * gathers
-            mine += 2 * 4 * elements / shards * (copies - 1) / copies
+            mine += wide * part * scatters + size * part * gathers
+            mine += 2 * wide * elements / shards * (copies - 1) / copies
         sent = max(sent, mine)
     return sent
 

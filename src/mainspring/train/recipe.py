@@ -181,6 +181,8 @@ class ParallelSection:
     """Layers of each stage, as 5+6+6+5; empty splits them evenly."""
     context: Literal["ring", "ulysses"] = "ring"
     recompute: Literal["none", "selective", "full"] = "none"
+    gradient_sums: Literal["wide", "narrow"] = "wide"
+    """Over ranks: in float32, or in the model's dtype (`Layout.gradient_sums`)."""
     offload: bool = False
     """Masters and moments in the host's memory, where the optimizer then runs."""
     watchdog_seconds: float = _limits(300.0, low=1.0)
