@@ -4,8 +4,9 @@
 
 SQuAD's articles become files; the evidence of a question is the sentence of its gold paragraph that holds the answer,
 in that file. One search is one draw: what it finds depends on the questions that it saw. So each of --searches draws
-its own questions to search on from those that are not held out, both searches spend the same on them, and what they
-found is compared on the same held-out questions. The intervals are bootstraps over searches and questions together.
+its own questions to search on from those that are not held out, all searches spend the same on them, and what they
+found is compared on the same held-out questions. Greedy comes twice: setting by setting, and by whole modules. The
+intervals are bootstraps over searches and questions together.
 
 Texts, vectors and what parts gave are kept in memory: no latency is measured, and none limits the choice.
 """
@@ -35,8 +36,9 @@ from mainspring.rag.generation.extraction import Bm25Extraction
 from mainspring.rag.retrieval.sentence_vectors import SentenceVectors
 from mainspring.rag.search.cached_parts import Recorder
 from mainspring.rag.search.evaluator import PipelineEvaluator
-from mainspring.rag.search.ledger import Evaluate, Outcome
+from mainspring.rag.search.ledger import Evaluate, Ledger, Outcome
 from mainspring.rag.search.questions import TuneQuestion, answerable
+from mainspring.rag.search.remainder import spend_rest
 from mainspring.rag.search.space import Choice, Space, canonical, changes
 from mainspring.rag.search.stage_cache import StageCache
 from mainspring.rag.search.tune import TuneSettings, search
@@ -166,6 +168,38 @@ class Outcomes:
         return self._found[pair]
 
 
+def by_modules(ledger: Ledger, space: Space, base: Strategy) -> list[Strategy]:
+    """Greedy over modules whose settings are tried in every combination, as AutoRAG's nodes are: the best first."""
+    modules: dict[str, list[Choice]] = {}
+    for choice in space.choices:
+        modules.setdefault(choice.key.split(".")[0], []).append(choice)
+    best = canonical(base)
+    sizes = [
+        len({Space(tuple(choices)).at(i, best) for i in range(Space(tuple(choices)).size)})
+        for choices in modules.values()
+    ]
+    count = max(1, min(ledger.all_questions, ledger.budget // (1 + sum(sizes))))
+    tried = {best: None}
+    for choices in modules.values():
+        module = Space(tuple(choices))
+        pool = dict.fromkeys([best, *(module.at(i, best) for i in range(module.size))])
+        done = [strategy for strategy in pool if ledger.extend(strategy, count)]
+        tried.update(dict.fromkeys(done))
+        best = ledger.ranked(done, count)[0]
+    return [best, *ledger.ranked([s for s in tried if s != best and ledger.seen(s) >= count], count)]
+
+
+def run(
+    evaluate: Evaluate, drawn: Sequence[TuneQuestion], space: Space, settings: TuneSettings
+) -> dict[str, Ledger]:
+    """What each search evaluated; its leader is its find."""
+    beam, greedy = search(evaluate, drawn, space, PRESENT, settings)
+    modules = Ledger(evaluate, drawn, beam.spent, settings.limit)
+    found = by_modules(modules, space, PRESENT)
+    spend_rest(modules, space, PRESENT, found, random.Random(settings.seed + 2))
+    return {"beam": beam, "greedy": greedy, "greedy by whole modules": modules}
+
+
 def over_both(differences: npt.NDArray[np.float64], resamples: int = 10_000, seed: int = 0) -> Interval:
     """The mean of [searches, questions] with its 95% interval, both drawn anew in each resample."""
     generator = np.random.default_rng(seed)
@@ -212,15 +246,16 @@ def main() -> None:
 
     present = np.array(qualities(canonical(PRESENT)))
     print(f"present: {bootstrap(present.tolist())}")
+    print("| budget | search | held out | minus present | beam minus this |\n|---|---|---|---|---|")
     for budget in options.budgets:
-        found: dict[str, list[list[float]]] = {"beam": [], "greedy": []}
+        found: dict[str, list[list[float]]] = {}
         for seed in range(options.searches):
             began = time.perf_counter()
             drawn = random.Random(seed).sample(pool, options.searched)
             settings = TuneSettings(limit=1e9, budget=budget, seed=seed)
-            for name, ledger in zip(found, search(evaluate, drawn, space, PRESENT, settings), strict=True):
+            for name, ledger in run(evaluate, drawn, space, settings).items():
                 leader = ledger.leader()
-                found[name].append(qualities(leader))
+                found.setdefault(name, []).append(qualities(leader))
                 print(
                     f"budget {budget}, search {seed}, {name}: {np.mean(found[name][-1]):.3f} after {ledger.spent}, "
                     f"{time.perf_counter() - began:.0f} s; {changes(leader, PRESENT)}",
@@ -228,10 +263,11 @@ def main() -> None:
                 )
         arrays = {name: np.array(values) for name, values in found.items()}
         for name, values in arrays.items():
-            print(f"| {budget} | {name} | {over_both(values)} | {over_both(values - present)} |")
-        print(
-            f"| {budget} | beam minus greedy | | {over_both(arrays['beam'] - arrays['greedy'])} |", flush=True
-        )
+            minus = "" if name == "beam" else over_both(arrays["beam"] - values)
+            print(
+                f"| {budget} | {name} | {over_both(values)} | {over_both(values - present)} | {minus} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
