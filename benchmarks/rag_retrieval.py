@@ -195,6 +195,7 @@ def main() -> None:
         "--weighing", type=int, default=2048, help="other questions, on which the weight is chosen"
     )
     parser.add_argument("--alpha", type=float, help="a weight chosen elsewhere, in place of that")
+    parser.add_argument("--blend", type=float, help="a weight of the retrieval's score chosen elsewhere")
     parser.add_argument("--dtype", default="bfloat16", help="of embedders in safetensors")
     parser.add_argument("--depth", type=int, default=10, help="passages that are reranked")
     parser.add_argument("--seconds", type=float, default=480, help="reranking stops after so long")
@@ -251,9 +252,8 @@ def main() -> None:
                 )
                 top = max(("BM25", label), key=lambda n: sum(singles[n]))
                 print(f"|   minus {top} | | {paired_difference(values, singles[top])} | | |")
-            fused_sample[name] = tuple(
-                _fused(sparse(part), corpus.search(part), chosen) for part in (sample, tuning)
-            )
+            by_part = [_fused(sparse(part), corpus.search(part), chosen) for part in (sample, tuning)]
+            fused_sample[name] = (by_part[0], by_part[1])
     if options.no_rerank:
         return
     console.log("reranking")
@@ -268,18 +268,25 @@ def main() -> None:
         baseline = report(f"BM25 + {label}", done, sample)
         for embedder_name, (candidates, for_tuning) in fused_sample.items():
             name = f"{embedder_name}, passages and sentences"
-            hold = rerank(tuning, task.passages, for_tuning, options.depth, label, reranker, cache, deadline)
             done = rerank(sample, task.passages, candidates, options.depth, label, reranker, cache, deadline)
-            if done is None or hold is None:
+            weight, chosen_by = options.blend, "chosen elsewhere"
+            if weight is None and done is not None:
+                hold = rerank(
+                    tuning, task.passages, for_tuning, options.depth, label, reranker, cache, deadline
+                )
+                chosen_by = f"of {len(tuning)} others"
+                if hold is not None:
+                    weight = max(
+                        (w / 10 for w in range(11)),
+                        key=lambda w: _quality(blended(hold, for_tuning, w), tuning),
+                    )
+            if done is None or weight is None:
                 console.log("the time is over: run it again, it goes on from here")
                 return
             values = report(f"BM25 + {name} + {label}", done, sample)
             print(f"|   minus BM25 + {label} | | {paired_difference(values, baseline)} | | |")
-            weight = max(
-                (w / 10 for w in range(11)), key=lambda w: _quality(blended(hold, for_tuning, w), tuning)
-            )
             values = report(
-                f"BM25 + {name} + {label}, blended ({weight} of {len(tuning)} others)",
+                f"BM25 + {name} + {label}, blended ({weight} {chosen_by})",
                 blended(done, candidates, weight),
                 sample,
             )
