@@ -243,66 +243,93 @@ def test_training_keeps_its_time_and_gives_a_model_that_can_be_used() -> None:
 
 @pytest.fixture(scope="module")
 def clip_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP of random weights as transformers saves it, with a tokenizer of letters."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+    """A CLIP of random weights with tokenizer and picture processor, all of it as transformers saves it."""
+    from transformers import (
+        CLIPConfig,
+        CLIPImageProcessor,
+        CLIPModel,
+        CLIPTextConfig,
+        CLIPTokenizer,
+        CLIPVisionConfig,
+    )
 
     directory = tmp_path_factory.mktemp("clip")
+    alphabet = [*map(chr, range(33, 127)), *map(chr, range(161, 173)), *map(chr, range(174, 324))]
+    merges = [("t", "h"), ("th", "e</w>"), ("c", "a"), ("ca", "t</w>")]
+    words = [*alphabet, *(f"{c}</w>" for c in alphabet), *map("".join, merges)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=16).save_pretrained(directory)
+    CLIPImageProcessor(
+        size={"shortest_edge": 40},
+        crop_size={"height": 32, "width": 32},
+        image_mean=[0.5, 0.4, 0.3],
+        image_std=[0.2, 0.3, 0.4],
+    ).save_pretrained(directory)
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    vocabulary = {letter: n for n, letter in enumerate([*letters, "<start>", "<end>"])}
-    config = CLIPConfig(
-        text_config=CLIPTextConfig(
-            vocab_size=28,
-            max_position_embeddings=16,
-            bos_token_id=26,
-            eos_token_id=27,
-            pad_token_id=27,
-            **sizes,
-        ).to_dict(),
-        vision_config=CLIPVisionConfig(image_size=32, patch_size=8, **sizes).to_dict(),
-        projection_dim=24,
+    start, end = len(words) - 2, len(words) - 1
+    text = CLIPTextConfig(
+        vocab_size=len(words),
+        max_position_embeddings=16,
+        bos_token_id=start,
+        eos_token_id=end,
+        pad_token_id=end,
+        **sizes,
     )
+    vision = CLIPVisionConfig(image_size=32, patch_size=8, **sizes)
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=24)
     CLIPModel(config).save_pretrained(directory)
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<start> $A <end>", special_tokens=[("<start>", 26), ("<end>", 27)]
-    )
-    tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    moments = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
-    (directory / "preprocessor_config.json").write_text(json.dumps({**settings, **moments}))
     return directory
 
 
 def test_a_clip_directory_gives_the_vectors_of_transformers(clip_directory: Path) -> None:
-    from transformers import CLIPModel
+    from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
     encoder = load_picture_encoder(str(clip_directory))
     assert isinstance(encoder, ClipEncoder)
     assert (encoder.dimension, encoder.thresholds) == (24, CLIP_THRESHOLDS)
     reference = CLIPModel.from_pretrained(clip_directory).eval()
-    noise = np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3), dtype=np.uint8)
-    pictures = [Image.fromarray(rows) for rows in noise]
-    mean, deviation = np.array([0.5, 0.4, 0.3]), np.array([0.2, 0.3, 0.4])
-    pixels = torch.from_numpy(((noise / 255 - mean) / deviation).transpose(0, 3, 1, 2)).float()
-    texts = ["cat", "a" * 30, "zebra"]
-    ids = [[26, 2, 0, 19, 27], [26, *[0] * 14, 27], [26, 25, 4, 1, 17, 0, 27]]
+    process = CLIPImageProcessor.from_pretrained(clip_directory)
+    tokenize = CLIPTokenizer.from_pretrained(clip_directory)
+    generator = np.random.default_rng(0)
+    sizes = [(40, 40), (64, 48), (31, 90), (32, 32), (123, 57)]  # heights and widths
+    pictures = [Image.fromarray(generator.integers(0, 255, (*s, 3), dtype=np.uint8)) for s in sizes]
+    texts = ["the cat", "The CAT,  it's 2 o'clock!", "a" * 30, "x", "the " * 30, "Ünïcödé — ß", ""]
     with torch.no_grad():
+        pixels = process(pictures, return_tensors="pt")["pixel_values"]
         shown = reference.visual_projection(reference.vision_model(pixel_values=pixels).pooler_output)
-        written = [
-            reference.text_projection(reference.text_model(input_ids=torch.tensor([row])).pooler_output)[0]
-            for row in ids
-        ]
+        written = []
+        for text in texts:
+            ids = tokenize(text, truncation=True, max_length=16, return_tensors="pt")["input_ids"]
+            pooled = reference.text_model(input_ids=ids).pooler_output
+            written.append(reference.text_projection(pooled)[0])
     expected = torch.nn.functional.normalize(shown, dim=-1).numpy()
     np.testing.assert_allclose(encoder.embed_pictures(pictures), expected, atol=2e-6)
     expected = torch.nn.functional.normalize(torch.stack(written), dim=-1).numpy()
     np.testing.assert_allclose(encoder.embed_texts(texts), expected, atol=2e-6)
     assert encoder.embed_pictures([]).shape == encoder.embed_texts([]).shape == (0, 24)
-    wide = encoder.embed_pictures([pictures[0].resize((64, 32), Image.Resampling.NEAREST)])
-    assert wide.shape == (1, 24)
+
+
+def test_the_packaged_encoder_knows_a_picture_again_when_it_is_moved() -> None:
+    encoder = load_picture_encoder()
+    assert encoder.name == "small"
+    shapes = []
+    for n, colour in enumerate(COLOURS.values()):
+        picture = Image.new("RGB", (120, 90), "white")
+        draw = ImageDraw.Draw(picture)
+        points = [(20, 75), (60, 10), (100, 75)] if n % 2 else [(25, 20), (95, 20), (95, 70), (25, 70)]
+        draw.polygon(points, fill=colour, outline="black")
+        draw.ellipse((40 + 4 * n, 30, 60 + 6 * n, 50), fill="black" if n < 2 else "white")
+        shapes.append(picture)
+    moved = [picture.rotate(5, fillcolor="white", translate=(4, 3)) for picture in shapes]
+    vectors = encoder.embed_pictures([*shapes, *moved])
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    cosines = vectors[:4] @ vectors[4:].T
+    assert cosines.argmax(1).tolist() == [0, 1, 2, 3]
+    assert (np.diag(cosines) >= encoder.thresholds.picture).all()
+    captions = encoder.embed_texts(["a red square", "a dialog with buttons"])
+    assert captions.shape == (2, encoder.dimension)
 
 
 def test_what_is_no_picture_encoder_is_refused_with_what_it_is(clip_directory: Path, tmp_path: Path) -> None:

@@ -37,20 +37,14 @@ WORDS = [
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT of random weights with its head, as transformers saves it."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertForMaskedLM
+    from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
     path = tmp_path_factory.mktemp("splade")
     torch.manual_seed(1)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     config = BertConfig(vocab_size=len(WORDS), max_position_embeddings=24, initializer_range=0.3, **sizes)
     BertForMaskedLM(config).save_pretrained(path)
-    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    tokenizer.save(str(path / "tokenizer.json"))
+    BertTokenizer(vocab={word: n for n, word in enumerate(WORDS)}).save_pretrained(path)
     return path
 
 

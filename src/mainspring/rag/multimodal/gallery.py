@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -80,6 +80,17 @@ class Gallery:
 
     def __len__(self) -> int:
         return len(self.pictures)
+
+    def without(self, files: Collection[str]) -> Gallery:
+        """The gallery as it would be if these files had never been in it: to test on them."""
+        kept = [row for row, picture in enumerate(self.pictures) if picture.file not in files]
+        return Gallery(
+            self.encoder,
+            [self.pictures[row] for row in kept],
+            [self.hashes[row] for row in kept],
+            self._images[kept],
+            self._captions[kept],
+        )
 
     def search_text(self, text: str, k: int = 5) -> list[Match]:
         """The pictures nearest to a text, by what they show or by what their captions say.
