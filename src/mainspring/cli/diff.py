@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mainspring.cli.model_options import Device, Dtype, Model, Numerics
 from mainspring.cli.serve import one_of
 from mainspring.errors import ConfigError
 
@@ -31,7 +32,7 @@ PROMPTS = (
 
 
 def diff(
-    model: Annotated[str, typer.Argument(help="A Hugging Face directory, a GGUF file, or the name smollm2.")],
+    model: Model,
     url: Annotated[str, typer.Option(help="Any OpenAI-compatible server that serves this model.")],
     served_model_name: Annotated[
         str | None, typer.Option(help="The model's name there; the first that is served by default.")
@@ -48,11 +49,9 @@ def diff(
     api_key: Annotated[
         str | None, typer.Option(envvar="MAINSPRING_API_KEY", help="The server's key.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[
-        str | None, typer.Option(help="float32 or bfloat16; the checkpoint's own by default.")
-    ] = None,
-    numerics: Annotated[str, typer.Option(help="lockstep or fast.")] = "lockstep",
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    numerics: Numerics = "lockstep",
     output: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
     fail_above: Annotated[
         float | None, typer.Option(min=0.0, help="Exit with status 1 if the largest gap is above this.")

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from mainspring.cli.layout_options import Ep, Pp, Tp, TpInvariant, layout_of, work_if_worker
+from mainspring.cli.model_options import Device, Dtype, Model, Numerics, Prompt, Raw
 from mainspring.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="A Hugging Face directory, a GGUF file, or the name smollm2.")],
-    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
+    model: Model,
+    prompt: Prompt,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this mass.")] = 1.0,
@@ -31,17 +32,11 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="End the text before this string; may be repeated.")
     ] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the prompt as it is, without the model's chat template.")
-    ] = False,
+    raw: Raw = False,
     system: Annotated[str | None, typer.Option(help="A system message for the chat template.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[
-        str | None, typer.Option(help="float32 or bfloat16; the checkpoint's own by default.")
-    ] = None,
-    numerics: Annotated[
-        str, typer.Option(help="lockstep (the same bits in any batch) or fast.")
-    ] = "lockstep",
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    numerics: Numerics = "lockstep",
     tp: Tp = 1,
     pp: Pp = 1,
     ep: Ep = 1,

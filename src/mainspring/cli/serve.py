@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgre
 from rich.table import Table
 
 from mainspring.cli.layout_options import Ep, Pp, Tp, TpInvariant, layout_of, work_if_worker
+from mainspring.cli.model_options import Device, Dtype, Model, Numerics
 from mainspring.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,19 +26,15 @@ Choice = TypeVar("Choice", bound=str)
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help="A Hugging Face directory, a GGUF file, or the name smollm2.")],
+    model: Model,
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
     served_model_name: Annotated[str | None, typer.Option(help="The model's name in the API.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[
-        str | None, typer.Option(help="float32 or bfloat16; the checkpoint's own by default.")
-    ] = None,
-    numerics: Annotated[
-        str, typer.Option(help="lockstep (the same bits in any batch) or fast.")
-    ] = "lockstep",
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    numerics: Numerics = "lockstep",
     quantized: Annotated[
         bool, typer.Option(help="Keep the weights of a GGUF file quantised: less memory, faster on a CPU.")
     ] = False,

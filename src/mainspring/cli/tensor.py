@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from mainspring.cli.model_options import Model, Prompt, Raw
+
 tensor = typer.Typer(
     name="tensor", help="The C++ tensor framework: models without PyTorch.", no_args_is_help=True
 )
@@ -21,15 +23,13 @@ def _group() -> None:
 
 @tensor.command()
 def generate(
-    model: Annotated[str, typer.Argument(help="A Hugging Face directory, a GGUF file, or the name smollm2.")],
-    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
+    model: Model,
+    prompt: Prompt,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = 0.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the prompt as it is, without the model's chat template.")
-    ] = False,
+    raw: Raw = False,
     threads: Annotated[int | None, typer.Option(help="Threads; all processors by default.")] = None,
 ) -> None:
     """Complete a prompt on the CPU with the C++ framework; the text streams to standard output."""
