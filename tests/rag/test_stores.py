@@ -15,9 +15,13 @@ from mainspring.errors import ConfigError, StoreError
 from mainspring.rag.chunking.chunk import Chunk
 from mainspring.rag.documents.document import Place
 from mainspring.rag.embedding.embedder import Vectors
+from mainspring.rag.pipeline import Parts, Pipeline
+from mainspring.rag.retrieval.lexical import LexicalIndex
 from mainspring.rag.stores.lance import LanceStore
 from mainspring.rag.stores.milvus import MilvusStore
 from mainspring.rag.stores.store import Condition, VectorStore
+from mainspring.rag.strategy import RerankStep, RetrieveStep, Strategy
+from rag.fakes import WordEmbedder
 
 DIMENSION = 16
 Opener = Callable[[], VectorStore]
@@ -94,6 +98,33 @@ def test_the_nearest_chunks_are_found_as_by_brute_force_with_and_without_filters
         hits = store.search(query, 5, where)
         assert [h.id for h in hits] == expected, where
         assert [h.score for h in hits] == pytest.approx([scores[i] for i in expected], abs=0.02)
+
+
+class Words(WordEmbedder):
+    """In the suite's dimension."""
+
+    dimension = DIMENSION
+
+
+def test_hybrid_search_with_filters_runs_on_every_store_and_follows_its_writes(open_store: Opener) -> None:
+    store, embedder = open_store(), Words()
+    for file in ("a.md", "b.txt"):
+        chunks = [chunk(file, n) for n in range(30)]
+        store.replace([file], chunks, embedder.embed_passages([c.text for c in chunks]))
+    store.optimise()
+
+    def found(question: str, *where: Condition) -> list[tuple[str, str]]:
+        strategy = Strategy(rerank=RerankStep("none"), retrieve=RetrieveStep(method="hybrid"))
+        pipeline = Pipeline(strategy, Parts(embedder, store, LexicalIndex.build(store)))
+        return [(p.chunk.file, p.chunk.text) for p in pipeline.search(question, where=where)]
+
+    assert found("passage 17 of b")[0] == ("b.txt", chunk("b.txt", 17).text)
+    only = found("passage 17", Condition("kind", "md"))
+    assert only[0] == ("a.md", chunk("a.md", 17).text)
+    assert {file for file, _ in only} == {"a.md"}
+    store.replace(["a.md"], [], np.empty((0, DIMENSION), np.float32))
+    assert found("passage 17", Condition("kind", "md")) == []
+    assert found("passage 17")[0][0] == "b.txt"
 
 
 def test_a_value_with_quotes_is_data_in_a_filter(open_store: Opener) -> None:
