@@ -182,7 +182,8 @@ def test_a_broadcast_gives_both_processes_the_same_checksum_and_refuses_another_
     tmp_path: Path, backend: str
 ) -> None:
     command = [sys.executable, "-c", _PROCESS]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["src", "tests"]), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(["src", "tests", *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
             [*command, str(rank), str(tmp_path / "store"), backend],
