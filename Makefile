@@ -44,7 +44,7 @@ $(VENV)/.serve: $(SOURCES)
 	@touch $@
 
 $(VENV)/.dev: $(SOURCES)
-	@$(BOOTSTRAP) --extras serve,rag,milvus,dev
+	@$(BOOTSTRAP) --extras serve,rag,milvus,rl,dev
 	@touch $@ $(VENV)/.serve
 
 clean:

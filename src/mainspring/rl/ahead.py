@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from types import TracebackType
-from typing import Self
 
 from mainspring.engine.config import EngineConfig
 from mainspring.engine.sampling_params import SamplingParams
 from mainspring.model.decoder import Decoder
+from mainspring.rl.closes import Closes
 from mainspring.rl.environment import Environment
 from mainspring.rl.lockstep import LockstepCheck
 from mainspring.rl.prompts import Prompt, Texts
@@ -29,7 +28,7 @@ _CHECKED_TOKENS = 8192  # of a step's answers, prompts included
 _GONE = -1  # a version that no token has: the weights that wrote what was restored are not here to check it
 
 
-class RolloutsAhead(Rollouts):
+class RolloutsAhead(Rollouts, Closes):
     """`collect` gives what was written since the last one, and begins the next; the first waits for its own.
 
     As deterministic as `Rollouts`: which weights write which answers does not depend on how fast either side is.
@@ -114,14 +113,6 @@ class RolloutsAhead(Rollouts):
     def close(self) -> None:
         """Waits for what is being written, and drops it."""
         self._threads.shutdown(wait=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _settle(self) -> None:
         """Nothing is being written any more. Raises what went wrong there."""

@@ -14,15 +14,15 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 from itertools import count
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from mainspring.rl.closes import Closes
 from mainspring.rl.environment import Environment, Turn
 from mainspring.rl.prompts import Prompt
 from mainspring.rl.worker import Worker
 
 
-class EnvironmentWorker:
+class EnvironmentWorker(Closes):
     """Makes environments, as `Rollouts` takes them. Close it, or use it as a context manager; not thread-safe.
 
     Their `reset` and `step` raise CallFailedError where the environment raised, did not answer or died, or its turn's
@@ -45,14 +45,6 @@ class EnvironmentWorker:
     def close(self) -> None:
         """Ends the process at once."""
         self._worker.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class _Elsewhere:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -24,12 +25,25 @@ from mainspring.rl.environment import Environment
 from mainspring.rl.lora import LoraDecoder
 from mainspring.rl.policy_update import ALONE, PolicyOptimizer
 from mainspring.rl.prompts import Prompt, Texts
+from mainspring.rl.ray_rollouts import RayRollouts
 from mainspring.rl.recipe import RlRecipe
 from mainspring.rl.rewards import Scorer
 from mainspring.rl.rollouts import Rollouts
 from mainspring.rl.samples import PolicyModel
 from mainspring.rl.value_model import ValueModel
 from mainspring.train.optimizer import Optimizer
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What rollouts are made of, beside the model and the recipe's own settings."""
+
+    prompts: Sequence[Prompt]
+    texts: Texts
+    scorer: Scorer
+    sampling: SamplingParams
+    engine: EngineConfig
+    environment: Callable[[], Environment] | None
 
 
 class Learner(Protocol):
@@ -49,16 +63,7 @@ class Learner(Protocol):
         """The ranks that learn together."""
         ...
 
-    def rollouts(
-        self,
-        prompts: Sequence[Prompt],
-        texts: Texts,
-        scorer: Scorer,
-        *,
-        sampling: SamplingParams,
-        engine: EngineConfig,
-        environment: Callable[[], Environment] | None,
-    ) -> Rollouts:
+    def rollouts(self, asked: Asked) -> Rollouts:
         """By an engine with this model's weights. Raises ConfigError."""
         ...
 
@@ -84,20 +89,21 @@ class DeviceLearner:
         self.optimizer = Optimizer(trained, recipe.optimizer)
         self.critic = _critic(recipe, self.model, start)
 
-    def rollouts(
-        self,
-        prompts: Sequence[Prompt],
-        texts: Texts,
-        scorer: Scorer,
-        *,
-        sampling: SamplingParams,
-        engine: EngineConfig,
-        environment: Callable[[], Environment] | None,
-    ) -> Rollouts:
+    def rollouts(self, asked: Asked) -> Rollouts:
         settings, how = self._recipe.rollouts, self._recipe.engine
-        parts = (self.model, prompts, texts, scorer, settings)
+        parts = (self.model, asked.prompts, asked.texts, asked.scorer, settings)
+        sampling, engine, environment = asked.sampling, asked.engine, asked.environment
         if how.ahead:
             return RolloutsAhead(*parts, sampling=sampling, engine=engine, environment=environment)
+        if how.ray_workers:
+            return RayRollouts(
+                *parts,
+                workers=how.ray_workers,
+                address=how.ray_address or None,
+                sampling=sampling,
+                engine=engine,
+                environment=environment,
+            )
         return Rollouts(
             *parts, sampling=sampling, engine=engine, environment=environment, snapshot=how.snapshot
         )

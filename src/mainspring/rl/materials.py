@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,17 @@ def read_all_prompts(
     seen = {prompt.text for prompt in train}
     held_out = made(data.gym_validation, data.gym_seed + _SEEDS_APART)
     return train, [prompt for prompt in held_out if prompt.text not in seen]
+
+
+def longest(train: Sequence[Prompt], held_out: Sequence[Prompt], max_tokens: int, config: ModelConfig) -> int:
+    """The engine's longest sequence: held-out prompts must fit too. Raises ConfigError."""
+    longest = max(len(prompt.tokens) for prompt in (*train, *held_out)) + max_tokens
+    if longest > config.max_position_embeddings:
+        raise ConfigError(
+            f"the longest prompt and rollouts.max_tokens = {max_tokens} make {longest} tokens, but the model's "
+            f"context is {config.max_position_embeddings}; leave longer prompts out or lower max_tokens"
+        )
+    return longest
 
 
 def reward_function(reward: RewardSection) -> RewardFunction:

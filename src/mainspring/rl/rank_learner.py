@@ -9,14 +9,11 @@ it; where a rank's rollouts stand is beside the optimizer's state in rollouts-RA
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from mainspring.engine.config import EngineConfig
-from mainspring.engine.sampling_params import SamplingParams
 from mainspring.errors import ConfigError
 from mainspring.formats.files import write_json
 from mainspring.formats.model_config import ModelConfig
@@ -40,11 +37,9 @@ from mainspring.parallel.mesh import Mesh
 from mainspring.parallel.parallelize import parallelize
 from mainspring.parallel.units import Units
 from mainspring.rl.checkpoint import RlState, rollouts_file, write_state
-from mainspring.rl.environment import Environment
-from mainspring.rl.prompts import Prompt, Texts
+from mainspring.rl.learner import Asked
 from mainspring.rl.ranks import RankRollouts
 from mainspring.rl.recipe import GRPO_FAMILY, RlRecipe
-from mainspring.rl.rewards import Scorer
 from mainspring.train.checkpoint import publish
 from mainspring.train.rank_optimizer import RankOptimizer
 
@@ -68,25 +63,16 @@ class RankLearner:
         self.optimizer = RankOptimizer(self._units, recipe.optimizer)
         self.group = self._mesh.group("dp")
 
-    def rollouts(
-        self,
-        prompts: Sequence[Prompt],
-        texts: Texts,
-        scorer: Scorer,
-        *,
-        sampling: SamplingParams,
-        engine: EngineConfig,
-        environment: Callable[[], Environment] | None,
-    ) -> RankRollouts:
+    def rollouts(self, asked: Asked) -> RankRollouts:
         return RankRollouts(
             self._units,
-            prompts,
-            texts,
-            scorer,
+            asked.prompts,
+            asked.texts,
+            asked.scorer,
             self._recipe.rollouts,
-            sampling=sampling,
-            engine=engine,
-            environment=environment,
+            sampling=asked.sampling,
+            engine=asked.engine,
+            environment=asked.environment,
         )
 
     def load_optimizers(self, start: Path) -> None:
@@ -121,8 +107,8 @@ def _check(recipe: RlRecipe) -> None:
             f"algorithm = {recipe.algorithm!r} runs on one device; over ranks run {', '.join(GRPO_FAMILY)}"
         )
     engine = recipe.engine
-    if recipe.lora.rank or engine.ahead or engine.snapshot:
+    if recipe.lora.rank or engine.ahead or engine.snapshot or engine.ray_workers:
         raise ConfigError(
-            "lora.rank, engine.ahead and engine.snapshot are settings of one device; over ranks each engine has the "
-            "whole model's weights, gathered after every step"
+            "lora.rank, engine.ahead, engine.snapshot and engine.ray_workers are settings of one device; over ranks "
+            "each engine has the whole model's weights, gathered after every step"
         )

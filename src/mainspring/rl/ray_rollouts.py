@@ -14,8 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from mainspring.errors import ConfigError, EngineDeadError, LockstepError
 from mainspring.formats.model_config import ModelConfig
 from mainspring.model.decoder import Decoder
 from mainspring.ops import Policy
+from mainspring.rl.closes import Closes
 from mainspring.rl.conversation import Conversation, Written
 from mainspring.rl.environment import Environment
 from mainspring.rl.prompts import Prompt, Texts
@@ -107,7 +107,7 @@ class Worker:
         return written, self._checksum
 
 
-class RayRollouts(Rollouts):
+class RayRollouts(Rollouts, Closes):
     """Everything of `Rollouts`, but that workers write the conversations. Close it, or use it as a context manager.
 
     restarts: workers that were lost so far. Raises ConfigError without Ray and as `Rollouts` does, EngineDeadError once
@@ -172,14 +172,6 @@ class RayRollouts(Rollouts):
             self._ray.kill(worker)
         self._workers = []
         self._ray.shutdown()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _write(
         self,

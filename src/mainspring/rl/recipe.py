@@ -96,6 +96,10 @@ class EngineSection:
     """Let it compute with a copy of the weights."""
     ahead: bool = False
     """Let it write the next step's answers, with a copy of the weights, while a step is learnt from (`rl.ahead`)."""
+    ray_workers: int = 0
+    """So many engines in Ray's actors write instead, on a GPU each where there are some (`rl.ray_rollouts`)."""
+    ray_address: str = ""
+    """Of a running cluster; empty starts Ray on this machine."""
 
 
 @dataclass(frozen=True)
@@ -195,10 +199,15 @@ def parse_rl_recipe(text: str, where: str = "recipe", overrides: Sequence[str] =
     if data.gym_task and recipe.algorithm in ("sft", "dpo", "reward_model"):
         raise RecipeError(f"{where}: data.gym_task gives prompts; {recipe.algorithm} learns from data.train")
     engine = recipe.engine
-    if recipe.lora.rank and (engine.snapshot or engine.ahead or recipe.algorithm == "reward_model"):
+    elsewhere = [
+        name for name in ("snapshot", "ahead", "ray_workers") if getattr(engine, name)
+    ]  # of whom at most one
+    if len(elsewhere) > 1:
+        raise RecipeError(f"{where}: engine.{elsewhere[0]} and engine.{elsewhere[1]} exclude each other")
+    if recipe.lora.rank and (elsewhere or recipe.algorithm == "reward_model"):
         raise RecipeError(
-            f"{where}: lora.rank = {recipe.lora.rank} with engine.snapshot, engine.ahead or algorithm = "
-            "'reward_model'; adapters are trained only where the engine shares the trainer's tensors"
+            f"{where}: lora.rank = {recipe.lora.rank} with engine.snapshot, engine.ahead, engine.ray_workers or "
+            "algorithm = 'reward_model'; adapters are trained only where the engine shares the trainer's tensors"
         )
     return recipe
 

@@ -10,10 +10,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 from mainspring.errors import ConfigError, MainspringError
+from mainspring.rl.closes import Closes
 from mainspring.rl.worker import CallFailedError, Handler, Worker
 
 RewardFunction = Callable[[str, str, str], float]
@@ -39,7 +39,7 @@ class Scorer(Protocol):
         ...
 
 
-class RewardWorker:
+class RewardWorker(Closes):
     """Calls a reward function in a child process, one completion at a time, each within `timeout` seconds.
 
     A failure (an exception, a timeout, a dead worker, a result that is no finite number) is counted in `failures`,
@@ -63,14 +63,6 @@ class RewardWorker:
     def close(self) -> None:
         """Ends the worker at once."""
         self._worker.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _one(self, completion: Completion) -> float | None:
         try:

@@ -21,20 +21,19 @@ import torch
 
 from mainspring.engine.config import EngineConfig
 from mainspring.engine.sampling_params import SamplingParams
-from mainspring.errors import CheckpointError, ConfigError
-from mainspring.formats.model_config import ModelConfig
+from mainspring.errors import CheckpointError
 from mainspring.formats.named_models import resolve
 from mainspring.formats.tokenizer import Tokenizer
 from mainspring.model.checkpoint import load_model
 from mainspring.model.decoder import Decoder
 from mainspring.parallel.launch import local_rank
 from mainspring.rl import materials
-from mainspring.rl.ahead import RolloutsAhead
 from mainspring.rl.checkpoint import RlState, read_run_state
+from mainspring.rl.closes import Closes
 from mainspring.rl.dpo import DpoMetrics, DpoSettings, dpo, judge, reference_log_probs
 from mainspring.rl.environment_worker import EnvironmentWorker
 from mainspring.rl.grpo import grpo
-from mainspring.rl.learner import DeviceLearner, Learner
+from mainspring.rl.learner import Asked, DeviceLearner, Learner
 from mainspring.rl.policy_metrics import PolicyMetrics
 from mainspring.rl.policy_update import most, total
 from mainspring.rl.ppo import ppo
@@ -216,7 +215,7 @@ class RlRun:
             max_num_seqs=engine.max_num_seqs,
             max_num_batched_tokens=engine.max_num_batched_tokens,
             kv_cache_bytes=engine.kv_cache_bytes,
-            max_model_len=_longest(
+            max_model_len=materials.longest(
                 prompts, self._held_out, recipe.rollouts.max_tokens, self._learner.model.config
             )
             if not recipe.reward.environment
@@ -227,15 +226,9 @@ class RlRun:
         if make is not None:
             environment = EnvironmentWorker(make, timeout=recipe.reward.timeout)
             self._resources.enter_context(environment)
-        rollouts = self._learner.rollouts(
-            prompts,
-            texts,
-            scorer,
-            sampling=SamplingParams(temperature=engine.temperature),
-            engine=config,
-            environment=environment,
-        )
-        if isinstance(rollouts, RolloutsAhead):
+        sampling = SamplingParams(temperature=engine.temperature)
+        rollouts = self._learner.rollouts(Asked(prompts, texts, scorer, sampling, config, environment))
+        if isinstance(rollouts, Closes):
             self._resources.enter_context(rollouts)
         return rollouts
 
@@ -380,19 +373,6 @@ class RlRun:
 
     def _largest(self, values: Sequence[float]) -> list[float]:
         return most(values, self._learner.group, self._device)
-
-
-def _longest(
-    train: Sequence[Prompt], held_out: Sequence[Prompt], max_tokens: int, config: ModelConfig
-) -> int:
-    """The engine's longest sequence: held-out prompts must fit too. Raises ConfigError."""
-    longest = max(len(prompt.tokens) for prompt in (*train, *held_out)) + max_tokens
-    if longest > config.max_position_embeddings:
-        raise ConfigError(
-            f"the longest prompt and rollouts.max_tokens = {max_tokens} make {longest} tokens, but the model's "
-            f"context is {config.max_position_embeddings}; leave longer prompts out or lower max_tokens"
-        )
-    return longest
 
 
 def _flat(metrics: object) -> dict[str, Any]:
