@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 UNTRAINED = "untrained"
 _ANSWER_TOKENS = 96
 _AT_ONCE = {"cpu": 8, "cuda": 256}  # answers that are written side by side
+_CACHE_BYTES = {"cpu": None, "cuda": 6 << 30}  # one model after another finds room
 _MICROBATCH = {"cpu": 2048, "cuda": 16384}  # tokens; more if one sample is longer
 
 
@@ -259,6 +260,7 @@ def _measure(
                         at_once=_AT_ONCE[device],
                         device=device,
                         repetition_penalty=tuned.repetition_penalty,
+                        kv_cache_bytes=_CACHE_BYTES[device],
                     )
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path, _answers(model, rows, f"{folder.name}, {name}, {CONTEXTS[kind]}"))

@@ -84,6 +84,7 @@ class InProcessModel:
         at_once: int = 1,
         device: str = "cpu",
         repetition_penalty: float | None = None,
+        kv_cache_bytes: int | None = None,
     ) -> None:
         """`at_once`: answers that `complete_each` writes side by side; a loaded `LLM` has its own number and device.
 
@@ -97,7 +98,11 @@ class InProcessModel:
                 _repetition_penalty(resolve(model).path) if isinstance(model, str) else REPETITION_PENALTY
             )
         self._penalty = repetition_penalty
-        self._llm = LLM(model, max_num_seqs=at_once, device=device) if isinstance(model, str) else model
+        self._llm = (
+            LLM(model, max_num_seqs=at_once, device=device, kv_cache_bytes=kv_cache_bytes)
+            if isinstance(model, str)
+            else model
+        )
         self.at_once = at_once
         self._name = model if isinstance(model, str) else "in-process model"
         self._lock = threading.Lock()
