@@ -68,6 +68,15 @@ def test_a_directory_is_taken_as_it_is(tmp_path: Path, cache: Path) -> None:
     assert not cache.exists()
 
 
+def test_a_runs_directory_names_its_newest_checkpoint(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run" / "latest"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "config.json").write_text("{}")
+    with pytest.raises(ModelNotFoundError, match=r"newest checkpoint is .*/run/latest$"):
+        resolve(tmp_path / "run")
+    assert resolve(checkpoint).path == checkpoint
+
+
 def test_a_gguf_file_is_hashed_and_converted_once(gguf_path: Path, cache: Path) -> None:
     assert work_of(gguf_path) == {"hash", "convert"}
     assert work_of(gguf_path) == set()

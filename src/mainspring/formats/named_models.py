@@ -81,6 +81,10 @@ def resolve(
     progress = progress or ResolveProgress()
     path = Path(model).expanduser()
     if path.is_dir():
+        if not (path / "config.json").exists() and (path / "latest" / "config.json").exists():
+            raise ModelNotFoundError(
+                f"{path} is a run's directory: its newest checkpoint is {path / 'latest'}"
+            )
         return ResolvedModel(path, "directory", path.resolve().name)
     if path.is_file():
         if path.suffix != ".gguf":
