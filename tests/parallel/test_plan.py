@@ -142,6 +142,12 @@ def test_a_shape_of_a_billion_weights_takes_what_is_known() -> None:
     assert one.carried == 0
     assert estimate(config, Layout(), Batch(2, 2048)).carried == pytest.approx(4 * weights, rel=0.01)
     assert estimate(config, Layout(dp=4), Batch(4, 2048)).gradients == pytest.approx(4 * weights, rel=0.05)
+    narrow = Layout(dp=4, gradient_sums="narrow")
+    assert estimate(config, narrow, Batch(4, 2048)).gradients == pytest.approx(2 * weights, rel=0.05)
+    assert estimate(config, narrow, Batch(8, 2048)) == estimate(config, Layout(dp=4), Batch(8, 2048))
+    assert communication(config, narrow, Batch(4, 2048)).data == pytest.approx(
+        2 * 2 * weights * 3 / 4, rel=0.01
+    )
     four = estimate(config, Layout(dp=4, zero=1), Batch(4, 2048))
     assert four.optimizer == pytest.approx(3 * weights, rel=0.01)
     third = estimate(config, Layout(dp=4, zero=3), Batch(4, 2048))
@@ -180,6 +186,21 @@ def test_plans_fit_and_are_sorted() -> None:
         if plan.layout.recompute == "selective":
             keeping = replace(plan.layout, recompute="none")
             assert estimate(config, keeping, Batch(16, 8192), 80 * 10**9).total > 80e9
+
+
+def test_the_longer_the_sequence_the_more_a_schedule_without_waits_saves() -> None:
+    """Attention's gradient is all of inputs: zb-h1 waits for it on the first ranks, at the price of less memory."""
+    config = ModelConfig.from_dict(GIANT | {"num_hidden_layers": 8})
+
+    def pipelines(length: int) -> tuple[Plan, Plan]:
+        found = {p.layout: p for p in plans(config, 4, 400 * 10**9, Batch(16, 8192), length)}
+        without, waiting = (Layout(pp=4, schedule=name) for name in ("zero_bubble_h2", "zero_bubble"))
+        return found[without], found[waiting]
+
+    (short, short_waits), (long, long_waits) = pipelines(16), pipelines(8192)
+    assert short.bubble == pytest.approx(short_waits.bubble, rel=0.05)
+    assert long.bubble < 0.9 * long_waits.bubble
+    assert long.memory.total > long_waits.memory.total
 
 
 def test_what_does_not_fit_names_the_nearest() -> None:

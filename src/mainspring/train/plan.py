@@ -11,8 +11,8 @@ from mainspring.errors import ConfigError
 from mainspring.formats.model_config import ModelConfig
 from mainspring.parallel.layout import Layout, Recompute, ScheduleName
 from mainspring.parallel.placement import rule_of
-from mainspring.parallel.schedule import make_schedule, simulate
-from mainspring.train.flops import training_flops
+from mainspring.parallel.schedule import Kind, make_schedule, simulate
+from mainspring.train.flops import matrix_weights, training_flops
 from mainspring.train.memory import Batch, Memory, estimate, rank_shapes
 
 HOST = 8
@@ -153,9 +153,10 @@ def _plan(
     config: ModelConfig, layout: Layout, memory: Memory, batch: Batch, sequence_length: int, per_host: int
 ) -> Plan:
     count = batch.micro_batches // layout.dp
-    bubble = simulate(make_schedule(layout.schedule, layout.pp, layout.virtual, count), layout.stages).bubble
-    sent = communication(config, layout, batch)
     lengths = [sequence_length] * max(1, batch.tokens // sequence_length)
+    schedule = make_schedule(layout.schedule, layout.pp, layout.virtual, count)
+    bubble = simulate(schedule, layout.stages, _costs(config, lengths)).bubble
+    sent = communication(config, layout, batch)
     flops = training_flops(config, lengths) * batch.micro_batches / layout.world
     inside = layout.tp * layout.cp
     wide = _FAST if layout.world <= per_host else _SLOW
@@ -164,6 +165,15 @@ def _plan(
     compute = again * flops / (_PEAK * _ALGORITHM) / (1 - bubble)
     hidden = max(0.0, sent.data / wide - 0.5 * compute)  # half of it runs behind the layers
     return Plan(layout, memory, sent, bubble, compute + near + sent.pp / wide + hidden)
+
+
+def _costs(config: ModelConfig, lengths: list[int]) -> dict[Kind, float]:
+    """Of the parts of a pass, in forward passes: attention has no weights, and its gradient costs two of it."""
+    products = 2.0 * matrix_weights(config) * sum(lengths)
+    attention = training_flops(config, lengths) / 3 - products
+    forward = products + attention
+    inputs, weights = (products + 2 * attention) / forward, products / forward
+    return {"F": 1.0, "B": inputs + weights, "I": inputs, "W": weights}
 
 
 def _candidates(
@@ -179,7 +189,8 @@ def _candidates(
                     for zero in (0, 1, 2, 3) if dp * cp > 1 else (0,):
                         schedules: tuple[ScheduleName, ...] = ("1f1b",)
                         if pp > 1:
-                            schedules = ("zero_bubble", "1f1b") if zero < 2 else ("1f1b",)
+                            late = ("zero_bubble_h2", "zero_bubble") if zero < 2 else ()
+                            schedules = (*late, "1f1b")
                         for schedule in schedules:
                             layout = Layout(pp=pp, dp=dp, cp=cp, tp=tp, ep=ep, zero=zero, schedule=schedule)
                             if _fits(layout, config, batch):
