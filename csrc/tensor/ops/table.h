@@ -9,7 +9,7 @@
 #include "nn/functional.h"
 #include "nn/linear.h"
 #include "ops/advanced_index.h"
-#include "ops/composite.h"
+#include "ops/composite_shapes.h"
 #include "ops/in_place.h"
 #include "ops/index.h"
 #include "ops/matmul.h"
