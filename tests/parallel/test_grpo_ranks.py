@@ -47,10 +47,29 @@ def test_ranks_write_and_learn_what_one_device_does(pool: Pool, directory: str, 
     assert moved > 1e-4
 
 
+def test_tensor_parallel_ranks_are_in_lockstep_with_engines_of_the_whole_model(
+    pool: Pool, directory: str
+) -> None:
+    expected, weights = grpo_jobs.on_one(directory)
+    ranks = pool.run("grpo_jobs:over_ranks", 2, directory, "tp=2,tp_invariant=true")
+    for step in range(grpo_jobs.STEPS):
+        mine, other = (metrics[step] for metrics, _, _ in ranks)
+        assert mine.groups == other.groups, "both have asked the same, and the first has rewarded"
+        assert [len(g) for g in mine.groups] == [3] * 4
+        assert (mine.max_delta, other.max_delta, mine.lag) == (0.0, 0.0, 0.0)
+
+        # One device sums in another order: its numbers are others in their last bits.
+        assert mine.reward == pytest.approx(expected[step].reward, abs=0.1)
+        assert mine.grad_norm == pytest.approx(expected[step].grad_norm, rel=0.2)
+    for _, _, found in ranks:
+        for name, tensor in weights.items():
+            np.testing.assert_allclose(found[name], tensor.numpy(), rtol=0, atol=1e-3, err_msg=name)
+
+
 def test_what_ranks_cannot_share_is_refused(pool: Pool, directory: str) -> None:
-    with pytest.raises(JobError, match="prompts_per_step = 4 is no multiple of the 3 ranks"):
+    with pytest.raises(JobError, match="prompts_per_step = 4 is no multiple of the 3 data-parallel ranks"):
         pool.run("grpo_jobs:over_ranks", 3, directory, "dp=3")
-    with pytest.raises(JobError, match="need a layout of dp and zero only"):
+    with pytest.raises(JobError, match="need a layout of dp and zero, and of tp only with tp_invariant"):
         pool.run("grpo_jobs:over_ranks", 2, directory, "tp=2")
 
 

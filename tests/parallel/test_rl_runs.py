@@ -89,13 +89,29 @@ def test_ranks_resume_to_the_bit_with_carried_and_dynamic_groups_and_only_with_a
         RlRun(recipe(folder, "dapo", *parts), resume=True)
 
 
+def test_tensor_parallel_ranks_write_one_log_and_one_checkpoint(
+    pool: Pool, folder: Path, judged: str
+) -> None:
+    results = pool.run("rl_jobs:run", 2, str(folder), "grpo", [judged, "parallel.tp=2", "grpo.max_steps=2"])
+    assert results[0] == results[1]
+    steps = [r for r in lines(folder / "out" / "metrics.jsonl") if r["event"] == "step"]
+    assert all(r["max_delta"] == 0 and r["compared"] > 0 for r in steps)
+    assert [len(g.answers) for g in read_groups(folder / "out", None, False)] == [3] * 6
+    assert not (folder / "out" / "rollouts-1.jsonl").exists()
+    assert not torch.equal(
+        load_model(folder / "out" / "latest").embedding, load_model(folder / "model").embedding
+    )
+
+
 def test_what_does_not_run_over_ranks_is_refused(pool: Pool, folder: Path, judged: str) -> None:
     with pytest.raises(JobError, match="algorithm = 'vapo' runs on one device; over ranks run grpo, dr_grpo"):
         pool.run("rl_jobs:run", 2, str(folder), "vapo", [])
     with pytest.raises(JobError, match=r"engine\.ray_workers are settings of one device"):
         pool.run("rl_jobs:run", 2, str(folder), "grpo", ["lora.rank=2"])
-    with pytest.raises(JobError, match="prompts_per_step = 3 is no multiple of the 2 ranks"):
+    with pytest.raises(JobError, match="prompts_per_step = 3 is no multiple of the 2 data-parallel ranks"):
         pool.run("rl_jobs:run", 2, str(folder), "grpo", [judged, "rollouts.prompts_per_step=3"])
+    with pytest.raises(JobError, match=r"parallel\.tp = 3 does not divide the 2 ranks"):
+        pool.run("rl_jobs:run", 2, str(folder), "grpo", [judged, "parallel.tp=3"])
 
 
 @pytest.mark.slow

@@ -63,6 +63,11 @@ class Learner(Protocol):
         """The ranks that learn together."""
         ...
 
+    @property
+    def writes_groups(self) -> bool:
+        """Whether no other rank has the same groups and logs them."""
+        ...
+
     def rollouts(self, asked: Asked) -> Rollouts:
         """By an engine with this model's weights. Raises ConfigError."""
         ...
@@ -80,6 +85,7 @@ class DeviceLearner:
     """See `Learner`."""
 
     group = ALONE
+    writes_groups = True
 
     def __init__(self, recipe: RlRecipe, directory: Path, device: torch.device, start: Path | None) -> None:
         """directory: of the weights; start: the checkpoint that is continued. Raises what loading them raises."""

@@ -53,7 +53,13 @@ class RankLearner:
         """Raises ConfigError for what does not run over ranks, and what the layout and the weights raise."""
         _check(recipe)
         self._recipe = recipe
-        config, layout = ModelConfig.from_file(directory), Layout(dp=world, zero=recipe.parallel.zero)
+        config, tp = ModelConfig.from_file(directory), recipe.parallel.tp
+        if tp < 1 or world % tp:
+            raise ConfigError(
+                f"parallel.tp = {tp} does not divide the {world} ranks that torchrun has started"
+            )
+        layout = Layout(dp=world // tp, tp=tp, zero=recipe.parallel.zero, tp_invariant=tp > 1)
+        layout.check(config)
         self._mesh = Mesh.build(layout.axes, key_copies=layout.key_copies(config))
         policy, dtype = Policy(recipe.model.numerics), torch_dtype(recipe.model.dtype)
         empty = Decoder(config, policy=policy, device="meta", dtype=dtype).train()
@@ -62,6 +68,7 @@ class RankLearner:
         self.model = self._units.model
         self.optimizer = RankOptimizer(self._units, recipe.optimizer)
         self.group = self._mesh.group("dp")
+        self.writes_groups = self._mesh.group("tp").rank == 0
 
     def rollouts(self, asked: Asked) -> RankRollouts:
         return RankRollouts(

@@ -108,6 +108,9 @@ class RanksSection:
 
     zero: Literal[0, 1, 2, 3] = 0
     """What they share instead of each having all: 1 the optimizer's state, 2 the gradients too, 3 the weights too."""
+    tp: int = 1
+    """So many ranks share each layer (2, 4 or 8, in the order of sums that no degree changes); the groups of them are
+    data-parallel."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from mainspring.model.decoder import Decoder
 from mainspring.rl.conversation import Conversation, Written
 from mainspring.rl.environment import Environment
 from mainspring.rl.prompts import Prompt, Texts, epoch_order
-from mainspring.rl.rewards import Scorer
+from mainspring.rl.rewards import Completion, Scorer
 from mainspring.rl.rollout_settings import UNCHANGED, RolloutSettings, check_rollouts
 from mainspring.rl.trajectories import Group, Trajectory
 from mainspring.rl.worker import WorkerStartError
@@ -352,11 +352,14 @@ class Rollouts:
                 f"{self.settings.max_failures}; the last time: {type(error).__name__}: {error}"
             ) from error
 
+    def _scores(self, completions: Sequence[Completion]) -> list[float | None]:
+        return self._scorer.score(completions)
+
     def _rewarded(self, groups: Sequence[Sequence[Conversation]]) -> list[Group]:
         """Those that have a reward, as trajectories."""
         ended = [c for group in groups for c in group]
         if self._environment is None:
-            rewards = self._scorer.score([c.completion() for c in ended])
+            rewards = self._scores([c.completion() for c in ended])
         else:
             rewards = [None if c.failed else c.reward for c in ended]
         left = iter(rewards)

@@ -135,7 +135,8 @@ class RlRun:
         resume_at = self._step if state is not None else None
         self._metrics = MetricsFile(self._output / "metrics.jsonl", resume_at) if not number else None
         groups = "rollouts.jsonl" if not number else f"rollouts-{number}.jsonl"
-        self._log = MetricsFile(self._output / groups, resume_at)
+        writes = self._learner.writes_groups
+        self._log = MetricsFile(self._output / groups, resume_at) if writes else None
 
     def run(self) -> RlResult:
         """Trains. Raises what the algorithm raises; the last checkpoint stays."""
@@ -170,7 +171,8 @@ class RlRun:
             finally:
                 if self._metrics is not None:
                     self._metrics.close()
-                self._log.close()
+                if self._log is not None:
+                    self._log.close()
 
     def _read_data(self) -> Rollouts | None:
         """What is held out and what is learnt from; the rollouts that ask the prompts, if there are any."""
@@ -307,6 +309,8 @@ class RlRun:
 
     def _log_groups(self, groups: Sequence[Group], advantages: Sequence[float]) -> None:
         assert self._rollouts is not None  # groups are of rollouts
+        if self._log is None:
+            return
         left = iter(advantages)
         for group in groups:
             prompt = self._rollouts.prompts[group[0].prompt]

@@ -62,11 +62,14 @@ def check_serving_layout(layout: Layout, config: ModelConfig, device: torch.devi
                 "CUDA_VISIBLE_DEVICES"
             )
         if layout.tp_invariant:
-            _check_chunks(layout, config)
+            check_chunks(layout, config)
 
 
-def _check_chunks(layout: Layout, config: ModelConfig) -> None:
-    """The kernels cut K by the shape of the weight: a rank's rows must be summed as those of the whole are."""
+def check_chunks(layout: Layout, config: ModelConfig) -> None:
+    """The kernels cut K by the shape of the weight: a rank's rows must be summed as those of the whole are.
+
+    Raises ConfigError where they are not, so that tp_invariant cannot be promised on CUDA.
+    """
     from mainspring.ops.triton.linear import k_chunk
 
     hidden = config.hidden_size
