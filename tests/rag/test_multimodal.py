@@ -38,7 +38,7 @@ from mainspring.rag.multimodal.pictures import MAX_PIXELS, fit_square, open_pict
 from mainspring.rag.multimodal.training import Pairs, TrainingSettings, ranks, train
 from mainspring.rag.pipeline import Answer, Parts, Pipeline
 from mainspring.rag.retrieval.lexical import LexicalIndex
-from mainspring.rag.strategy import AnswerStep, Strategy
+from mainspring.rag.strategy import AnswerStep, ContextStep, RerankStep, Strategy
 from rag.fakes import OverlapReranker, ScriptedModel, WordEmbedder
 from rag.test_index import open_index, write
 
@@ -198,6 +198,33 @@ def test_a_question_about_a_picture_is_grounded_in_similar_pictures_and_document
     assert "Picture red.png: A red square" in prompt
     assert "green.png" not in prompt
     assert answer.citations
+
+
+def test_the_page_that_shows_a_similar_picture_is_read_and_read_once(tmp_path: Path) -> None:
+    folder = coloured_folder(tmp_path / "p", "red", "green")
+    told = "The red one was found on the beach in the spring of a year that nobody knows."
+    (folder / "page.md").write_text(f"![A red square](red.png)\n\n{told}\n")
+    gallery = gallery_of(folder, ColourEncoder())
+    write(folder, **{f"other{n}": f"What was found where is told of a square {n}." for n in range(9)})
+    embedder = WordEmbedder()
+    index = open_index(tmp_path / "index", embedder=embedder)
+    index.update(folder)
+    lexical = LexicalIndex.open(tmp_path / "index" / "bm25", index.store)
+    model = ScriptedModel("On the beach.", "Nowhere.")
+    parts = Parts(embedder, index.store, lexical, OverlapReranker(), OverlapReranker(), model=model)
+    strategy = Strategy(
+        context=ContextStep(passages=2), answer=AnswerStep(abstain_below=-1.0), rerank=RerankStep("none")
+    )
+    pipeline = Pipeline(strategy, parts)
+    question = "Where was this found?"
+    *_, answer = ask_about(pipeline, gallery, square("red"), question)
+    assert isinstance(answer, Answer)
+    assert told in model.asked[0][-1].content
+    ids = [passage.chunk.id for passage in answer.passages]
+    assert len(ids) == len(set(ids))
+    *_, alone = pipeline.ask(question)
+    assert isinstance(alone, Answer)
+    assert "page.md" not in {passage.chunk.file for passage in alone.passages}
 
 
 def test_the_dual_encoder_learns_which_colour_a_caption_names(tmp_path: Path) -> None:

@@ -127,10 +127,9 @@ class Pipeline:
                 yield Delta(piece)
             yield Answer("".join(pieces), (), (), False)
             return
-        found = [
-            *given,
-            *self.search("\n".join([question, *seen]) if question.strip() else question, where=where),
-        ]
+        searched = self.search("\n".join([question, *seen]) if question.strip() else question, where=where)
+        here = {passage.chunk.id for passage in given}
+        found = [*given, *(passage for passage in searched if passage.chunk.id not in here)]
         if self._abstains(question, found):
             yield Delta(ABSTENTION)
             yield Answer(ABSTENTION, (), tuple(found), True)

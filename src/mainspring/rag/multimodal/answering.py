@@ -17,6 +17,7 @@ from mainspring.rag.documents.document import Place
 from mainspring.rag.multimodal.captions import CaptionedPicture
 from mainspring.rag.multimodal.gallery import Gallery, Match
 from mainspring.rag.pipeline import Event, Passage, Pipeline
+from mainspring.rag.stores.store import Condition
 
 _ABOUT = 3  # similar pictures that ground a question
 _MOST_TOKENS = 128
@@ -63,9 +64,9 @@ def ask_about(
 ) -> Iterator[Event]:
     """Streams the answer to a question about a picture, as `Pipeline.ask` does.
 
-    Similar pictures' captions are passages that can be cited, with the pages that show them; what they say is also
-    searched for, beside the question. A vision model's own description joins them as words to search for.
-    Raises what `Pipeline.ask` raises.
+    Similar pictures' captions are passages that can be cited, and so is what the page that shows the most similar one
+    says to the question; the captions are also searched for, beside the question. A vision model's own description
+    joins them as words to search for. Raises what `Pipeline.ask` raises.
     """
     matches = [m for m in gallery.search_picture(picture, _ABOUT) if m.enough]
     seen = [match.picture.caption for match in matches]
@@ -73,7 +74,11 @@ def ask_about(
         seen.append(
             model.look(picture, f"Describe what in this picture matters for the question: {question}")
         )
-    yield from pipeline.ask(question, seen=seen, given=_passages(matches, question, pipeline))
+    given = _passages(matches, question, pipeline)
+    if matches and question.strip():
+        nearest = matches[0].picture
+        given += pipeline.search(f"{question}\n{nearest.caption}", 1, (Condition("file", nearest.page),))
+    yield from pipeline.ask(question, seen=seen, given=given)
 
 
 def _passages(matches: Sequence[Match], question: str, pipeline: Pipeline) -> list[Passage]:
