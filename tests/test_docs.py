@@ -40,6 +40,19 @@ def files() -> list[str]:
     return [f"/{p.relative_to(ROOT)}" for p in found if "__pycache__" not in p.parts]
 
 
+@pytest.fixture(scope="module")
+def words(files: list[str]) -> set[str]:
+    """Every name that stands in a source file, and the names of the files."""
+    found = {Path(path).stem for path in files}
+    for path in files:
+        if (
+            path.endswith((".py", ".h", ".cpp", ".cu", ".cuh", ".toml"))
+            and Path(path).name != Path(__file__).name
+        ):
+            found |= set(re.findall(r"\w+", (ROOT / path[1:]).read_text()))
+    return found
+
+
 def _code_lines(page: Path) -> Iterator[str]:
     """The lines of all code blocks, continued ones joined, and the code words of the text."""
     text = page.read_text()
@@ -105,6 +118,18 @@ def test_options_of_benchmarks_exist(page: Path) -> None:
             declared = set(re.findall(r'"(--[\w-]+)"', (ROOT / found[1]).read_text()))
             used = {word.split("=")[0] for word in found[2].split() if word.startswith("--")}
             assert used <= declared, f"{page.name}: {found[1]} has no {used - declared}"
+
+
+GUIDES = [p for p in PAGES if p.parent.name == "docs" and p.name != "serving.md"]
+FOREIGN = {"linear_qkv", "partition_dim", "trust_remote_code"}  # Megatron-LM's and transformers'
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda p: p.name)
+def test_names_in_the_guides_are_names_of_the_code(page: Path, words: set[str]) -> None:
+    text = FENCE.sub("", page.read_text())
+    for span in re.findall(r"`([^`\n]+)`", text):
+        named = set(re.findall(r"[A-Za-z]\w*_\w+|\b_\w+|\b[A-Z][a-z]+[A-Z]\w*", span))
+        assert named - FOREIGN <= words, f"{page.name}: `{span}` names {named - FOREIGN - words}"
 
 
 def _anchors(page: Path) -> set[str]:
