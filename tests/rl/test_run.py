@@ -102,8 +102,10 @@ def test_a_reward_that_fails_costs_its_samples_and_past_the_limit_the_run(folder
 
 def test_a_checkpoint_of_another_algorithm_or_model_is_refused(folder: Path) -> None:
     run(recipe(folder, "grpo"))
-    with pytest.raises(CheckpointError, match="written by algorithm = 'grpo', not 'vapo'"):
+    with pytest.raises(CheckpointError, match="written by a run with algorithm = 'grpo', not 'vapo'"):
         run(recipe(folder, "vapo"), resume=True)
+    with pytest.raises(CheckpointError, match=r"model\.path = '.*/model', not 'smollm2'"):
+        run(recipe(folder, "grpo", "model.path='smollm2'"), resume=True)
     with pytest.raises(ConfigError, match="holds a run at step 4"):
         run(recipe(folder, "grpo"))
     state = folder / "out" / "latest" / "optimizer" / "state.json"

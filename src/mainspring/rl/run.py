@@ -104,11 +104,8 @@ class RlRun:
         ):  # deletes what was there, converts a GGUF; the others then find all done
             start = choose_start(self._output, resume, restart and self._ranks.speaks)
             state = None if start is None else read_run_state(start, world, number)
-            if state is not None and state.recipe["algorithm"] != recipe.algorithm:
-                raise CheckpointError(
-                    f"{start} was written by algorithm = {state.recipe['algorithm']!r}, not {recipe.algorithm!r}; "
-                    "set another output, or start anew with --restart"
-                )
+            if state is not None and start is not None:
+                _check_same(start, state.recipe, recipe)
             # Adapters belong to the weights that the recipe names; else a checkpoint has the weights themselves.
             source = recipe.model.path if start is None or recipe.lora.rank else start
             directory = resolve(source, recipe.model.dtype).path
@@ -377,6 +374,19 @@ class RlRun:
 
     def _largest(self, values: Sequence[float]) -> list[float]:
         return most(values, self._learner.group, self._device)
+
+
+def _check_same(start: Path, then: Mapping[str, Any], now: RlRecipe) -> None:
+    """Raises CheckpointError for a checkpoint of another algorithm or model."""
+    for name, was, wanted in (
+        ("algorithm", then["algorithm"], now.algorithm),
+        ("model.path", then["model"]["path"], now.model.path),
+    ):
+        if was != wanted:
+            raise CheckpointError(
+                f"{start} was written by a run with {name} = {was!r}, not {wanted!r}; set it back, set another output, "
+                "or start anew with --restart"
+            )
 
 
 def _flat(metrics: object) -> dict[str, Any]:
