@@ -7,7 +7,7 @@ import warnings
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mainspring.errors import DocumentError
 
@@ -32,6 +32,9 @@ def open_picture(data: bytes, name: str) -> Image.Image:
         layered = picture.convert("RGBA")
     except DocumentError:
         raise
+    except UnidentifiedImageError as error:  # Pillow's message names a buffer
+        kinds = ", ".join(_FORMATS)
+        raise DocumentError(f"{name} is not a picture that can be read: it is none of {kinds}") from error
     except Exception as error:  # Pillow's plugins raise bare exceptions on damaged files
         raise DocumentError(f"{name} is not a picture that can be read: {error}") from error
     white = Image.new("RGBA", layered.size, "white")
