@@ -154,7 +154,7 @@ def test_the_command_makes_questions_and_tunes_cutting_with_the_real_models(tmp_
     docs = Path(__file__).parents[2] / "docs"
     folder = tmp_path / "docs"
     folder.mkdir()
-    for name in ("rag.md", "parallel.md"):
+    for name in ("rag.md", "parallel.md", "rl.md", "serving.md"):
         (folder / name).write_text((docs / name).read_text())
     index = ["--index", str(tmp_path / "index")]
     runner = CliRunner()

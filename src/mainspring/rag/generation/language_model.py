@@ -66,11 +66,18 @@ def complete(model: LanguageModel, messages: Sequence[Message], max_tokens: int)
 
 
 def complete_each(
-    model: LanguageModel, conversations: Sequence[Sequence[Message]], max_tokens: int
+    model: LanguageModel,
+    conversations: Sequence[Sequence[Message]],
+    max_tokens: int,
+    *,
+    may_repeat: bool = False,
 ) -> list[str]:
-    """`complete` of every conversation, several at once where the model is one in this process."""
+    """`complete` of every conversation, several at once where the model is one in this process.
+
+    `may_repeat`: as `InProcessModel.complete_each` takes it; an endpoint penalises nothing.
+    """
     if isinstance(model, InProcessModel):
-        return model.complete_each(conversations, max_tokens)
+        return model.complete_each(conversations, max_tokens, may_repeat=may_repeat)
     return [complete(model, messages, max_tokens) for messages in conversations]
 
 
@@ -123,9 +130,14 @@ class InProcessModel:
             for output in self._llm.stream_chat(_turns(messages), params):
                 yield output.outputs[0].text
 
-    def complete_each(self, conversations: Sequence[Sequence[Message]], max_tokens: int) -> list[str]:
-        """The whole answer to every conversation, without white space around it: those that `complete` gives."""
-        params = self._params(max_tokens)
+    def complete_each(
+        self, conversations: Sequence[Sequence[Message]], max_tokens: int, *, may_repeat: bool = False
+    ) -> list[str]:
+        """The whole answer to every conversation, without white space around it: those that `complete` gives.
+
+        With `may_repeat` what it read may be said again without a penalty, which then counts what it wrote alone.
+        """
+        params = _may_repeat(max_tokens) if may_repeat else self._params(max_tokens)
         with self._lock:
             outputs = self._llm.chat([_turns(messages) for messages in conversations], params)
         return [output.outputs[0].text.strip() for output in outputs]
@@ -157,6 +169,12 @@ class InProcessModel:
 
 def _turns(messages: Sequence[Message]) -> list[dict[str, str]]:
     return [{"role": m.role, "content": m.content} for m in messages]
+
+
+def _may_repeat(max_tokens: int) -> SamplingParams:
+    from mainspring.engine.sampling_params import SamplingParams
+
+    return SamplingParams(temperature=0, frequency_penalty=0.2, max_tokens=max_tokens)
 
 
 def _repetition_penalty(directory: Path) -> float:
