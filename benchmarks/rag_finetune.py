@@ -48,7 +48,11 @@ def chunks_of(folder: Path, counter: TokenCounter) -> list[Chunk]:
 def made(chunks: list[Chunk], path: Path, count: int, model: str, at_once: int) -> tuple[TuneQuestion, ...]:
     """Questions by the model, kept in a file."""
     if not path.is_file():
-        heard = lambda done, total: print(f"{done} of {total}", flush=True) if done % 50 == 0 else None  # noqa: E731
+
+        def heard(done: int, total: int) -> None:
+            if done % 50 == 0:
+                print(f"{done} of {total}", flush=True)
+
         writer = InProcessModel(model, at_once=at_once, repetition_penalty=1.0)
         questions = make_questions(chunks, writer, CrossEncoder(threads=1), count, SEED, heard)
         rows = [{"question": q.text, "evidence": list(q.evidence), "file": q.file} for q in questions]

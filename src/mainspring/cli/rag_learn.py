@@ -133,7 +133,10 @@ def made_questions(
     columns = (TextColumn("Questions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=count)
-        heard = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+
+        def heard(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
         made = make_questions(chunks, model, CrossEncoder(), count, seed, heard)
     path = directory / "made_questions.jsonl"
     rows = [{"question": q.text, "evidence": list(q.evidence), "file": q.file} for q in made]
