@@ -64,7 +64,6 @@ KERNELS = (
     _paged_decode(128),
     _linear(linear.SEGMENTED, segmented=True),
     _linear(linear.Tile(2, 224, 1), gated=True),
-    _linear(linear.Tile(3, 224, 1), gated=True),
     _grouped(grouped_linear.FORWARD, 176),
     _grouped(grouped_linear.INPUT_GRADIENT, 256),
     _grouped(grouped_linear.WEIGHT_GRADIENT, 256),
