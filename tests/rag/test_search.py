@@ -265,6 +265,9 @@ def test_settings_without_effect_make_no_difference() -> None:
     bm25 = SMALL.choices[0].applied(Strategy(), "bm25")
     assert alpha.applied(bm25, 2.0) == bm25
     assert alpha.applied(Strategy(), 2.0) != Strategy()
+    sentences = Choice("retrieve.sentences", (False, True))
+    assert sentences.applied(bm25, True) == bm25  # a recipe would make vectors that nobody asks for
+    assert sentences.applied(Strategy(), True) != Strategy()
     assert changes(bm25, Strategy()) == 'retrieve.method = "bm25"'
     assert changes(Strategy(), Strategy()) == "no change"
 

@@ -81,6 +81,8 @@ def canonical(strategy: Strategy) -> Strategy:
         index = dataclasses.replace(index, window=usual.index.window)
     if index.chunking not in ("sentences", "tokens"):
         index = dataclasses.replace(index, overlap=usual.index.overlap)
+    if retrieve.method == "bm25":
+        retrieve = dataclasses.replace(retrieve, sentences=usual.retrieve.sentences)
     if retrieve.method != "hybrid":
         retrieve = dataclasses.replace(retrieve, fusion=usual.retrieve.fusion)
     if retrieve.method != "hybrid" or retrieve.fusion == "reciprocal-rank":
