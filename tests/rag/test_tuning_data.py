@@ -97,7 +97,8 @@ def test_answers_are_scored_by_words_by_substring_and_whole() -> None:
     assert "| second | relevant | 0.500" in lines[4]
     assert lines[4].count("[") == 4  # three intervals and that of the difference
     assert lines[2].endswith("|  |")
-    assert "| first | -0.3" in costs_of_noise(both)[2]  # type: ignore[arg-type]
+    assert costs_of_noise(both)[2].startswith("| first | -0.500 [")  # type: ignore[arg-type]
+    assert "| -0.3" in costs_of_noise(both)[2]  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="1 answers to 2"):
         score(["x"], rows)
 

@@ -58,12 +58,16 @@ def index(
     time and goes on the next time.
     """
     from mainspring.rag.assembly import make_reranker, make_sentences, open_index
+    from mainspring.rag.documents.reading import find_files
     from mainspring.rag.index import remove_index
     from mainspring.rag.ranking.precomputed import PrecomputedLateInteraction
     from mainspring.rag.strategy import load_strategy
 
     chosen = load_strategy(strategy)
     console = Console(stderr=True)
+    find_files(
+        folder, [directory]
+    )  # before a model is loaded, or an index deleted, for a folder without documents
     if rebuild:
         remove_index(directory)
     with console.status("Loading the embedding model"):
