@@ -178,7 +178,8 @@ class _Run:
         self._actions = schedule[self.rank]
         self._last = {a.stage: a for a in self._actions if a.kind in ("B", "I")}
         # All at once, before the first kernel: a copy in between would make the host wait for those in flight.
-        self._batches = {lengths: self.model.batch(lengths) for lengths in {m.lengths for m in micro_batches}}
+        shapes = dict.fromkeys(m.lengths for m in micro_batches)
+        self._batches = {lengths: self.model.batch(lengths) for lengths in shapes}
         holds = {a.stage for a in self._actions}
         self._tokens = self._uploaded([m.tokens for m in micro_batches]) if 0 in holds else []
         self._targets = self._uploaded([m.targets for m in micro_batches]) if self.stages - 1 in holds else []
@@ -186,8 +187,8 @@ class _Run:
     def do_all(self) -> None:
         """The rank's actions, in order.
 
-        What the next one needs is received beside the one before it: earlier, the wait would take multiprocessors
-        from more than that one, and the sender's as well if it were later.
+        What an action needs from another rank is received beside the action before it, so that it need not be waited
+        for. Not earlier: on a GPU whichever end of a message comes first waits there, on multiprocessors of its own.
         """
         for action, following in zip(self._actions, [*self._actions[1:], None], strict=True):
             self._expect(action)
