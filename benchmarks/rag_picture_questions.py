@@ -113,7 +113,6 @@ def main() -> None:
     reader = ExtractiveReader(CrossEncoder(threads=1))
     stored = {picture.file: picture for picture in gallery.pictures}
     found: dict[str, list[float]] = {}
-    first: dict[str, list[float]] = {}
     f1: dict[str, list[float]] = {}
     for number, pair in enumerate(pairs):
         file = pair.path.relative_to(options.manual.resolve()).as_posix()
@@ -131,9 +130,6 @@ def main() -> None:
             read = passages(pipeline, shelf, shown, question)
             pages = [passage.chunk.file for passage in read]
             found.setdefault(name, []).append(float(pair.group in pages))
-            first.setdefault(name, []).append(
-                1 / (pages.index(pair.group) + 1) if pair.group in pages else 0.0
-            )
             if number < options.answers:
                 texts = [passage.chunk.context for passage in read]
                 answer = reader.read(question, texts, [], 48)
@@ -144,16 +140,13 @@ def main() -> None:
     print(
         f"{len(found[base])} questions, {len(f1[base])} of them answered; {len(gallery)} pictures in the gallery"
     )
-    print("| asked with | page found | MRR | minus without (found) | answer's F1 | minus without |")
-    print("|---|---|---|---|---|---|")
+    print("| asked with | page found | minus without | answer's F1 | minus without |")
+    print("|---|---|---|---|---|")
     for name in found:
         gains = ["", ""]
         if name != base:
             gains = [str(paired_difference(a[name], a[base])) for a in (found, f1)]
-        print(
-            f"| {name} | {bootstrap(found[name])} | {np.mean(first[name]):.3f} | {gains[0]} | "
-            f"{bootstrap(f1[name])} | {gains[1]} |"
-        )
+        print(f"| {name} | {bootstrap(found[name])} | {gains[0]} | {bootstrap(f1[name])} | {gains[1]} |")
 
 
 if __name__ == "__main__":
