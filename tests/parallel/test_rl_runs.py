@@ -24,6 +24,7 @@ from support.byte_tokenizer import byte_tokenizer
 
 # A large eps makes AdamW's step a smooth function of the gradient, so that equal weights mean equal gradients.
 SMOOTH = ["rollouts.prompts_per_step=4", "grpo.mini_batches=1", "optimizer.lr=0.01", "optimizer.eps=0.01"]
+SMOOTH += ["critic.lr=0.01", "critic.eps=0.01"]
 
 
 @pytest.fixture
@@ -41,25 +42,33 @@ def judged(folder: Path) -> str:
     return f"reward.model={str(folder / 'judge')!r}"
 
 
+@pytest.mark.parametrize(("algorithm", "zero"), [("grpo", 3), ("vapo", 2)])
 def test_ranks_do_what_one_device_does_and_write_the_checkpoint_that_it_would(
-    pool: Pool, folder: Path, judged: str
+    pool: Pool, folder: Path, judged: str, algorithm: str, zero: int
 ) -> None:
     here, there = ([*SMOOTH, judged, f"output={str(folder / name)!r}"] for name in ("one", "two"))
-    alone = RlRun(recipe(folder, "grpo", *here), show=Progress(silent=True)).run()
-    results = pool.run("rl_jobs:run", 2, str(folder), "grpo", [*there, "parallel.zero=3"])
+    alone = RlRun(recipe(folder, algorithm, *here), show=Progress(silent=True)).run()
+    results = pool.run("rl_jobs:run", 2, str(folder), algorithm, [*there, f"parallel.zero={zero}"])
     assert results == [(4, False, pytest.approx(alone.validation))] * 2
     one, two = load_model(folder / "one" / "latest"), load_model(folder / "two" / "latest")
     start = load_model(folder / "model")
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
     assert not torch.equal(two.embedding, start.embedding)
+    if algorithm == "vapo":
+        critics = [ValueModel.load(folder / name / "latest" / "critic") for name in ("one", "two")]
+        for a, b in zip(*(critic.parameters() for critic in critics), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
+        assert float(critics[1].score.weight.detach().abs().max()) > 1e-4
     first, second = (
         [r for r in lines(folder / name / "metrics.jsonl") if r["event"] == "step"] for name in ("one", "two")
     )
     for mine, theirs in zip(first, second, strict=True):
-        for name in ("reward", "teaching", "length", "finished", "tokens", "lag", "max_delta", "dropped"):
-            assert theirs[name] == pytest.approx(mine[name]), name
-        assert theirs["entropy"] == pytest.approx(mine["entropy"], rel=1e-5)
+        assert mine.keys() < theirs.keys(), "and how long weights were on their way"
+        for name, value in mine.items():
+            if "second" not in name and name not in ("event", "elapsed", "compared"):
+                expected = None if value is None else pytest.approx(value, rel=1e-3, abs=1e-6)
+                assert theirs[name] == expected, name
         assert theirs["resharding_seconds"] > 0
     shown = [list(read_groups(folder / name, None, False)) for name in ("one", "two")]
     assert [g.step for g in shown[1]] == sorted(g.step for g in shown[1])
@@ -73,20 +82,27 @@ def test_ranks_do_what_one_device_does_and_write_the_checkpoint_that_it_would(
     assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize("algorithm", ["dapo", "ppo"])
 def test_ranks_resume_to_the_bit_with_carried_and_dynamic_groups_and_only_with_as_many(
-    pool: Pool, folder: Path, judged: str
+    pool: Pool, folder: Path, judged: str, algorithm: str
 ) -> None:
-    changes = [judged, "rollouts.prompts_per_step=4", "rollouts.slice_tokens=4", "parallel.zero=1"]
+    changes = [
+        judged,
+        "rollouts.prompts_per_step=4",
+        "rollouts.slice_tokens=4",
+        "parallel.zero=1",
+        "ppo.max_steps=4",
+    ]
     whole, parts = ([*changes, f"output={str(folder / name)!r}"] for name in ("whole", "parts"))
-    pool.run("rl_jobs:run", 2, str(folder), "dapo", whole)
-    assert pool.run("rl_jobs:run", 2, str(folder), "dapo", parts, False, 2)[0][:2] == (2, True)
-    assert pool.run("rl_jobs:run", 2, str(folder), "dapo", parts, True)[1][:2] == (4, False)
+    pool.run("rl_jobs:run", 2, str(folder), algorithm, whole)
+    assert pool.run("rl_jobs:run", 2, str(folder), algorithm, parts, False, 2)[0][:2] == (2, True)
+    assert pool.run("rl_jobs:run", 2, str(folder), algorithm, parts, True)[1][:2] == (4, False)
     models = [load_model(folder / name / "latest") for name in ("whole", "parts")]
     assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models), strict=True))
     for file in ("rollouts.jsonl", "rollouts-1.jsonl"):
         assert lines(folder / "whole" / file) == lines(folder / "parts" / file)
     with pytest.raises(CheckpointError, match=r"written by 2 rank\(s\).*this run has 1"):
-        RlRun(recipe(folder, "dapo", *parts), resume=True)
+        RlRun(recipe(folder, algorithm, *parts), resume=True)
 
 
 def test_tensor_parallel_ranks_write_one_log_and_one_checkpoint(
@@ -104,8 +120,8 @@ def test_tensor_parallel_ranks_write_one_log_and_one_checkpoint(
 
 
 def test_what_does_not_run_over_ranks_is_refused(pool: Pool, folder: Path, judged: str) -> None:
-    with pytest.raises(JobError, match="algorithm = 'vapo' runs on one device; over ranks run grpo, dr_grpo"):
-        pool.run("rl_jobs:run", 2, str(folder), "vapo", [])
+    with pytest.raises(JobError, match="algorithm = 'sft' runs on one device; over ranks run grpo, dr_grpo"):
+        pool.run("rl_jobs:run", 2, str(folder), "sft", [])
     with pytest.raises(JobError, match=r"engine\.ray_workers are settings of one device"):
         pool.run("rl_jobs:run", 2, str(folder), "grpo", ["lora.rank=2"])
     with pytest.raises(JobError, match="prompts_per_step = 3 is no multiple of the 2 data-parallel ranks"):

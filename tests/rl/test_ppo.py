@@ -177,7 +177,7 @@ def test_losses_are_their_formulas() -> None:
     micro = _micro(run.model, answers, shift)
     settings = VapoSettings(entropy_bonus=0.01, kl_loss=0.2, dual_clip=3.0)
     with torch.no_grad():
-        share, sums = imitating_loss(settings)(experience, micro)
+        share, sums = imitating_loss(settings)(experience)(micro)
     assert experience.reference_log_probs is not None
     losses, nll, right = [], 0.0, 0
     rewards = experience.batch.rewards.repeat_interleave(experience.batch.lengths)
@@ -199,7 +199,7 @@ def test_losses_are_their_formulas() -> None:
     assert float(sums["entropy"]) == pytest.approx(float(micro.entropy.detach().sum()))
     by_answer = replace(settings, loss_mean="sequences", positive_nll=0.0)
     means = [float(t.mean()) for t in torch.tensor(losses).split(lengths)]
-    assert float(clipped_loss(by_answer)(experience, micro)[0].detach()) == pytest.approx(
+    assert float(clipped_loss(by_answer)(experience)(micro)[0].detach()) == pytest.approx(
         sum(means) / 12, rel=1e-4
     )
     # Where the weights at the step's beginning are others than those that wrote, ratios are to the former, and tokens
@@ -215,13 +215,13 @@ def test_losses_are_their_formulas() -> None:
         for x, a in zip(ratios, experience.advantages.tolist(), strict=True)
     ]
     capped = PpoSettings(importance_cap=1.1, loss_mean="tokens")
-    found = clipped_loss(capped)(replace(experience, nearby_log_probs=nearby), micro)[0]
+    found = clipped_loss(capped)(replace(experience, nearby_log_probs=nearby))(micro)[0]
     assert float(found.detach()) == pytest.approx(
         float((weights * torch.tensor(surrogates)).mean()), rel=1e-4
     )
     none_right = replace(settings, right_from=2.0)
     expected = sum(losses) / num_tokens
-    assert float(imitating_loss(none_right)(experience, micro)[0].detach()) == pytest.approx(
+    assert float(imitating_loss(none_right)(experience)(micro)[0].detach()) == pytest.approx(
         expected, rel=1e-4
     )
 

@@ -46,7 +46,7 @@ def train(
 ) -> None:
     """Train by a recipe (the word `train` may be left out). Ctrl-C writes a checkpoint and stops.
 
-    GRPO and its relatives on several ranks: torchrun --nproc-per-node 2 -m mainspring rl RECIPE --zero 3.
+    All that learn from rollouts on several ranks: torchrun --nproc-per-node 2 -m mainspring rl RECIPE --zero 3.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in `mainspring train`; read when PyTorch is loaded
     if resume and restart:

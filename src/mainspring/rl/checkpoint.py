@@ -26,6 +26,7 @@ from mainspring.rl.conversation import Written
 from mainspring.rl.critic import Critic
 from mainspring.rl.lora import LoraDecoder
 from mainspring.rl.rollouts import RolloutState
+from mainspring.rl.samples import PolicyModel
 from mainspring.rl.trajectories import Trajectory
 from mainspring.rl.value_model import ValueModel
 from mainspring.train.checkpoint import load_optimizer, publish, random_states, write_tensors
@@ -71,13 +72,18 @@ def save_run(
         (partial / "optimizer").mkdir()
         write_tensors(partial / "optimizer", optimizer.state_tensors() | random_states(model.device))
         if critic is not None:
-            critic.model.save(partial / "critic")
-            (partial / "critic" / "optimizer").mkdir()
-            moments = critic.optimizer.state_tensors() | random_states(model.device)
-            write_tensors(partial / "critic" / "optimizer", moments)
+            save_critic(partial, critic)
         write_state(partial, state)
     publish(output, path, keep)
     return path
+
+
+def save_critic(directory: Path, critic: Critic) -> None:
+    """Into a checkpoint that is being written."""
+    critic.model.save(directory / "critic")
+    (directory / "critic" / "optimizer").mkdir()
+    moments = critic.optimizer.state_tensors() | random_states(critic.model.device)
+    write_tensors(directory / "critic" / "optimizer", moments)
 
 
 def write_state(directory: Path, state: RlState) -> None:
@@ -134,7 +140,7 @@ def load_run_optimizers(path: Path, optimizer: Optimizer, critic: Critic | None,
         load_optimizer(path / "critic", critic.optimizer, model.device)
 
 
-def load_critic(path: Path, model: Decoder, settings: OptimizerSection) -> Critic:
+def load_critic(path: Path, model: PolicyModel, settings: OptimizerSection) -> Critic:
     """The critic of a checkpoint, with an optimizer whose state is not loaded yet. Raises CheckpointError."""
     if not (path / "critic").is_dir():
         raise CheckpointError(f"{path} has no critic; it was written by another algorithm")

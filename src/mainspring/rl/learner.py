@@ -26,7 +26,7 @@ from mainspring.rl.lora import LoraDecoder
 from mainspring.rl.policy_update import ALONE, PolicyOptimizer
 from mainspring.rl.prompts import Prompt, Texts
 from mainspring.rl.ray_rollouts import RayRollouts
-from mainspring.rl.recipe import RlRecipe
+from mainspring.rl.recipe import WITH_CRITIC, RlRecipe
 from mainspring.rl.rewards import Scorer
 from mainspring.rl.rollouts import Rollouts
 from mainspring.rl.samples import PolicyModel
@@ -138,7 +138,7 @@ def _load(recipe: RlRecipe, directory: Path, device: torch.device, start: Path |
 
 
 def _critic(recipe: RlRecipe, model: Decoder, start: Path | None) -> Critic | None:
-    if recipe.algorithm not in ("ppo", "vc_ppo", "vapo"):
+    if recipe.algorithm not in WITH_CRITIC:
         return None
     if start is not None:
         return load_critic(start, model, recipe.critic)

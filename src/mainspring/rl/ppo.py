@@ -16,26 +16,33 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
 from torch import Tensor
 
 from mainspring.errors import ConfigError
 from mainspring.model.decoder import Decoder
+from mainspring.parallel.mesh import Group
 from mainspring.rl.critic import Critic, Estimate, Experience, judged, value_step
 from mainspring.rl.lockstep import LockstepCheck
 from mainspring.rl.math import kl
 from mainspring.rl.math.advantages import gae
 from mainspring.rl.math.aggregation import mean_over_sequences, mean_over_tokens
 from mainspring.rl.math.policy_loss import clipped_policy_loss, truncated_importance_weights
-from mainspring.rl.policy_update import MicroBatch, add_sums, mini_batches, policy_gradient
+from mainspring.rl.policy_update import (
+    ALONE,
+    MicroBatch,
+    PolicyOptimizer,
+    TokenLoss,
+    add_sums,
+    mini_batches,
+    policy_gradient,
+)
 from mainspring.rl.ppo_metrics import PpoMetrics, ppo_metrics
 from mainspring.rl.rollouts import Rollouts
-from mainspring.rl.samples import scored_log_probs
+from mainspring.rl.samples import PolicyModel, scored_log_probs
 from mainspring.rl.step_settings import PolicySettings
 from mainspring.rl.trajectories import Packed
-from mainspring.train.optimizer import Optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +62,13 @@ class PpoSettings(PolicySettings):
     """First steps in which only the critic learns. The policy's schedule begins after them."""
 
 
-PolicyLoss = Callable[[Experience, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
-"""(mini-batch, a micro-batch of it) -> (its share of the mini-batch's loss, scalars to be summed)."""
+PolicyLoss = Callable[[Experience], TokenLoss]
+"""mini-batch -> what gives a micro-batch's share of its loss; the ranks call it together, once a mini-batch."""
 
 
 def ppo(
-    model: Decoder,
-    optimizer: Optimizer,
+    model: PolicyModel,
+    optimizer: PolicyOptimizer,
     critic: Critic,
     rollouts: Rollouts,
     settings: PpoSettings,
@@ -70,10 +77,12 @@ def ppo(
     first_step: int = 0,
     estimate: Estimate | None = None,
     loss: PolicyLoss | None = None,
+    group: Group = ALONE,
 ) -> Iterator[PpoMetrics]:
     """Trains up to max_steps; each `next` is one step. first_step: the steps already done by a run that resumes.
 
-    reference: what the policy shall stay near. estimate, loss: None for PPO's own, `gae_estimate` and `clipped_loss`.
+    reference: what the policy shall stay near. group: the ranks that run this together, each with its own rollouts
+    (`rl.ranks`) and the whole critic. estimate, loss: None for PPO's own, `gae_estimate` and `clipped_loss`.
     Raises ConfigError for what does not fit, MainspringError where a loss is no longer finite, LockstepError where the
     trainer's log-probabilities are not the engine's.
     """
@@ -96,11 +105,12 @@ def ppo(
             temperature=rollouts.temperature,
             whiten=settings.whiten,
             tokens_per_microbatch=tokens_per_microbatch,
+            group=group,
         )
         policy_learns = step >= settings.warmup_steps
         if settings.importance_cap is not None and policy_learns:
             samples = experience.batch.samples
-            nearby = scored_log_probs(model, samples, rollouts.temperature, tokens_per_microbatch)
+            nearby = scored_log_probs(check.whole, samples, rollouts.temperature, tokens_per_microbatch)
             experience = replace(experience, nearby_log_probs=nearby)
         check.begin()
         check.score(rollouts.carried()[: settings.carried_checks], tokens_per_microbatch)
@@ -112,9 +122,11 @@ def ppo(
         parts = mini_batches(len(answers), settings.mini_batches, settings.epochs, (settings.seed, step))
         for number, chosen in enumerate(parts):
             mini = experience.select(chosen)
+            num_tokens, _ = mini.counts()
             sums = value_step(
                 critic,
                 mini,
+                num_tokens,
                 clip=settings.value_clip,
                 lr_factor=settings.lr_factor(step),
                 clip_norm=clip_norm,
@@ -125,16 +137,19 @@ def ppo(
                     model,
                     optimizer,
                     mini.batch,
-                    partial(loss, mini),
+                    loss(mini),
                     tokens_per_microbatch=tokens_per_microbatch,
                     temperature=rollouts.temperature,
                     observe=check if number == 0 else None,  # later the weights are not those that wrote
+                    group=group,
                 )
                 sums["grad_norm"] = optimizer.step(settings.lr_factor(step, settings.warmup_steps), clip_norm)
-            add_sums(totals, sums, mini.batch.num_tokens, step)
+            add_sums(totals, sums, num_tokens, step)
         rollouts.take_weights(step + 1)
         seconds = time.monotonic() - began
-        yield ppo_metrics(step, groups, experience, totals, policy_learns, check, rollouts.report, seconds)
+        yield ppo_metrics(
+            step, groups, experience, totals, policy_learns, check, rollouts.report, seconds, group
+        )
 
 
 def gae_estimate(settings: PpoSettings) -> Estimate:
@@ -150,29 +165,39 @@ def gae_estimate(settings: PpoSettings) -> Estimate:
 def clipped_loss(settings: PpoSettings) -> PolicyLoss:
     """The clipped surrogate, and what the settings add to it."""
 
-    def loss(mini: Experience, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        nearby = mini.nearby_log_probs
-        old = micro.old_log_probs if nearby is None else nearby[micro.tokens]
-        losses, clipped = clipped_policy_loss(
-            micro.log_probs - old,
-            mini.advantages[micro.tokens],
-            clip_low=settings.clip_low,
-            clip_high=settings.clip_high,
-            dual_clip=settings.dual_clip,
-        )
-        if settings.importance_cap is not None:
-            losses = losses * truncated_importance_weights(old - micro.old_log_probs, settings.importance_cap)
-        if settings.entropy_bonus:
-            losses = losses - settings.entropy_bonus * micro.entropy
-        if settings.kl_loss and mini.reference_log_probs is not None:
-            reference = mini.reference_log_probs[micro.tokens]
-            losses = losses + settings.kl_loss * kl.k3_with_k2_gradient(micro.log_probs, reference)
-        if settings.loss_mean == "tokens":
-            share = mean_over_tokens(losses, micro.written, num_tokens=mini.batch.num_tokens)
-        else:
-            share = mean_over_sequences(losses, micro.written, micro.lengths, num_sequences=len(mini.answers))
-        moved = kl.k3(micro.old_log_probs, micro.log_probs)
-        return share, {"clipped": clipped.sum(), "entropy": micro.entropy.sum(), "kl_old": moved.sum()}
+    def loss(mini: Experience) -> TokenLoss:
+        num_tokens, num_answers = mini.counts()
+
+        def share_of(micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+            nearby = mini.nearby_log_probs
+            old = micro.old_log_probs if nearby is None else nearby[micro.tokens]
+            losses, clipped = clipped_policy_loss(
+                micro.log_probs - old,
+                mini.advantages[micro.tokens],
+                clip_low=settings.clip_low,
+                clip_high=settings.clip_high,
+                dual_clip=settings.dual_clip,
+            )
+            if settings.importance_cap is not None:
+                weights = truncated_importance_weights(old - micro.old_log_probs, settings.importance_cap)
+                losses = losses * weights
+            if settings.entropy_bonus:
+                losses = losses - settings.entropy_bonus * micro.entropy
+            if settings.kl_loss and mini.reference_log_probs is not None:
+                reference = mini.reference_log_probs[micro.tokens]
+                losses = losses + settings.kl_loss * kl.k3_with_k2_gradient(micro.log_probs, reference)
+            if settings.loss_mean == "tokens":
+                share = mean_over_tokens(losses, micro.written, num_tokens=num_tokens)
+            else:
+                share = mean_over_sequences(losses, micro.written, micro.lengths, num_sequences=num_answers)
+            moved = kl.k3(micro.old_log_probs, micro.log_probs)
+            return share, {
+                "clipped": clipped.sum(),
+                "entropy": micro.entropy.sum(),
+                "kl_old": moved.sum(),
+            }
+
+        return share_of
 
     return loss
 

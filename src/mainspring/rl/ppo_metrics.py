@@ -6,11 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from mainspring.parallel import mesh
 from mainspring.rl.critic import Experience
 from mainspring.rl.lockstep import LockstepCheck
 from mainspring.rl.math import kl
 from mainspring.rl.math.value_loss import explained_variance
 from mainspring.rl.policy_metrics import PolicyMetrics
+from mainspring.rl.policy_update import most, total
 from mainspring.rl.rollouts import RolloutReport
 from mainspring.rl.trajectories import Group
 
@@ -34,35 +36,64 @@ def ppo_metrics(
     check: LockstepCheck,
     report: RolloutReport,
     update_seconds: float,
+    ranks: mesh.Group,
 ) -> PpoMetrics:
-    """totals: of `policy_update.add_sums` over the step's mini-batches. step: those done before it."""
+    """totals: of `policy_update.add_sums` over the step's mini-batches. step: those done before it. ranks: all of which
+    call this together."""
     batch, log_probs = experience.batch, experience.reference_log_probs
+    moved = 0.0 if log_probs is None else float(kl.k3(batch.old_log_probs, log_probs).sum())
+    sums = {
+        "reward": float(batch.rewards.double().sum()),
+        "answers": len(batch.samples),
+        "finished": float(batch.finished.sum()),
+        "tokens": batch.num_tokens,
+        "versions": float(batch.versions.double().sum()),
+        "kl_reference": moved,
+        "compared": check.num_compared + report.compared,
+        "dropped": report.dropped,
+    }
+    device = experience.values.device
+    of = dict(zip(sums, total(list(sums.values()), ranks, device), strict=True))
+    waited = [max(check.max_delta, report.max_delta), report.seconds, report.reward_seconds, update_seconds]
+    max_delta, rollout_seconds, reward_seconds, update_seconds = most(waited, ranks, device)
 
     def of_policy(name: str, per: str) -> float:
         return totals[name] / totals[per] if policy_learns else math.nan
 
     return PpoMetrics(
         step=step + 1,
-        reward=float(batch.rewards.mean()),
-        length=float(batch.lengths.double().mean()),
-        finished=float(batch.finished.double().mean()),
-        tokens=batch.num_tokens,
+        reward=of["reward"] / of["answers"],
+        length=of["tokens"] / of["answers"],
+        finished=of["finished"] / of["answers"],
+        tokens=int(of["tokens"]),
         loss=of_policy("loss", "mini_batches"),
         entropy=of_policy("entropy", "tokens"),
         clip_fraction=of_policy("clipped", "tokens"),
         kl_old=of_policy("kl_old", "tokens"),
-        kl_reference=math.nan if log_probs is None else float(kl.k3(batch.old_log_probs, log_probs).mean()),
+        kl_reference=math.nan if log_probs is None else of["kl_reference"] / of["tokens"],
         grad_norm=of_policy("grad_norm", "mini_batches"),
         value_loss=totals["value_loss"] / totals["mini_batches"],
         value_grad_norm=totals["value_grad_norm"] / totals["mini_batches"],
-        explained_variance=float(explained_variance(experience.values, experience.returns)),
-        max_delta=max(check.max_delta, report.max_delta),
-        compared=check.num_compared + report.compared,
-        lag=step - float(batch.versions.double().mean()),
-        dropped=report.dropped,
-        rollout_seconds=report.seconds,
-        reward_seconds=report.reward_seconds,
+        explained_variance=_explained(experience, ranks),
+        max_delta=max_delta,
+        compared=int(of["compared"]),
+        lag=step - of["versions"] / of["tokens"],
+        dropped=int(of["dropped"]),
+        rollout_seconds=rollout_seconds,
+        reward_seconds=reward_seconds,
         update_seconds=update_seconds,
         groups=groups,
         advantages=[float(a.mean()) for a in experience.advantages.split(batch.lengths.tolist())],
     )
+
+
+def _explained(experience: Experience, ranks: mesh.Group) -> float:
+    """`math.value_loss.explained_variance` of all ranks' tokens."""
+    if ranks.size == 1:
+        return float(explained_variance(experience.values, experience.returns))
+    returns = experience.returns.double()
+    left = returns - experience.values.double()
+    sums = [len(left), *(float(x.sum()) for x in (returns, returns**2, left, left**2))]
+    count, first, second, left_first, left_second = total(sums, ranks, left.device)
+    variance = second / count - (first / count) ** 2
+    return 1 - (left_second / count - (left_first / count) ** 2) / variance if variance > 0 else math.nan

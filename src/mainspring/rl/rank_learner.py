@@ -19,7 +19,7 @@ from mainspring.formats.files import write_json
 from mainspring.formats.model_config import ModelConfig
 from mainspring.formats.safetensors_file import CheckpointReader
 from mainspring.formats.tokenizer import Tokenizer
-from mainspring.model.checkpoint import saved_config
+from mainspring.model.checkpoint import load_model, saved_config
 from mainspring.model.decoder import Decoder
 from mainspring.model.initialise import torch_dtype
 from mainspring.ops import Policy
@@ -36,21 +36,27 @@ from mainspring.parallel.layout import Layout
 from mainspring.parallel.mesh import Mesh
 from mainspring.parallel.parallelize import parallelize
 from mainspring.parallel.units import Units
-from mainspring.rl.checkpoint import RlState, rollouts_file, write_state
+from mainspring.rl.checkpoint import RlState, load_critic, rollouts_file, save_critic, write_state
+from mainspring.rl.critic import Critic
 from mainspring.rl.learner import Asked
 from mainspring.rl.ranks import RankRollouts
-from mainspring.rl.recipe import GRPO_FAMILY, RlRecipe
-from mainspring.train.checkpoint import publish
+from mainspring.rl.recipe import GRPO_FAMILY, WITH_CRITIC, RlRecipe
+from mainspring.rl.value_model import ValueModel
+from mainspring.train.checkpoint import load_optimizer, publish
+from mainspring.train.optimizer import Optimizer
 from mainspring.train.rank_optimizer import RankOptimizer
 
 
 class RankLearner:
     """See `learner.Learner`. Every rank makes one, of the same checkpoint, and calls its methods together."""
 
-    critic = None
+    def __init__(
+        self, recipe: RlRecipe, directory: Path, device: torch.device, start: Path | None, world: int
+    ) -> None:
+        """directory: of the weights; start: the checkpoint that is continued.
 
-    def __init__(self, recipe: RlRecipe, directory: Path, device: torch.device, world: int) -> None:
-        """Raises ConfigError for what does not run over ranks, and what the layout and the weights raise."""
+        Raises ConfigError for what does not run over ranks, and what the layout and the weights raise.
+        """
         _check(recipe)
         self._recipe = recipe
         config, tp = ModelConfig.from_file(directory), recipe.parallel.tp
@@ -67,6 +73,7 @@ class RankLearner:
         load_weights(self._units, directory)
         self.model = self._units.model
         self.optimizer = RankOptimizer(self._units, recipe.optimizer)
+        self.critic = self._make_critic(directory, start)
         self.group = self._mesh.group("dp")
         self.writes_groups = self._mesh.group("tp").rank == 0
 
@@ -82,11 +89,24 @@ class RankLearner:
             environment=asked.environment,
         )
 
+    def _make_critic(self, directory: Path, start: Path | None) -> Critic | None:
+        """Whole on every rank."""
+        recipe, model = self._recipe, self.model
+        if recipe.algorithm not in WITH_CRITIC:
+            return None
+        if start is not None:
+            return load_critic(start, model, recipe.critic)
+        policy = load_model(directory, device=model.device, dtype=model.dtype, numerics=recipe.model.numerics)
+        values = ValueModel.of(policy)
+        return Critic(values, Optimizer(values, recipe.critic))
+
     def load_optimizers(self, start: Path) -> None:
         reader = CheckpointReader(start / "optimizer")
         specs = self.optimizer.sharded.checkpoint().specs
         check_names(reader, {name: spec.shape for name, spec in specs.items()})
         self.optimizer.sharded.load(reader)
+        if self.critic is not None:
+            load_optimizer(start / "critic", self.critic.optimizer, self.model.device)
 
     def save(self, output: Path, tokenizer: Tokenizer, state: RlState, keep: int) -> Path:
         path, world, units = output / f"step-{state.step:08d}", self._mesh.group("world"), self._units
@@ -99,6 +119,8 @@ class RankLearner:
                 if world.rank == 0:
                     write_json(partial / "config.json", saved_config(self.model.config, self.model.dtype))
                     tokenizer.save(partial)
+                    if self.critic is not None:
+                        save_critic(partial, self.critic)
                     write_state(partial, state)
                 else:
                     write_json(rollouts_file(partial, world.rank), asdict(state.rollouts))
@@ -109,9 +131,10 @@ class RankLearner:
 
 
 def _check(recipe: RlRecipe) -> None:
-    if recipe.algorithm not in GRPO_FAMILY:
+    over_ranks = (*GRPO_FAMILY, *WITH_CRITIC)
+    if recipe.algorithm not in over_ranks:
         raise ConfigError(
-            f"algorithm = {recipe.algorithm!r} runs on one device; over ranks run {', '.join(GRPO_FAMILY)}"
+            f"algorithm = {recipe.algorithm!r} runs on one device; over ranks run {', '.join(over_ranks)}"
         )
     engine = recipe.engine
     if recipe.lora.rank or engine.ahead or engine.snapshot or engine.ray_workers:

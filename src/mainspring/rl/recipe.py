@@ -26,6 +26,7 @@ from mainspring.train.recipe_file import build_table, parse_toml
 
 Algorithm = Literal["sft", "dpo", "reward_model", "grpo", "dr_grpo", "dapo", "gspo", "ppo", "vc_ppo", "vapo"]
 
+WITH_CRITIC = ("ppo", "vc_ppo", "vapo")
 GRPO_FAMILY = ("grpo", "dr_grpo", "dapo", "gspo")
 _PRESETS = {"dr_grpo": DR_GRPO, "dapo": DAPO, "gspo": GSPO}
 

@@ -40,7 +40,7 @@ from mainspring.rl.ppo import ppo
 from mainspring.rl.prompts import Prompt, Texts
 from mainspring.rl.rank_learner import RankLearner
 from mainspring.rl.ranks import RankRollouts
-from mainspring.rl.recipe import GRPO_FAMILY, RlRecipe, rl_recipe_to_dict
+from mainspring.rl.recipe import RlRecipe, rl_recipe_to_dict
 from mainspring.rl.reward_model import ModelRewards, RewardModelMetrics, rank, reward_model
 from mainspring.rl.rewards import RewardWorker
 from mainspring.rl.rollouts import Rollouts, RolloutState
@@ -112,7 +112,7 @@ class RlRun:
         self._tokenizer = Tokenizer.from_directory(directory)
         self._learner: Learner
         if world > 1:
-            self._learner = RankLearner(recipe, directory, self._device, world)
+            self._learner = RankLearner(recipe, directory, self._device, start, world)
         else:
             self._learner = DeviceLearner(recipe, directory, self._device, start)
         self._texts = materials.texts_of(self._tokenizer, self._learner.model.config, recipe.data)
@@ -246,35 +246,59 @@ class RlRun:
 
     def _steps(self) -> Iterator[Metrics]:
         recipe, first, learner = self._recipe, self._step, self._learner
-        rollouts, reference = self._rollouts, self._reference
-        if recipe.algorithm in GRPO_FAMILY:
-            assert rollouts is not None
-            return grpo(
-                learner.model,
-                learner.optimizer,
-                rollouts,
-                recipe.grpo,
-                reference=reference,
-                first_step=first,
-                group=learner.group,
-            )
+        if self._rollouts is not None:
+            return self._policy_steps(self._rollouts)
         assert isinstance(learner, DeviceLearner)  # all others run on one device
-        model, optimizer, critic = learner.model, learner.optimizer, learner.critic
+        model, optimizer = learner.model, learner.optimizer
         if recipe.algorithm == "sft":
             return sft(model, optimizer, self._samples[0], recipe.sft, first_step=first)
         if recipe.algorithm == "dpo":
             anchors = self._anchors(self._pairs[0])
             return dpo(model, optimizer, self._pairs[0], anchors, recipe.dpo, first_step=first)
-        if isinstance(model, ValueModel):
-            return reward_model(model, optimizer, self._pairs[0], recipe.reward_model, first_step=first)
-        assert rollouts is not None and critic is not None  # of PPO and its relatives
+        assert isinstance(model, ValueModel)  # of reward_model
+        return reward_model(model, optimizer, self._pairs[0], recipe.reward_model, first_step=first)
+
+    def _policy_steps(self, rollouts: Rollouts) -> Iterator[Metrics]:
+        recipe, learner, critic = self._recipe, self._learner, self._learner.critic
+        model, optimizer, group = learner.model, learner.optimizer, learner.group
+        reference, first = self._reference, self._step
+        if critic is None:
+            settings = recipe.grpo
+            return grpo(
+                model, optimizer, rollouts, settings, reference=reference, first_step=first, group=group
+            )
         if recipe.algorithm == "ppo":
-            return ppo(model, optimizer, critic, rollouts, recipe.ppo, reference=reference, first_step=first)
+            return ppo(
+                model,
+                optimizer,
+                critic,
+                rollouts,
+                recipe.ppo,
+                reference=reference,
+                first_step=first,
+                group=group,
+            )
         if recipe.algorithm == "vc_ppo":
             return vc_ppo(
-                model, optimizer, critic, rollouts, recipe.vc_ppo, reference=reference, first_step=first
+                model,
+                optimizer,
+                critic,
+                rollouts,
+                recipe.vc_ppo,
+                reference=reference,
+                first_step=first,
+                group=group,
             )
-        return vapo(model, optimizer, critic, rollouts, recipe.vapo, reference=reference, first_step=first)
+        return vapo(
+            model,
+            optimizer,
+            critic,
+            rollouts,
+            recipe.vapo,
+            reference=reference,
+            first_step=first,
+            group=group,
+        )
 
     def _anchors(self, pairs: Sequence[Pair]) -> torch.Tensor | None:
         if self._reference is None:

@@ -16,17 +16,18 @@ from torch import Tensor
 
 from mainspring.errors import ConfigError
 from mainspring.model.decoder import Decoder
+from mainspring.parallel.mesh import Group
 from mainspring.rl.critic import Critic, Estimate, Experience
 from mainspring.rl.math.advantages import decoupled_gae, length_adaptive_lambda
 from mainspring.rl.math.aggregation import mean_over_tokens
 from mainspring.rl.math.segments import spread
-from mainspring.rl.policy_update import MicroBatch
+from mainspring.rl.policy_update import ALONE, MicroBatch, PolicyOptimizer, TokenLoss, total
 from mainspring.rl.ppo import PolicyLoss, clipped_loss
 from mainspring.rl.ppo_metrics import PpoMetrics
 from mainspring.rl.rollouts import Rollouts
+from mainspring.rl.samples import PolicyModel
 from mainspring.rl.trajectories import Packed
 from mainspring.rl.vc_ppo import VcPpoSettings, decoupled_estimate, vc_ppo
-from mainspring.train.optimizer import Optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +47,15 @@ class VapoSettings(VcPpoSettings):
 
 
 def vapo(
-    model: Decoder,
-    optimizer: Optimizer,
+    model: PolicyModel,
+    optimizer: PolicyOptimizer,
     critic: Critic,
     rollouts: Rollouts,
     settings: VapoSettings,
     *,
     reference: Decoder | None = None,
     first_step: int = 0,
+    group: Group = ALONE,
 ) -> Iterator[PpoMetrics]:
     """As `vc_ppo`."""
     if settings.positive_nll < 0:
@@ -68,6 +70,7 @@ def vapo(
         first_step=first_step,
         estimate=length_adaptive_estimate(settings),
         loss=imitating_loss(settings),
+        group=group,
     )
 
 
@@ -96,16 +99,22 @@ def imitating_loss(settings: VapoSettings) -> PolicyLoss:
     """PPO's loss + μ · the mean −log π over the tokens of the right answers ("Positive Example LM Loss")."""
     clipped = clipped_loss(settings)
 
-    def loss(mini: Experience, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        share, sums = clipped(mini, micro)
+    def loss(mini: Experience) -> TokenLoss:
+        plain = clipped(mini)
         if not settings.positive_nll:
-            return share, sums
+            return plain
         right = mini.batch.rewards >= settings.right_from  # [n of the mini-batch]
-        num_tokens = int(mini.batch.lengths[right].sum())
+        of_rank = float(mini.batch.lengths[right].sum())
+        num_tokens = int(total([of_rank], mini.group, mini.values.device)[0])
         if num_tokens == 0:
-            return share, sums
-        of_right = spread(right[micro.trajectories], micro.lengths)
-        nll = mean_over_tokens(-micro.log_probs, of_right, num_tokens=num_tokens)
-        return share + settings.positive_nll * nll, sums
+            return plain
+
+        def share_of(micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+            share, sums = plain(micro)
+            of_right = spread(right[micro.trajectories], micro.lengths)
+            nll = mean_over_tokens(-micro.log_probs, of_right, num_tokens=num_tokens)
+            return share + settings.positive_nll * nll, sums
+
+        return share_of
 
     return loss

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mainspring.model.decoder import Decoder
+from mainspring.parallel.mesh import Group
 from mainspring.rl.critic import Critic, Estimate
 from mainspring.rl.math.advantages import decoupled_gae
+from mainspring.rl.policy_update import ALONE, PolicyOptimizer
 from mainspring.rl.ppo import PolicyLoss, PpoSettings, ppo
 from mainspring.rl.ppo_metrics import PpoMetrics
 from mainspring.rl.rollouts import Rollouts
+from mainspring.rl.samples import PolicyModel
 from mainspring.rl.trajectories import Packed
-from mainspring.train.optimizer import Optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +34,8 @@ class VcPpoSettings(PpoSettings):
 
 
 def vc_ppo(
-    model: Decoder,
-    optimizer: Optimizer,
+    model: PolicyModel,
+    optimizer: PolicyOptimizer,
     critic: Critic,
     rollouts: Rollouts,
     settings: VcPpoSettings,
@@ -42,6 +44,7 @@ def vc_ppo(
     first_step: int = 0,
     estimate: Estimate | None = None,
     loss: PolicyLoss | None = None,
+    group: Group = ALONE,
 ) -> Iterator[PpoMetrics]:
     """As `ppo`; its steps begin with those of value pretraining."""
     return ppo(
@@ -54,6 +57,7 @@ def vc_ppo(
         first_step=first_step,
         estimate=estimate if estimate is not None else decoupled_estimate(settings),
         loss=loss,
+        group=group,
     )
 
 

@@ -6,7 +6,7 @@ State is named after Hugging Face's tensors (`Decoder.parts`), so it does not de
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -102,6 +102,11 @@ class Optimizer:
                 self._gradients[name] = gradient.to(torch.float32, copy=True) if borrowed else gradient
             else:
                 self._gradients[name] = held.to(torch.float32).add_(gradient)
+
+    @torch.no_grad()
+    def change_gradients(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Puts what `change` makes of each gradient, widened to float32, in its place: a sum over ranks, say."""
+        self._gradients = {name: change(g.to(torch.float32)) for name, g in self._gradients.items()}
 
     @torch.no_grad()
     def step(self, lr_factor: float, clip_norm: float) -> float:
