@@ -7,6 +7,7 @@ import gc
 import hashlib
 import os
 import signal
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -281,6 +282,18 @@ def train(text: str, overrides: list[str], resume: bool = False, fail_at: int = 
     except MainspringError as error:
         return {"error": str(error)}
     return {"checkpoint": str(result.checkpoint), "step": result.step}
+
+
+def resume_refused(text: str, overrides: list[str]) -> tuple[str, int]:
+    """The error with which a run cannot go on, and how many watchdogs it leaves that would end this process."""
+    try:
+        Trainer(parse_recipe(text, overrides=overrides), resume=True, ranks=Ranks.present())
+    except MainspringError as error:
+        watchdogs = [thread for thread in threading.enumerate() if thread.name == "watchdog"]
+        for thread in watchdogs:
+            thread.join(5.0)
+        return str(error), sum(thread.is_alive() for thread in watchdogs)
+    raise AssertionError("the run went on")
 
 
 def train_into_infinity(text: str, overrides: list[str], after: int, parameter: str) -> str:

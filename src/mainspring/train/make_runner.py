@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,20 +162,25 @@ def _make_sharded(
     _check_vocabulary(config, data)
     layout.check(config, settings.accumulation_steps)
     mesh = Mesh.build(layout.axes, key_copies=layout.key_copies(config))
-    if layout.world > 1:
-        mesh.monitor.watch(recipe.parallel.watchdog_seconds)
-    device = usable_device(settings.device, local_rank() if settings.device == "cuda" else None)
-    policy = Policy(settings.numerics)
-    sharded = Sharded(
-        config, layout, mesh, device, torch_dtype(settings.dtype), policy, recipe.optimizer, balance,
-        offload=recipe.parallel.offload,
-    )  # fmt: skip
-    if source is not None:
-        sharded.load_weights(source)
-    else:
-        sharded.initialise_weights(recipe.model, recipe.seed)
-    if resume_from is not None:
-        sharded.load_optimizer(resume_from)
+    with ExitStack() as undo:
+        if layout.world > 1:
+            mesh.monitor.watch(recipe.parallel.watchdog_seconds)
+            undo.callback(
+                mesh.monitor.stop
+            )  # an error is no hang: whoever handles it is not to be ended later
+        device = usable_device(settings.device, local_rank() if settings.device == "cuda" else None)
+        policy = Policy(settings.numerics)
+        sharded = Sharded(
+            config, layout, mesh, device, torch_dtype(settings.dtype), policy, recipe.optimizer, balance,
+            offload=recipe.parallel.offload,
+        )  # fmt: skip
+        if source is not None:
+            sharded.load_weights(source)
+        else:
+            sharded.initialise_weights(recipe.model, recipe.seed)
+        if resume_from is not None:
+            sharded.load_optimizer(resume_from)
+        undo.pop_all()
     return sharded
 
 

@@ -82,6 +82,12 @@ class Trainer:
             self._data = prepare(recipe, self._output / "data", self._show.say)
         state = read_state(resume_from) if resume_from is not None else None
         self._check_state(state)
+        self._stream = self._data.stream(
+            settings.sequence_length,
+            settings.tokens_per_micro_batch,
+            recipe.seed,
+            state.position if state else DataPosition(),
+        )
         torch.manual_seed(recipe.seed)
         self._runner = make_runner(recipe, self._data, resume_from, ranks)
         if resume_from is not None:
@@ -89,12 +95,6 @@ class Trainer:
         self._step = state.step if state else 0
         self._tokens = state.tokens if state else 0
         self._elapsed_before = state.elapsed if state else 0.0
-        self._stream = self._data.stream(
-            settings.sequence_length,
-            settings.tokens_per_micro_batch,
-            recipe.seed,
-            state.position if state else DataPosition(),
-        )
         runner = self._runner
         peak, peak_source = peak_flops(runner.device, runner.dtype)
         self._peak = peak * runner.world
