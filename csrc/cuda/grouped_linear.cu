@@ -1,31 +1,36 @@
 // One linear layer per expert over rows sorted by expert, offsets on the device: out[r] = x[r] W[e]ᵀ, its gradient
 // dx[r] = dy[r] W[e] (MAINSPRING_KIND 0 and 1), and dW[e] = dyᵀ x over the expert's rows (2).
 //
-// Persistent: a producer warp walks over tiles and keeps a ring of stages full, running ahead into the next tile while
-// two warpgroups of 64 rows store theirs. Every block counts the experts' tiles from the offsets at its start. Every
-// output element is one chain of wgmma instructions over k (dW: over the expert's rows), as in linear.cu. Defines:
-// MAINSPRING_TYPE, MAINSPRING_KIND, MAINSPRING_COLUMNS.
+// Persistent: a producer warp keeps a ring of stages full, running ahead into the next tile while two warpgroups, each of
+// every second 64 of a tile's rows, store theirs. Blocks take their tiles from a counter, since an expert's last tile is
+// cheaper than the others; the forward pass, whose tiles are the largest that sums fit in registers, cuts the last ones in
+// halves. Every block counts the experts' tiles from the offsets at its start. Every output element is one chain of wgmma
+// instructions over k (dW: over the expert's rows), as in linear.cu, whatever its tile. Defines: MAINSPRING_TYPE,
+// MAINSPRING_KIND, MAINSPRING_COLUMNS.
 #include "linear_tile.cuh"
 #include "wgmma.cuh"
 
 namespace mainspring {
 
-constexpr int kTileRows = 2 * kGroupRows;
-constexpr int kBand = 8;  // tiles of rows that share columns of W while these are in the L2 cache
-constexpr int kThreads = 2 * 128 + 32;
+enum Kind { kForward, kInputGradient, kWeightGradient };
+constexpr int kHalves = MAINSPRING_KIND == kForward ? 2 : 1;  // of a tile: a warpgroup's products of 64 rows
+constexpr int kHalfRows = 2 * kGroupRows;                     // of one copy
+constexpr int kTileRows = kHalves * kHalfRows;
+constexpr int kBand = 1024 / kTileRows;  // tiles of rows that share columns of W while these are in the L2 cache
+constexpr int kThreads = 3 * 128;
+constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
 constexpr int kMaxStages = 16;
 constexpr int kMaxExperts = 1024;
-enum Kind { kForward, kInputGradient, kWeightGradient };
 
 struct GroupedArguments {
   const int* offsets;  // [experts + 1]
+  int* counter;        // of tiles handed out beyond the first of each block, zero
   void* out;           // [total, columns], or dW [experts, rows, columns]
   int total;           // rows of x
   int experts;
   int rows;     // dW: of a weight
   int columns;  // of out
   int k;        // of the reduction (dW: found from the offsets)
-  int stages;
 };
 
 struct Place {
@@ -61,9 +66,29 @@ __device__ __forceinline__ void count_tiles(const GroupedArguments& p, Experts& 
   }
 }
 
+// Which work there is: tiles, of which (with halves) the last ones, as many as there are blocks, count as two each.
+struct Schedule {
+  int whole, items;
+  __device__ __forceinline__ explicit Schedule(int tiles) {
+    whole = max(tiles - (kHalves - 1) * static_cast<int>(gridDim.x), 0);
+    items = whole + 2 * (tiles - whole);
+  }
+};
+
+// half: 0 or 1, or -1 for the whole tile. A half without rows has nothing to multiply.
+__device__ __forceinline__ void cut(Place& place, int half) {
+  if (half < 0) return;
+  place.row += half * kHalfRows;
+  place.end = min(place.end, place.row + kHalfRows);
+  if (place.row >= place.end) place.length = 0;
+}
+
 // Called by whole warps. Bands of tiles of rows share columns of W; dW: an expert's tiles are a matter of its own.
 template <int Kind, int Columns>
-__device__ __forceinline__ Place place_of(const GroupedArguments& p, const Experts& experts, int tile) {
+__device__ __forceinline__ Place place_of(const GroupedArguments& p, const Experts& experts, const Schedule& work,
+                                          int item) {
+  const int half = item < work.whole ? -1 : (item - work.whole) % 2;
+  int tile = half < 0 ? item : work.whole + (item - work.whole) / 2;
   const int column_tiles = (p.columns + Columns - 1) / Columns;
   int row_tiles = experts.tiles[p.experts];
   Place out;
@@ -79,6 +104,7 @@ __device__ __forceinline__ Place place_of(const GroupedArguments& p, const Exper
     out.row = slot * kTileRows, out.end = p.rows;
     out.first = experts.offsets[out.expert];
     out.length = experts.offsets[out.expert + 1] - out.first;
+    cut(out, half);
     return out;
   }
   int before = 0;
@@ -90,6 +116,7 @@ __device__ __forceinline__ Place place_of(const GroupedArguments& p, const Exper
   out.row = experts.offsets[out.expert] + (slot - experts.tiles[out.expert]) * kTileRows;
   out.end = experts.offsets[out.expert + 1];
   out.first = 0, out.length = p.k;
+  cut(out, half);
   return out;
 }
 
@@ -100,48 +127,81 @@ __device__ __forceinline__ void clear_rows(uint8_t* panel, int valid) {
   }
 }
 
+// Beside the ring: its alignment, its barriers, the experts.
+constexpr int kRing = kSharedLimit - 1024 - 2 * kMaxStages * 8 - 64 - static_cast<int>(sizeof(Experts));
+template <int Columns>
+constexpr int kStageBytes = (kTileRows + Columns) * kRowBytes;
+template <int Columns>
+constexpr int kStages = kRing / kStageBytes<Columns> < kMaxStages ? kRing / kStageBytes<Columns> : kMaxStages;
+
+// The same number in all lanes of a warp, by a reduction, whose result lies in a uniform register: then conditions and the
+// products' descriptors that follow from it do, too, and need no moves from vector registers.
+__device__ __forceinline__ int uniform(int x) { return __reduce_max_sync(~0u, x); }
+
 // a: rows of x (dW: of dy, whose columns are the rows of out); b: W (dW: x).
 template <typename T, int Kind, int Columns>
 __global__ void __launch_bounds__(kThreads, 1)
     grouped_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
                    const __grid_constant__ GroupedArguments p) {
-  constexpr int kBytesA = kTileRows * kRowBytes, kStageBytes = kBytesA + Columns * kRowBytes;
+  constexpr int kBytesA = kTileRows * kRowBytes, kStep = kStageBytes<Columns>, kCount = kStages<Columns>;
   constexpr int kPanelBytes = kPanel * kRowBytes;  // of an operand whose rows are k: 64 columns
   extern __shared__ uint8_t unaligned[];
   __shared__ uint64_t full[kMaxStages], empty[kMaxStages];
+  __shared__ uint64_t item_full[2], item_free[2];
+  __shared__ int items[2];
   __shared__ Experts experts;
   uint8_t* const ring = unaligned + (1024 - shared_address(unaligned) % 1024) % 1024;
   if (threadIdx.x == 0) {
-    for (int s = 0; s < p.stages; ++s) {
+    for (int s = 0; s < kCount; ++s) {
       barrier_init(&full[s], 1);
       barrier_init(&empty[s], 2);
+    }
+    for (int s = 0; s < 2; ++s) {
+      barrier_init(&item_full[s], 1);
+      barrier_init(&item_free[s], 8);
     }
     fence_barrier_init();
   }
   if (threadIdx.x < 32) count_tiles<Kind>(p, experts);
   __syncthreads();
-  const int tiles = experts.tiles[p.experts] * ((p.columns + Columns - 1) / Columns);
+  const Schedule work(experts.tiles[p.experts] * ((p.columns + Columns - 1) / Columns));
 
-  const int group = threadIdx.x / 128;
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
   int stage = 0, parity = 0;
   if (group == 2) {
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-      const Place at = place_of<Kind, Columns>(p, experts, tile);
+    registers_decrease<kProducerRegisters>();
+    if (threadIdx.x >= 2 * 128 + 32) return;
+    const int lane = threadIdx.x % 32;
+    for (int item = blockIdx.x, slot = 0, slot_parity = 1; true;) {
+      barrier_wait(&item_free[slot], slot_parity);
+      if (lane == 0) {
+        items[slot] = item;
+        barrier_arrive(&item_full[slot]);
+      }
+      if (item >= work.items) return;
+      if (++slot == 2) slot = 0, slot_parity ^= 1;
+      int next = 0;
+      if (lane == 0) next = gridDim.x + atomicAdd(p.counter, 1);
+      const Place at = place_of<Kind, Columns>(p, experts, work, item);
       const int steps = (at.length + kPanel - 1) / kPanel;
+      const bool lower = kHalves > 1 && at.row + kHalfRows < at.end;  // whether the tile's second half has any rows
       for (int step = 0; step < steps; ++step) {
-        if (threadIdx.x % 32 == 0) {
+        if (lane == 0) {
           barrier_wait(&empty[stage], parity ^ 1);
-          barrier_expect(&full[stage], kStageBytes);
-          uint8_t* const a = ring + stage * kStageBytes;
+          barrier_expect(&full[stage], kStep - (kHalves == 1 || lower ? 0 : kBytesA / 2));
+          uint8_t* const a = ring + stage * kStep;
           uint8_t* const b = a + kBytesA;
           const int k = at.first + step * kPanel;
           if (Kind == kWeightGradient) {
-            for (int i = 0; i < 2; ++i) tma_load(a + i * kPanelBytes, &a_map, &full[stage], at.row + i * kPanel, k);
+            for (int i = 0; i < (lower ? 4 : 2); ++i) {
+              tma_load(a + i * kPanelBytes, &a_map, &full[stage], at.row + i * kPanel, k);
+            }
             for (int i = 0; i < Columns / kPanel; ++i) {
               tma_load(b + i * kPanelBytes, &b_map, &full[stage], at.column + i * kPanel, k);
             }
           } else {
             tma_load(a, &a_map, &full[stage], k, at.row);
+            if (lower) tma_load(a + kHalfRows * kRowBytes, &a_map, &full[stage], k, at.row + kHalfRows);
             if (Kind == kForward) {
               tma_load(b, &b_map, &full[stage], k, at.column, at.expert);
             } else {
@@ -151,58 +211,86 @@ __global__ void __launch_bounds__(kThreads, 1)
             }
           }
         }
-        if (++stage == p.stages) stage = 0, parity ^= 1;
+        if (++stage == kCount) stage = 0, parity ^= 1;
       }
+      item = __shfl_sync(~0u, next, 0);
     }
-    return;
   }
+  registers_increase<kConsumerRegisters>();
 
   constexpr bool kTransA = Kind == kWeightGradient, kTransB = Kind != kForward;
   const uint32_t start = shared_address(ring);
   const uint64_t a_start = kTransA ? matrix_descriptor(start + group * kPanelBytes, kPanelBytes, 1024)
                                    : matrix_descriptor(start + group * kGroupRows * kRowBytes, 0, 1024);
   const uint64_t b_start = matrix_descriptor(start + kBytesA, kTransB ? kPanelBytes : 0, 1024);
-  // 16 further k: 32 bytes along a row, or 16 rows
+  // 16 further k: 32 bytes along a row, or 16 rows. 128 further rows: half of the operand.
   constexpr int kStepA = (kTransA ? 16 * kRowBytes : 32) >> 4, kStepB = (kTransB ? 16 * kRowBytes : 32) >> 4;
-  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const Place at = place_of<Kind, Columns>(p, experts, tile);
-    const int steps = (at.length + kPanel - 1) / kPanel;
-    const bool idle = at.row + group * kGroupRows >= at.end;  // the other group has all the rows there are
-    float acc[Columns / 2] = {};
-    int previous = 0;
-    for (int step = 0; step < steps; ++step) {
-      barrier_wait(&full[stage], parity);
-      if (Kind == kWeightGradient && at.length - step * kPanel < kPanel) {
-        // The next expert's rows came too. Each group clears a half of the panels, then both wait for both.
-        for (int i = group; i < 2 + Columns / kPanel; i += 2) {
-          clear_rows(ring + stage * kStageBytes + i * kPanelBytes, at.length - step * kPanel);
+  constexpr int kLower = kHalfRows * kRowBytes >> 4;
+  for (int slot = 0, slot_parity = 0; true;) {
+    barrier_wait(&item_full[slot], slot_parity);
+    const int item = uniform(items[slot]);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(&item_free[slot]);
+    if (item >= work.items) return;
+    if (++slot == 2) slot = 0, slot_parity ^= 1;
+    const Place at = place_of<Kind, Columns>(p, experts, work, item);
+    const int steps = uniform((at.length + kPanel - 1) / kPanel);
+    const int row = at.row + group * kGroupRows;  // of this warpgroup's first one
+    float upper[Columns / 2] = {}, lower[Columns / 2] = {};
+    // Products: of 64 rows, 0 to 2.
+    const auto multiply = [&](auto products) {
+      constexpr int kProducts = decltype(products)::value;
+      int previous = 0;
+      for (int step = 0; step < steps; ++step) {
+        barrier_wait(&full[stage], parity);
+        if (Kind == kWeightGradient && at.length - step * kPanel < kPanel) {
+          // The next expert's rows came too. Each group clears a half of the panels, then both wait for both.
+          for (int i = group; i < 2 * kHalves + Columns / kPanel; i += 2) {
+            clear_rows(ring + stage * kStep + i * kPanelBytes, at.length - step * kPanel);
+          }
+          fence_async_proxy();
+          named_sync(1, 256);
         }
-        fence_async_proxy();
-        named_sync(1, 256);
-      }
-      if (!idle) {
-        wgmma_fence();
-        const uint64_t shift = stage * kStageBytes >> 4;
+        if constexpr (kProducts > 0) {
+          wgmma_fence();
+          const uint64_t a = a_start + (stage * kStep >> 4), b = b_start + (stage * kStep >> 4);
 #pragma unroll
-        for (int k = 0; k < kPanel / 16; ++k) {
-          wgmma_ss<T, Columns, kTransA, kTransB>(acc, a_start + shift + k * kStepA, b_start + shift + k * kStepB, 1);
+          for (int k = 0; k < kPanel / 16; ++k) {
+            wgmma_ss<T, Columns, kTransA, kTransB>(upper, a + k * kStepA, b + k * kStepB, 1);
+            if constexpr (kProducts > 1) {
+              wgmma_ss<T, Columns, kTransA, kTransB>(lower, a + kLower + k * kStepA, b + k * kStepB, 1);
+            }
+          }
+          wgmma_commit();
+          wgmma_wait<1>();
         }
-        wgmma_commit();
-        wgmma_wait<1>();
+        if (step > 0 && threadIdx.x % 128 == 0) barrier_arrive(&empty[previous]);
+        previous = stage;
+        if (++stage == kCount) stage = 0, parity ^= 1;
       }
-      if (step > 0 && threadIdx.x % 128 == 0) barrier_arrive(&empty[previous]);
-      previous = stage;
-      if (++stage == p.stages) stage = 0, parity ^= 1;
+      wgmma_wait<0>();
+      wgmma_touch(upper);
+      if constexpr (kHalves > 1) wgmma_touch(lower);
+      if (steps > 0 && threadIdx.x % 128 == 0) barrier_arrive(&empty[previous]);
+    };
+    const int products = uniform(row + kHalfRows < at.end ? 2 : row < at.end);
+    if (kHalves > 1 && products == 2) {
+      multiply(std::integral_constant<int, 2>());
+    } else if (products) {
+      multiply(std::integral_constant<int, 1>());
+    } else {
+      multiply(std::integral_constant<int, 0>());
+      continue;
     }
-    wgmma_wait<0>();
-    wgmma_touch(acc);
-    if (steps > 0 && threadIdx.x % 128 == 0) barrier_arrive(&empty[previous]);
-    if (idle) continue;
     Target target{nullptr, p.out, at.end, p.columns, false};
     if (Kind == kWeightGradient) {
       target.out = static_cast<T*>(p.out) + static_cast<int64_t>(at.expert) * p.rows * p.columns;
     }
-    store_tile<T, Columns>(target, acc, at.row + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, at.column);
+    const int first = row + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+    store_tile<T, Columns>(target, upper, first, at.column);
+    if constexpr (kHalves > 1) {
+      if (products == 2) store_tile<T, Columns>(target, lower, first + kHalfRows, at.column);
+    }
   }
 }
 
@@ -211,19 +299,18 @@ __global__ void __launch_bounds__(kThreads, 1)
 // Kinds 0 and 1: a: x [total, k] (dy [total, k]), rows a_stride elements apart; b: W [experts, n, k] ([experts, k, n]);
 // out: [total, n]. Kind 2: a: dy [total, rows], b: x [total, n], rows b_stride apart; out: [experts, rows, n].
 extern "C" int mainspring_grouped(const void* a, int64_t a_stride, const void* b, int64_t b_stride, const int* offsets,
-                                  void* out, int total, int experts, int rows, int n, int k, int processors,
+                                  int* counter, void* out, int total, int experts, int rows, int n, int k, int processors,
                                   cudaStream_t stream) {
   using namespace mainspring;
   using T = MAINSPRING_TYPE;
   constexpr int Columns = MAINSPRING_COLUMNS, kKind = MAINSPRING_KIND;
-  constexpr int kStageBytes = (kTileRows + Columns) * kRowBytes;
   auto* kernel = grouped_kernel<T, kKind, Columns>;
   CUtensorMap a_map, b_map;
   bool mapped;
   if constexpr (kKind == kWeightGradient) {
     mapped = map_rows<T>(&a_map, a, total, rows, a_stride, kPanel) && map_rows<T>(&b_map, b, total, n, b_stride, kPanel);
   } else {
-    mapped = map_rows<T>(&a_map, a, total, k, a_stride, kTileRows);
+    mapped = map_rows<T>(&a_map, a, total, k, a_stride, kHalfRows);
     const int inner = kKind == kForward ? k : n, outer = kKind == kForward ? n : k;
     const uint64_t sizes[3] = {static_cast<uint64_t>(inner), static_cast<uint64_t>(outer),
                                static_cast<uint64_t>(experts)};
@@ -233,19 +320,20 @@ extern "C" int mainspring_grouped(const void* a, int64_t a_stride, const void* b
   }
   if (!mapped) return cudaErrorInvalidValue;
   GroupedArguments p{};
-  p.offsets = offsets, p.out = out, p.total = total, p.experts = experts, p.rows = rows, p.columns = n;
+  p.offsets = offsets, p.counter = counter, p.out = out, p.total = total, p.experts = experts, p.rows = rows, p.columns = n;
   p.k = k;
   const int column_tiles = (n + Columns - 1) / Columns;
   const int row_tiles =  // at most
       kKind == kWeightGradient ? experts * ((rows + kTileRows - 1) / kTileRows) : total / kTileRows + experts;
   const int tiles = row_tiles * column_tiles;
   if (experts > kMaxExperts) return cudaErrorInvalidValue;
-  p.stages = (kSharedLimit - 3072 - static_cast<int>(sizeof(Experts))) / kStageBytes;
-  if (p.stages > kMaxStages) p.stages = kMaxStages;
+  constexpr int kDynamic = kStages<Columns> * kStageBytes<Columns> + 1024;
   static const cudaError_t prepared =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           kSharedLimit - 1024 - static_cast<int>(sizeof(Experts)));
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kDynamic);
   if (prepared != cudaSuccess) return prepared;
-  kernel<<<tiles < processors ? tiles : processors, kThreads, p.stages * kStageBytes + 1024, stream>>>(a_map, b_map, p);
+  const cudaError_t cleared = cudaMemsetAsync(counter, 0, sizeof(int), stream);
+  if (cleared != cudaSuccess) return cleared;
+  const int items = tiles <= processors ? kHalves * tiles : tiles;  // at most; in halves where they are few
+  kernel<<<items < processors ? items : processors, kThreads, kDynamic, stream>>>(a_map, b_map, p);
   return cudaGetLastError();
 }

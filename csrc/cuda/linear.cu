@@ -184,7 +184,9 @@ __global__ void __launch_bounds__(kThreads<Groups, Segmented>, 1)
   __shared__ uint64_t full[kMaxStages], empty[kMaxStages];
   uint8_t* const ring = unaligned + (1024 - shared_address(unaligned) % 1024) % 1024;
   const int x_panel = p.x_rows * kRowBytes, stage_bytes = Panels * (x_panel + Columns * kRowBytes);
-  const int warp = threadIdx.x / 32, group = threadIdx.x / 128;
+  const int warp = threadIdx.x / 32;
+  // Through lane 0, so that the compiler knows it to be the same in a warp: then descriptors lie in uniform registers.
+  const int group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
   // Columns of the result, as many rows of W (of its gate and of its up): whole groups of 8, as the swizzle repeats.
   constexpr int kHalves = Gated ? 2 : 1, kOut = Columns / kHalves;
   static_assert(kOut % 8 == 0);

@@ -40,34 +40,24 @@ struct Target {
   bool wide;
 };
 
-// A warpgroup's sums to out, as wgmma leaves them. row: of this thread's first element.
-template <typename T, int Columns>
-__device__ __forceinline__ void store_tile(const Target& p, float (&acc)[Columns / 2], int row, int column) {
+// A warpgroup's sums, biases included, to out. Whole: all columns are there, and rows begin at multiples of 16 bytes.
+template <typename T, int Columns, bool Whole>
+__device__ __forceinline__ void store_sums(const Target& p, const float (&acc)[Columns / 2], int row, int column) {
   const int t = threadIdx.x % 4;
-  if (p.bias != nullptr) {
-#pragma unroll
-    for (int i = 0; i < Columns / 8; ++i) {
-#pragma unroll
-      for (int l = 0; l < 2; ++l) {
-        const float b = bias_at<T>(p.bias, column + 8 * i + 2 * t + l, p.n);
-        acc[4 * i + l] += b;
-        acc[4 * i + 2 + l] += b;
-      }
-    }
-  }
-  const bool vectors = p.n % 8 == 0;
+  const bool vectors = Whole || p.n % 8 == 0;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int r = row + 8 * half;
+    const bool there = r < p.m;
     if (p.wide) {
       float* to = static_cast<float*>(p.out) + static_cast<int64_t>(r) * p.n;
 #pragma unroll
       for (int i = 0; i < Columns / 8; ++i) {
         const int c = column + 8 * i + 2 * t;
         const float first = acc[4 * i + 2 * half], second = acc[4 * i + 2 * half + 1];
-        if (r < p.m && vectors && c < p.n) {
+        if (there && (Whole || (vectors && c < p.n))) {
           *reinterpret_cast<float2*>(to + c) = make_float2(first, second);
-        } else if (r < p.m) {
+        } else if (!Whole && there) {
           if (c < p.n) to[c] = first;
           if (c + 1 < p.n) to[c + 1] = second;
         }
@@ -87,7 +77,7 @@ __device__ __forceinline__ void store_tile(const Target& p, float (&acc)[Columns
         }
         transpose_quad(words, t);
         const int c = column + 32 * b + 8 * t;
-        if (r < p.m && c < p.n) *reinterpret_cast<uint4*>(to + c) = make_uint4(words[0], words[1], words[2], words[3]);
+        if (there && (Whole || c < p.n)) *reinterpret_cast<uint4*>(to + c) = make_uint4(words[0], words[1], words[2], words[3]);
       }
     }
 #pragma unroll
@@ -95,13 +85,35 @@ __device__ __forceinline__ void store_tile(const Target& p, float (&acc)[Columns
       if (vectors && i < 4 * kQuads) continue;
       const int c = column + 8 * i + 2 * t;
       const uint32_t word = pack(acc[4 * i + 2 * half], acc[4 * i + 2 * half + 1], T{});
-      if (r < p.m && vectors && c < p.n) {
+      if (there && (Whole || (vectors && c < p.n))) {
         *reinterpret_cast<uint32_t*>(to + c) = word;
-      } else if (r < p.m) {
+      } else if (!Whole && there) {
         if (c < p.n) reinterpret_cast<uint16_t*>(to)[c] = static_cast<uint16_t>(word);
         if (c + 1 < p.n) reinterpret_cast<uint16_t*>(to)[c + 1] = static_cast<uint16_t>(word >> 16);
       }
     }
+  }
+}
+
+// A warpgroup's sums to out, as wgmma leaves them. row: of this thread's first element.
+template <typename T, int Columns>
+__device__ __forceinline__ void store_tile(const Target& p, float (&acc)[Columns / 2], int row, int column) {
+  const int t = threadIdx.x % 4;
+  if (p.bias != nullptr) {
+#pragma unroll
+    for (int i = 0; i < Columns / 8; ++i) {
+#pragma unroll
+      for (int l = 0; l < 2; ++l) {
+        const float b = bias_at<T>(p.bias, column + 8 * i + 2 * t + l, p.n);
+        acc[4 * i + l] += b;
+        acc[4 * i + 2 + l] += b;
+      }
+    }
+  }
+  if (p.n % 8 == 0 && column + Columns <= p.n) {
+    store_sums<T, Columns, true>(p, acc, row, column);
+  } else {
+    store_sums<T, Columns, false>(p, acc, row, column);
   }
 }
 

@@ -46,7 +46,9 @@ def _linear(tile: linear.Tile, segmented: bool = False, gated: bool = False) -> 
 
 def _grouped(kind: int, columns: int) -> Kernel:
     defines = grouped_linear.defines_of(torch.bfloat16, kind, columns)
-    return Kernel(f"grouped-{kind}-{columns}", grouped_linear.SOURCE, defines, products=4)
+    # of one half of a tile, or in the forward pass of both and of one
+    products = 12 if kind == grouped_linear.FORWARD else 4
+    return Kernel(f"grouped-{kind}-{columns}", grouped_linear.SOURCE, defines, products)
 
 
 def _paged_decode(head_dim: int) -> Kernel:
