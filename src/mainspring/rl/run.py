@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +44,17 @@ from mainspring.rl.recipe import RlRecipe, rl_recipe_to_dict
 from mainspring.rl.reward_model import ModelRewards, RewardModelMetrics, rank, reward_model
 from mainspring.rl.rewards import RewardWorker
 from mainspring.rl.rollouts import Rollouts, RolloutState
+from mainspring.rl.run_log import RunLog, flat, rate
 from mainspring.rl.sample_files import read_pairs, read_samples
 from mainspring.rl.samples import Pair, Sample
 from mainspring.rl.sft import SftMetrics, sft, sft_loss
-from mainspring.rl.trajectories import Group
 from mainspring.rl.value_model import ValueModel
 from mainspring.rl.vapo import vapo
 from mainspring.rl.vc_ppo import vc_ppo
 from mainspring.train.checkpoint import choose_start
 from mainspring.train.interrupt import StopRequest
 from mainspring.train.make_runner import Ranks
-from mainspring.train.metrics import MetricsFile, Progress
+from mainspring.train.metrics import Progress
 from mainspring.train.runner import usable_device
 
 Metrics = SftMetrics | DpoMetrics | RewardModelMetrics | PolicyMetrics
@@ -130,16 +130,15 @@ class RlRun:
                 self._rollouts.restore(state.rollouts)
             self._show.say(f"resuming from {start}")
         resume_at = self._step if state is not None else None
-        self._metrics = MetricsFile(self._output / "metrics.jsonl", resume_at) if not number else None
-        groups = "rollouts.jsonl" if not number else f"rollouts-{number}.jsonl"
-        writes = self._learner.writes_groups
-        self._log = MetricsFile(self._output / groups, resume_at) if writes else None
+        self._log = RunLog(
+            self._output, number, resume_at, groups=self._learner.writes_groups, decode=self._texts.decode
+        )
 
     def run(self) -> RlResult:
         """Trains. Raises what the algorithm raises; the last checkpoint stays."""
         recipe = self._recipe
         began = time.monotonic() - self._elapsed
-        self._record("start", {"step": self._step, "recipe": rl_recipe_to_dict(recipe)})
+        self._log.record("start", {"step": self._step, "recipe": rl_recipe_to_dict(recipe)})
         with self._resources, StopRequest() as stop:
             try:
                 if self._step == 0:
@@ -166,10 +165,7 @@ class RlRun:
                 self._show.say(f"{self._step} steps, {self._elapsed:.0f} s. Checkpoint: {path}")
                 return RlResult(path, self._step, False, found)
             finally:
-                if self._metrics is not None:
-                    self._metrics.close()
-                if self._log is not None:
-                    self._log.close()
+                self._log.close()
 
     def _read_data(self) -> Rollouts | None:
         """What is held out and what is learnt from; the rollouts that ask the prompts, if there are any."""
@@ -309,7 +305,7 @@ class RlRun:
         )
 
     def _report(self, metrics: Metrics) -> None:
-        record = _flat(metrics)
+        record = flat(metrics)
         record["elapsed"] = self._elapsed
         if isinstance(metrics, PolicyMetrics):
             if isinstance(self._scorer, RewardWorker):
@@ -320,34 +316,14 @@ class RlRun:
                 resharding = self._rollouts.resharding
                 record["resharding_seconds"] = self._largest([resharding.seconds])[0]
                 record["resharding_peak_bytes"] = resharding.peak_bytes
-            record["rollout_tokens_per_second"] = _rate(metrics.tokens, metrics.rollout_seconds)
-            record["update_tokens_per_second"] = _rate(metrics.tokens, metrics.update_seconds)
-            self._log_groups(metrics.groups, metrics.advantages)
-        self._record("step", record)
+            record["rollout_tokens_per_second"] = rate(metrics.tokens, metrics.rollout_seconds)
+            record["update_tokens_per_second"] = rate(metrics.tokens, metrics.update_seconds)
+            assert self._rollouts is not None  # groups are of rollouts
+            self._log.groups(self._step, self._rollouts.prompts, metrics.groups, metrics.advantages)
+        self._log.record("step", record)
         shown = ("loss", "reward", "length", "entropy", "grad_norm", "max_delta")
         parts = [f"{name} {record[name]:.4g}" for name in shown if record.get(name) is not None]
         self._show.say(f"step {self._step}/{self._recipe.settings.max_steps}  " + "  ".join(parts))
-
-    def _log_groups(self, groups: Sequence[Group], advantages: Sequence[float]) -> None:
-        assert self._rollouts is not None  # groups are of rollouts
-        if self._log is None:
-            return
-        left = iter(advantages)
-        for group in groups:
-            prompt = self._rollouts.prompts[group[0].prompt]
-            answers = [
-                {
-                    "text": self._texts.decode(t.tokens[len(prompt.tokens) :]),
-                    "reward": t.reward,
-                    "advantage": next(left),
-                    "tokens": t.num_written,
-                    "finished": t.finished,
-                    "versions": [t.versions[0], t.versions[-1]],
-                }
-                for t in group
-            ]
-            record = {"step": self._step, "prompt": prompt.text, "reference": prompt.reference}
-            self._log.write("group", {**record, "answers": answers})
 
     def _validate(self) -> float | None:
         """Of what is held out: the mean reward, or the loss."""
@@ -376,7 +352,7 @@ class RlRun:
                 record |= {"reward": reward / count, "length": length / count, "answers": int(count)}
         if len(record) == 1:
             return None
-        self._record("validation", record)
+        self._log.record("validation", record)
         self._show.say("validation: " + "  ".join(f"{k} {v:.4g}" for k, v in record.items()))
         return float(record.get("reward", record.get("loss", math.nan)))
 
@@ -385,12 +361,8 @@ class RlRun:
         recipe = rl_recipe_to_dict(self._recipe)
         state = RlState(self._step, self._elapsed, rollouts, recipe, self._ranks.world)
         path = self._learner.save(self._output, self._tokenizer, state, self._recipe.checkpoint.keep)
-        self._record("checkpoint", {"step": self._step, "path": str(path)})
+        self._log.record("checkpoint", {"step": self._step, "path": str(path)})
         return path
-
-    def _record(self, event: str, values: Mapping[str, Any]) -> None:
-        if self._metrics is not None:
-            self._metrics.write(event, values)
 
     def _sum(self, values: Sequence[float]) -> list[float]:
         """Over the ranks, all of which call this."""
@@ -411,21 +383,3 @@ def _check_same(start: Path, then: Mapping[str, Any], now: RlRecipe) -> None:
                 f"{start} was written by a run with {name} = {was!r}, not {wanted!r}; set it back, set another output, "
                 "or start anew with --restart"
             )
-
-
-def _flat(metrics: object) -> dict[str, Any]:
-    """Plain values by name, nested ones beside the others; what is not a number is null, as JSON knows no nan."""
-    record: dict[str, Any] = {}
-    for entry in fields(metrics):  # type: ignore[arg-type]  # one of the dataclasses of `Metrics`
-        value = getattr(metrics, entry.name)
-        if entry.name in ("groups", "advantages"):
-            continue
-        if hasattr(value, "__dataclass_fields__"):
-            record |= _flat(value)
-        else:
-            record[entry.name] = None if isinstance(value, float) and not math.isfinite(value) else value
-    return record
-
-
-def _rate(tokens: int, seconds: float) -> float:
-    return tokens / max(seconds, 1e-9)
