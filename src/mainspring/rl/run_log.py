@@ -14,7 +14,7 @@ from mainspring.train.metrics import MetricsFile
 
 
 class RunLog:
-    """A rank's: the first writes metrics.jsonl and its groups to rollouts.jsonl, others theirs to rollouts-RANK.jsonl."""
+    """A rank's: the first writes metrics.jsonl, and rollouts.jsonl; another its groups in rollouts-RANK.jsonl."""
 
     def __init__(
         self,
