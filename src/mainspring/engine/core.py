@@ -17,6 +17,7 @@ from mainspring.engine.admission import check_request
 from mainspring.engine.block_allocator import BlockAllocator
 from mainspring.engine.block_hash import root_hash
 from mainspring.engine.config import EngineConfig
+from mainspring.engine.counters import Counters
 from mainspring.engine.drafters import blocks_beside, load_draft_model, make_drafter
 from mainspring.engine.messages import EngineLimits, EngineRequest, EngineStats, TokenLogprobs, TokenOutput
 from mainspring.engine.model_runner import ModelRunner, StepResult
@@ -126,16 +127,7 @@ class EngineCore:
         self._lag = 1 if asynchronous else 0
         self._paused = False
         self._random = random.Random(config.seed)
-        self._num_prompt_tokens = 0
-        self._num_generated_tokens = 0
-        self._num_steps = 0
-        self._num_drafts = 0
-        self._num_accepted = 0
-        self._num_proposals = 0
-        self._accepted_by_position = [0] * (
-            config.speculative.num_speculative_tokens if config.speculative else 0
-        )
-        self._finished: dict[FinishReason, int] = {"stop": 0, "length": 0, "abort": 0}
+        self._counters = Counters(config.speculative.num_speculative_tokens if config.speculative else 0)
         log.info("%s", self.describe())
 
     def describe(self) -> str:
@@ -175,7 +167,7 @@ class EngineCore:
         if request is None:
             return False
         request.is_finished = True
-        self._finished["abort"] += 1
+        self._counters.finished["abort"] += 1
         return True
 
     def has_work(self) -> bool:
@@ -258,7 +250,7 @@ class EngineCore:
         if scheduled:
             self._launched.append(self._runner.launch(scheduled, self._scheduler.block_copies))
             self._scheduler.block_copies.clear()
-            self._num_steps += 1
+            self._counters.steps += 1
             for item in scheduled:
                 self._advance(item)
         if len(self._launched) > self._lag or (self._launched and not scheduled):
@@ -289,25 +281,8 @@ class EngineCore:
         close_model(self._model)
 
     def stats(self) -> EngineStats:
-        prefix = self._scheduler.prefix_stats
-        return EngineStats(
-            running=len(self._scheduler.running),
-            waiting=len(self._scheduler.waiting),
-            kv_blocks_used=self._allocator.num_used,
-            kv_blocks_total=self._allocator.num_blocks,
-            block_size=self.config.block_size,
-            prompt_tokens_total=self._num_prompt_tokens,
-            generation_tokens_total=self._num_generated_tokens,
-            preemptions_total=self._scheduler.num_preemptions,
-            steps_total=self._num_steps,
-            finished_total=dict(self._finished),
-            prefix_cache_queries_total=prefix.queries,
-            prefix_cache_hits_total=prefix.hits,
-            draft_tokens_total=self._num_drafts,
-            accepted_tokens_total=self._num_accepted,
-            drafts_total=self._num_proposals,
-            accepted_tokens_per_position=tuple(self._accepted_by_position),
-        )
+        """What has been done so far, and what is held now."""
+        return self._counters.stats(self._scheduler, self._allocator, self.config.block_size)
 
     def check_integrity(self) -> None:
         """Hold the block books against the block tables; meant for idle moments and for tests.
@@ -337,7 +312,7 @@ class EngineCore:
         request.num_blocks_uploaded = len(request.block_table)
         newly_computed = min(request.num_computed, request.num_prompt) - request.num_prompt_counted
         if newly_computed > 0:
-            self._num_prompt_tokens += newly_computed
+            self._counters.prompt_tokens += newly_computed
             request.num_prompt_counted += newly_computed
         if request.prompt_logprobs is not None:
             reported = min(request.num_computed + 1, request.num_prompt)
@@ -388,8 +363,8 @@ class EngineCore:
             kept += 1
             if finish_reason is not None or kept > len(drafts) or token != drafts[kept - 1]:
                 break
-        self._num_generated_tokens += kept
-        self._count_drafts(drafts, sampled[:kept])
+        self._counters.generated_tokens += kept
+        self._counters.count_drafts(drafts, sampled[:kept])
         if request.is_seated:  # else it was preempted meanwhile, and starts again
             request.num_computed += kept - 1
             self._scheduler.publish(request)
@@ -406,15 +381,6 @@ class EngineCore:
             rope_length=request.rope_length if is_first else None,
             queue_seconds=request.queue_seconds if is_first else None,
         )
-
-    def _count_drafts(self, drafts: list[int], kept: list[int]) -> None:
-        if drafts:
-            accepted = sum(draft == token for draft, token in zip(drafts, kept, strict=False))
-            self._num_proposals += 1
-            self._num_drafts += len(drafts)
-            self._num_accepted += accepted
-            for position in range(accepted):
-                self._accepted_by_position[position] += 1
 
     def _append(self, request: Request, token: int) -> tuple[FinishReason | None, int | None]:
         finish_reason, stop_reason = request.append(token)
@@ -439,4 +405,4 @@ class EngineCore:
     def _finish(self, request: Request, reason: FinishReason) -> None:
         self._scheduler.remove(request.request_id)
         request.is_finished = True
-        self._finished[reason] += 1
+        self._counters.finished[reason] += 1
