@@ -89,14 +89,12 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& p, int 
           }
           mask_scores<kWindowed>(s, seen);
         }
-        return online_softmax<kMasked>(s, state, rescale, p.factor, p.slack);
+        online_softmax<kMasked>(s, state, rescale, p.factor, p.slack);
       };
-      // Of the weights of `block`. In canonical order a chunk's sums begin with its first block.
-      const auto start_output = [&](int block) {
+      const auto start_output = [&] {
         wgmma_touch(o);
         wgmma_fence();
-        const bool begins = kCanonical && (block % (kCanonicalChunk / kKeys) == 0 || block == low);
-        multiply_values<T, kHeadDim>(o, weights, v_tiles + value.stage * kStageStep, !begins);
+        multiply_values<T, kHeadDim>(o, weights, v_tiles + value.stage * kStageStep);
         wgmma_commit();
       };
 
@@ -122,7 +120,7 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& p, int 
         my_turn();
         start_scores();
         barrier_wait(&shared.v_full[value.stage], value.parity);
-        start_output(kCanonical ? block - 1 : block + 1);
+        start_output();
         next_turn();
         wgmma_wait<1>();
         wgmma_touch(s);
@@ -134,7 +132,7 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& p, int 
           chunk = state;
           state.reset();
         }
-        const bool grew = softmax(block, masked);
+        softmax(block, masked);
         wgmma_wait<0>();
         wgmma_touch(o);
         release(&shared.v_free[value.stage]);
@@ -142,7 +140,7 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& p, int 
         to_operand<T>(weights, s);
         if (new_chunk) {
           merged.add<false>(o, chunk, p.factor, peak, total);
-        } else if (grew) {
+        } else if (__any_sync(~0u, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
 #pragma unroll
           for (int i = 0; i < kHeadDim / 2; ++i) o[i] = __fmul_rn(o[i], rescale[i / 2 % 2]);
         }
@@ -180,7 +178,7 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& p, int 
 
       if (kCanonical) clear_tail(high - 1);
       barrier_wait(&shared.v_full[value.stage], value.parity);
-      start_output(kCanonical ? high - 1 : low);
+      start_output();
       wgmma_wait<0>();
       wgmma_touch(o);
       release(&shared.v_free[value.stage]);
