@@ -25,7 +25,8 @@ from mainspring.rag.search.questions import TuneQuestion, answerable
 from mainspring.rag.search.space import Choice, Space
 from mainspring.rag.search.stage_cache import StageCache
 from mainspring.rag.search.tune import TuneSettings, tune
-from mainspring.rag.strategy import ContextStep, RerankStep, Strategy, load_strategy
+from mainspring.rag.stores.lance import LanceStore
+from mainspring.rag.strategy import ContextStep, RerankStep, RetrieveStep, Strategy, load_strategy
 from rag.fakes import OverlapReranker, WordEmbedder
 from rag.test_index import open_index, write
 
@@ -163,6 +164,25 @@ def test_a_deeper_reranking_reads_only_what_is_new_and_counts_all(
     assert [o.seconds for o in outcomes] == pytest.approx([0.02 + 12 * 0.01] * 4)
     alone = World(index, tmp_path / "alone")
     assert [o.quality for o in outcomes] == [alone.evaluate(deep, q).quality for q in QUESTIONS[:4]]
+
+
+def test_other_vectors_of_the_same_passages_do_not_get_the_kept_results(
+    index: DocumentIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Late chunking: the same passages and model, other vectors."""
+    world = World(index, tmp_path)
+    dense = Strategy(retrieve=RetrieveStep(method="dense"), rerank=RerankStep("none"))
+    question = QUESTIONS[5]
+    assert world.evaluate(dense, question).quality > 0
+
+    store = LanceStore(index.directory / "store", WordEmbedder.dimension)
+    monkeypatch.setattr(store, "search", lambda vector, k, where=(): [])
+    parts = dataclasses.replace(world.parts, store=store)
+    recorder = Recorder(StageCache(tmp_path), world.clock)
+    made = [
+        PipelineEvaluator(parts, recorder, lambda _: None, lambda _: None, vectors=v) for v in ("", ", late")
+    ]
+    assert [evaluate(dense, question).quality > 0 for evaluate in made] == [True, False]
 
 
 def test_another_corpus_does_not_get_the_kept_results(index: DocumentIndex, tmp_path: Path) -> None:

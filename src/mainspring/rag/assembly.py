@@ -153,6 +153,7 @@ def open_evaluator(
         reranker,
         lambda wanted: make_summariser(wanted, parts.embedder, model),
         reader,
+        vectors=", late" if (read_manifest(directory) or {}).get("late") else "",
     )
 
 

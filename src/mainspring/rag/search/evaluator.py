@@ -66,14 +66,18 @@ class PipelineEvaluator:
         make_reranker: Callable[[Strategy], Reranker | None],
         make_summariser: Callable[[Strategy], Summariser | None],
         reader: Reader | None = None,
+        vectors: str = "",
     ) -> None:
-        """`parts` without reranker and summariser; these are made when a strategy first names them."""
+        """`parts` without reranker and summariser; these are made when a strategy first names them.
+
+        `vectors` tells vectors of the same passages by the same model apart: late chunking makes others.
+        """
         corpus = corpus_address(parts.store.scan())
         embedder = CachedEmbedder(parts.embedder, recorder)
         self._parts = dataclasses.replace(
             parts,
             embedder=embedder,
-            store=CachedStore(parts.store, corpus, embedder.name, recorder),
+            store=CachedStore(parts.store, corpus, embedder.name + vectors, recorder),
             lexical=CachedLexical(parts.lexical, corpus, recorder),
             model=CachedModel(parts.model, recorder) if parts.model is not None else None,
             attributor=None,
