@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from mainspring.parallel.streaming import stream_weights
 from mainspring.rl.grpo import GrpoSettings, grpo
 from mainspring.rl.grpo_metrics import GrpoMetrics
 from mainspring.rl.ranks import RankRollouts
+from mainspring.rl.rewards import Completion
 from mainspring.rl.rollout_settings import RolloutSettings
 from mainspring.rl.rollouts import Rollouts
 from mainspring.train.optimizer import Optimizer
@@ -51,3 +54,21 @@ def over_ranks(directory: str, layout: str) -> tuple[list[GrpoMetrics], float, d
     metrics = list(grpo(units.model, RankOptimizer(units, SMOOTH), rollouts, SETTINGS, group=group))
     weights = {name: tensor.numpy() for name, tensor in stream_weights(units)}
     return metrics, rollouts.resharding.seconds, weights
+
+
+class _Forgetful(sorting.Graded):
+    """Gives the first two answers of a step a reward, and drops the others."""
+
+    def score(self, completions: Sequence[Completion]) -> list[float | None]:
+        return [reward if i < 2 else None for i, reward in enumerate(super().score(completions))]
+
+
+def with_dropped_answers(directory: str) -> list[tuple[int, float]]:
+    """(answers of the rank, the gradient's norm) of every step; the second rank has two answers, the first six."""
+    units = units_of(directory, "dp=2", torch.float32, "lockstep")
+    group = units.mesh.group("dp")
+    scorer = _Forgetful() if group.rank == 1 else sorting.Graded()
+    rollouts = RankRollouts(units, sorting.prompts(40, 3), sorting.TEXTS, scorer, ROLLOUTS)
+    settings = replace(SETTINGS, mini_batches=6)
+    steps = grpo(units.model, RankOptimizer(units, SMOOTH), rollouts, settings, group=group)
+    return [(sum(map(len, metrics.groups)), metrics.grad_norm) for metrics in steps]

@@ -66,6 +66,15 @@ def test_tensor_parallel_ranks_are_in_lockstep_with_engines_of_the_whole_model(
             np.testing.assert_allclose(found[name], tensor.numpy(), rtol=0, atol=1e-3, err_msg=name)
 
 
+def test_a_rank_with_fewer_answers_cuts_as_many_mini_batches_as_the_others(
+    pool: Pool, directory: str
+) -> None:
+    first, second = pool.run("grpo_jobs:with_dropped_answers", 2, directory)
+    assert [count for count, _ in first] == [6] * grpo_jobs.STEPS
+    assert [count for count, _ in second] == [2] * grpo_jobs.STEPS
+    assert [norm for _, norm in first] == [norm for _, norm in second]
+
+
 def test_what_ranks_cannot_share_is_refused(pool: Pool, directory: str) -> None:
     with pytest.raises(JobError, match="prompts_per_step = 4 is no multiple of the 3 data-parallel ranks"):
         pool.run("grpo_jobs:over_ranks", 3, directory, "dp=3")

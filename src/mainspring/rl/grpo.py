@@ -40,6 +40,7 @@ from mainspring.rl.policy_update import (
     MicroBatch,
     PolicyOptimizer,
     add_sums,
+    common_parts,
     mini_batches,
     policy_gradient,
     total,
@@ -121,7 +122,8 @@ def grpo(
         checked += answers if settings.lockstep_check == "all" else []
         check.score(checked, tokens_per_microbatch)
         totals: dict[str, float] = {}
-        parts = mini_batches(len(answers), settings.mini_batches, settings.epochs, (settings.seed, step))
+        cuts = common_parts(len(answers), settings.mini_batches, group, model.device)
+        parts = mini_batches(len(answers), cuts, settings.epochs, (settings.seed, step))
         for number, chosen in enumerate(parts):
             mine = pack([answers[i] for i in chosen], model.device)
             num_tokens, num_answers = map(int, total([mine.num_tokens, len(chosen)], group, model.device))

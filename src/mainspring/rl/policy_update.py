@@ -140,6 +140,11 @@ def most(values: Sequence[float], group: Group, device: torch.device) -> list[fl
     return found
 
 
+def common_parts(count: int, parts: int, group: Group, device: torch.device) -> int:
+    """In how many mini-batches each rank can cut its `count` answers: `parts`, or as many as the fewest of a rank."""
+    return min(parts, -int(most([-count], group, device)[0]))
+
+
 def add_sums(totals: dict[str, float], sums: Mapping[str, float], num_tokens: int, step: int) -> None:
     """Adds a mini-batch's sums, its "tokens" and itself ("mini_batches") to a step's.
 

@@ -35,6 +35,7 @@ from mainspring.rl.policy_update import (
     PolicyOptimizer,
     TokenLoss,
     add_sums,
+    common_parts,
     mini_batches,
     policy_gradient,
 )
@@ -119,7 +120,8 @@ def ppo(
         elif not policy_learns:
             check.score(answers[: settings.carried_checks], tokens_per_microbatch)
         totals: dict[str, float] = {}
-        parts = mini_batches(len(answers), settings.mini_batches, settings.epochs, (settings.seed, step))
+        cuts = common_parts(len(answers), settings.mini_batches, group, model.device)
+        parts = mini_batches(len(answers), cuts, settings.epochs, (settings.seed, step))
         for number, chosen in enumerate(parts):
             mini = experience.select(chosen)
             num_tokens, _ = mini.counts()
