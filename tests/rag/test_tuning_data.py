@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 
 from mainspring.cli.rag import rag
 from mainspring.engine.llm import LLM
+from mainspring.engine.sampling_params import SamplingParams
 from mainspring.errors import ConfigError, DocumentError, MainspringError
 from mainspring.rag.generation.language_model import (
-    REPETITION_PENALTY,
+    FREQUENCY_PENALTY,
     InProcessModel,
     Message,
     complete,
@@ -122,14 +123,21 @@ def test_a_model_s_own_repetition_penalty_goes_before_ours(tiny: Path, tmp_path:
     def answers(directory: Path, **given: float) -> list[str]:
         return InProcessModel(str(directory), at_once=6, **given).complete_each(asked, 24)  # type: ignore[arg-type]
 
-    plain = InProcessModel(LLM(tiny, max_num_seqs=6)).complete_each(asked, 24)
-    assert answers(tiny) == plain == answers(tiny, repetition_penalty=REPETITION_PENALTY)
+    llm = LLM(tiny, max_num_seqs=6)
+    ours = SamplingParams(temperature=0, frequency_penalty=FREQUENCY_PENALTY, max_tokens=24)
+    outputs = llm.chat([[{"role": m.role, "content": m.content} for m in turns] for turns in asked], ours)
+    plain = [output.outputs[0].text.strip() for output in outputs]
+    assert answers(tiny) == plain == InProcessModel(llm).complete_each(asked, 24)
     copy = tmp_path / "model"
     copy.mkdir()
     for path in tiny.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
-    (copy / "generation_config.json").write_text('{"repetition_penalty": 1.0}')
-    assert answers(copy) == answers(tiny, repetition_penalty=1.0) != plain
+    (copy / "generation_config.json").write_text("{}")
+    assert answers(copy) == plain
+    (copy / "generation_config.json").write_text('{"repetition_penalty": 1.3}')
+    assert answers(copy) == answers(tiny, repetition_penalty=1.3) != plain
+    free = InProcessModel(str(copy), at_once=6).complete_each(asked, 24, may_repeat=True)
+    assert free == plain, "its own penalty is set aside"
     (copy / "generation_config.json").write_text('{"repetition_penalty": [}')
     with pytest.raises(MainspringError, match="generation_config"):
         answers(copy)

@@ -113,7 +113,7 @@ def fine_tune(
     if device not in _AT_ONCE:
         raise ConfigError(f"device {device!r} must be one of {', '.join(_AT_ONCE)}")
     models = {
-        UNTRAINED: _Tuned(model, model),
+        UNTRAINED: _Tuned(model, f"{model}, as served"),
         f"{UNTRAINED}, free to repeat": _Tuned(model, f"{model}, no penalty", repetition_penalty=1.0),
     }
     for name in kinds:

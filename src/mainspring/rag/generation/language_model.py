@@ -27,9 +27,9 @@ class Message:
     content: str
 
 
-# Small models fall into loops when they take the likeliest token every time. A model that was trained to repeat what it
-# reads must not be held from it: its directory's generation_config.json has a penalty of its own.
-REPETITION_PENALTY = 1.1
+# Small models fall into loops when they take the likeliest token every time. Only what an answer itself has written
+# counts: a penalty on the tokens of its prompt (a repetition penalty) holds a model from quoting the passages.
+FREQUENCY_PENALTY = 0.2
 
 
 class LanguageModel(Protocol):
@@ -95,15 +95,14 @@ class InProcessModel:
     ) -> None:
         """`at_once`: answers that `complete_each` writes side by side; a loaded `LLM` has its own number and device.
 
-        `repetition_penalty`: 1 for none; None for that of the model's generation_config.json, else REPETITION_PENALTY.
+        `repetition_penalty`: 1 for none; None for that of the model's generation_config.json, and if it names none, for
+        FREQUENCY_PENALTY instead.
         Raises ModelNotFoundError, CheckpointError, RetrievalError if it has no chat template.
         """
         from mainspring.engine.llm import LLM  # searching needs no engine
 
-        if repetition_penalty is None:
-            repetition_penalty = (
-                _repetition_penalty(resolve(model).path) if isinstance(model, str) else REPETITION_PENALTY
-            )
+        if repetition_penalty is None and isinstance(model, str):
+            repetition_penalty = _repetition_penalty(resolve(model).path)
         self._penalty = repetition_penalty
         self._llm = (
             LLM(model, max_num_seqs=at_once, device=device, kv_cache_bytes=kv_cache_bytes)
@@ -125,7 +124,7 @@ class InProcessModel:
         return self._name
 
     def stream(self, messages: Sequence[Message], max_tokens: int) -> Iterator[str]:
-        params = self._params(max_tokens)
+        params = self._params(max_tokens, self._penalty)
         with self._lock:
             for output in self._llm.stream_chat(_turns(messages), params):
                 yield output.outputs[0].text
@@ -135,17 +134,19 @@ class InProcessModel:
     ) -> list[str]:
         """The whole answer to every conversation, without white space around it: those that `complete` gives.
 
-        With `may_repeat` what it read may be said again without a penalty, which then counts what it wrote alone.
+        With `may_repeat` what it read may be said again without a penalty, whatever the model's own is.
         """
-        params = _may_repeat(max_tokens) if may_repeat else self._params(max_tokens)
+        params = self._params(max_tokens, None if may_repeat else self._penalty)
         with self._lock:
             outputs = self._llm.chat([_turns(messages) for messages in conversations], params)
         return [output.outputs[0].text.strip() for output in outputs]
 
-    def _params(self, max_tokens: int) -> SamplingParams:
+    def _params(self, max_tokens: int, repetition_penalty: float | None) -> SamplingParams:
         from mainspring.engine.sampling_params import SamplingParams
 
-        return SamplingParams(temperature=0, repetition_penalty=self._penalty, max_tokens=max_tokens)
+        if repetition_penalty is None:
+            return SamplingParams(temperature=0, frequency_penalty=FREQUENCY_PENALTY, max_tokens=max_tokens)
+        return SamplingParams(temperature=0, repetition_penalty=repetition_penalty, max_tokens=max_tokens)
 
     def surprises(self, text: str, context: str = "") -> list[TokenSurprise]:
         """One forward pass; the first token of an empty context follows the model's first special token."""
@@ -171,19 +172,14 @@ def _turns(messages: Sequence[Message]) -> list[dict[str, str]]:
     return [{"role": m.role, "content": m.content} for m in messages]
 
 
-def _may_repeat(max_tokens: int) -> SamplingParams:
-    from mainspring.engine.sampling_params import SamplingParams
-
-    return SamplingParams(temperature=0, frequency_penalty=0.2, max_tokens=max_tokens)
-
-
-def _repetition_penalty(directory: Path) -> float:
+def _repetition_penalty(directory: Path) -> float | None:
     """The model's own, if its generation_config.json names one."""
     path = directory / "generation_config.json"
     try:
-        return float(json.loads(path.read_bytes()).get("repetition_penalty", REPETITION_PENALTY))
+        named = json.loads(path.read_bytes()).get("repetition_penalty")
+        return None if named is None else float(named)
     except FileNotFoundError:
-        return REPETITION_PENALTY
+        return None
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
