@@ -19,6 +19,6 @@ def run(
     one = RlRun(settings, resume=resume, show=Progress(silent=True), ranks=Ranks.present())
     if stop_after is not None:
         steps = one._steps
-        one._steps = lambda: islice(steps(), stop_after)  # type: ignore[method-assign]
+        one._steps = lambda: islice(steps(), stop_after)
     result = one.run()
     return result.step, result.interrupted, result.validation

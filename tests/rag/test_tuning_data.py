@@ -69,7 +69,7 @@ def test_each_kind_holds_the_relevant_passage_a_random_one_or_both(tmp_path: Pat
     with pytest.raises(DocumentError, match="no other one"):
         tuning_rows(QUESTIONS[:1], [c for c in chunks if c.file == "f0.md"], "dr")
     with pytest.raises(ConfigError, match="dg, dr, dgr, dgg"):
-        tuning_rows(QUESTIONS, chunks, "gold")  # type: ignore[arg-type]
+        tuning_rows(QUESTIONS, chunks, "gold")
 
 
 def test_samples_survive_their_file_and_a_bad_line_is_named(tmp_path: Path) -> None:
@@ -94,12 +94,12 @@ def test_answers_are_scored_by_words_by_substring_and_whole() -> None:
     assert found.f1 == pytest.approx((1.0, 2 * 2 / (4 + 2)))
     worse = score(["a whale", "owl"], rows)
     both = {"first": {"dg": found, "dgr": worse}, "second": {"dg": worse, "dgr": found}}
-    lines = table(both)  # type: ignore[arg-type]
+    lines = table(both)
     assert "| second | relevant | 0.500" in lines[4]
     assert lines[4].count("[") == 4  # three intervals and that of the difference
     assert lines[2].endswith("|  |")
-    assert costs_of_noise(both)[2].startswith("| first | -0.500 [")  # type: ignore[arg-type]
-    assert "| -0.3" in costs_of_noise(both)[2]  # type: ignore[arg-type]
+    assert costs_of_noise(both)[2].startswith("| first | -0.500 [")
+    assert "| -0.3" in costs_of_noise(both)[2]
     with pytest.raises(ConfigError, match="1 answers to 2"):
         score(["x"], rows)
 
@@ -121,7 +121,7 @@ def test_a_model_s_own_repetition_penalty_goes_before_ours(tiny: Path, tmp_path:
     asked = [[Message("user", f"{n} fox")] for n in range(6)]
 
     def answers(directory: Path, **given: float) -> list[str]:
-        return InProcessModel(str(directory), at_once=6, **given).complete_each(asked, 24)  # type: ignore[arg-type]
+        return InProcessModel(str(directory), at_once=6, **given).complete_each(asked, 24)
 
     llm = LLM(tiny, max_num_seqs=6)
     ours = SamplingParams(temperature=0, frequency_penalty=FREQUENCY_PENALTY, max_tokens=24)

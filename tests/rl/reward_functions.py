@@ -42,7 +42,7 @@ class MoodyWorld:
 
     def step(self, answer: str) -> Turn:
         if answer == "nothing":
-            return None  # type: ignore[return-value]  # as a careless one might
+            return None  # as a careless one might
         if answer == "raise":
             raise ValueError("no such turn")
         if answer in ("hang", "die"):

@@ -111,7 +111,7 @@ def test_a_ray_whose_calls_need_no_token_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # put back at the end
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with pytest.raises(ConfigError, match="RAY_AUTH_MODE is 'disabled'"):
-        run_replicas(ServerSettings(model="x", port=9), None, 2, None)  # type: ignore[arg-type]
+        run_replicas(ServerSettings(model="x", port=9), None, 2, None)
 
 
 @pytest.mark.parametrize(

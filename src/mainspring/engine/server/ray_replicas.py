@@ -60,8 +60,10 @@ class LogReporter:
 class Replica:
     """One server as Ray Serve runs it: made, asked for its application, watched, and ended by Ray."""
 
-    # Ray awaits a constructor that is a coroutine function; Python and its types know none.
-    async def __init__(self, settings: ServerSettings, extend: Extend | None) -> None:  # type: ignore[misc]
+    # Ray awaits a constructor that is a coroutine function.
+    async def __init__(  # type: ignore[misc]  # Python and its types know none
+        self, settings: ServerSettings, extend: Extend | None
+    ) -> None:
         from mainspring.engine.server.model_source import resolve_model
 
         reporter = LogReporter()

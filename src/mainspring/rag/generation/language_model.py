@@ -206,7 +206,7 @@ class EndpointModel:
         try:
             chunks: Any = self._client.chat.completions.create(
                 model=self._name,
-                messages=_turns(messages),  # type: ignore[arg-type]
+                messages=_turns(messages),  # type: ignore[arg-type]  # a TypedDict for each role there
                 max_tokens=max_tokens,
                 temperature=0,
                 stream=True,
