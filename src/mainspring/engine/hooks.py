@@ -1,4 +1,4 @@
-"""Where decoding hooks into a step: the sampler, a request's grammar, drafted tokens, adapters of linear layers.
+"""Where decoding hooks into a step: the sampler, drafted tokens, adapters of linear layers (and `grammar.Grammar`).
 
 The core runs one step ahead of what it knows: while a step's tokens are still on their way from the device, the next
 step is scheduled and launched, fed from the device's own copy of the tokens (`seats.SeatTables`). So a hook on the
@@ -12,28 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from mainspring.engine.request import Request
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mainspring.engine.request import Request
     from mainspring.ops.batch import LinearAdapters
-
-
-class Grammar(Protocol):
-    """What a request's next token may be. It makes the request wait for each of its tokens."""
-
-    @property
-    def terminated(self) -> bool:
-        """The text is complete: the request ends (finish reason "stop")."""
-        ...
-
-    def accept(self, token_id: int) -> bool:
-        """Go on by a sampled token; False if the grammar does not allow it (then the request ends)."""
-        ...
-
-    def fill_bitmask(self, bitmask: Tensor, row: int) -> None:
-        """Set row `row` of bitmask [R, ceil(V / 32)] int32, on the CPU: bit t % 32 of word t // 32 allows token t."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

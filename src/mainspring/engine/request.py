@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from mainspring.engine.grammar import Grammar
 from mainspring.engine.messages import EngineRequest, TokenLogprobs
 from mainspring.engine.outputs import FinishReason
 from mainspring.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from mainspring.engine.hooks import Grammar
 
 NO_SEAT = -1
 

@@ -28,7 +28,7 @@ _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 
 
 class TextGrammar:
-    """Implements `hooks.Grammar` for one request."""
+    """Implements `grammar.Grammar` for one request."""
 
     def __init__(self, matcher: Any) -> None:
         self._matcher = matcher

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mainspring.engine.grammar import Grammar
 from mainspring.engine.sampling_params import SamplingParams
 from mainspring.engine.structured_output import GrammarCompiler
 from mainspring.errors import InvalidRequestError
@@ -12,8 +13,6 @@ from mainspring.formats.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from mainspring.engine.hooks import Grammar
 
 
 def bad_word_tokens(words: Sequence[str], tokenizer: Tokenizer) -> list[tuple[int, ...]]:
@@ -28,7 +27,7 @@ def bad_word_tokens(words: Sequence[str], tokenizer: Tokenizer) -> list[tuple[in
 
 
 class BadWords:
-    """Implements `hooks.Grammar`: forbids the last token of a sequence whose others have just been generated.
+    """Implements `Grammar`: forbids the last token of a sequence whose others have just been generated.
 
     With a grammar both must allow a token.
     """
@@ -42,11 +41,11 @@ class BadWords:
 
     @property
     def terminated(self) -> bool:
-        """See `hooks.Grammar`."""
+        """See `Grammar`."""
         return self._grammar is not None and self._grammar.terminated
 
     def accept(self, token_id: int) -> bool:
-        """See `hooks.Grammar`."""
+        """See `Grammar`."""
         if token_id in self._forbidden():
             return False
         if self._longest:
@@ -54,7 +53,7 @@ class BadWords:
         return self._grammar is None or self._grammar.accept(token_id)
 
     def fill_bitmask(self, bitmask: Tensor, row: int) -> None:
-        """See `hooks.Grammar`."""
+        """See `Grammar`."""
         words = bitmask[row]
         if self._grammar is not None:
             self._grammar.fill_bitmask(bitmask, row)
