@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -10,9 +9,7 @@ from torch import Tensor
 from mainspring.parallel.mesh import Group
 from mainspring.rl.dynamic_sampling import Drawn
 from mainspring.rl.lockstep import LockstepCheck
-from mainspring.rl.math import kl
-from mainspring.rl.policy_metrics import PolicyMetrics
-from mainspring.rl.policy_update import most, total
+from mainspring.rl.policy_metrics import PolicyMetrics, over_ranks
 from mainspring.rl.trajectories import Packed
 
 
@@ -37,24 +34,13 @@ def grpo_metrics(
 ) -> GrpoMetrics:
     """step: those done before it. totals: of `policy_update.add_sums` over the step's mini-batches. group: the ranks,
     all of which call this together."""
-    moved = 0.0 if anchors is None else float(kl.k3(batch.old_log_probs, anchors).sum())
-    sums = {
+    own = {
         "reward": drawn.reward * drawn.answers,
         "drawn": drawn.answers,
         "teaching": drawn.teaching * drawn.asked,
         "asked": drawn.asked,
-        "answers": len(batch.samples),
-        "tokens": batch.num_tokens,
-        "finished": float(batch.finished.sum()),
-        "versions": float(batch.versions.double().sum()),
-        "kl_reference": moved,
-        "compared": check.num_compared + drawn.compared,
-        "dropped": drawn.dropped,
     }
-    device = batch.old_log_probs.device
-    of = dict(zip(sums, total(list(sums.values()), group, device), strict=True))
-    waited = [max(check.max_delta, drawn.max_delta), drawn.seconds, drawn.reward_seconds, update_seconds]
-    max_delta, rollout_seconds, reward_seconds, update_seconds = most(waited, group, device)
+    of = over_ranks(batch, anchors, check, drawn, update_seconds, own, group)
     return GrpoMetrics(
         step=step + 1,
         reward=of["reward"] / of["drawn"],
@@ -66,15 +52,15 @@ def grpo_metrics(
         entropy=totals["entropy"] / totals["tokens"],
         clip_fraction=totals["clipped"] / totals["tokens"],
         kl_old=totals["kl_old"] / totals["tokens"],
-        kl_reference=math.nan if anchors is None else of["kl_reference"] / of["tokens"],
+        kl_reference=of["kl_reference"] / of["tokens"],
         grad_norm=totals["grad_norm"] / totals["mini_batches"],
-        max_delta=max_delta,
+        max_delta=of["max_delta"],
         compared=int(of["compared"]),
         lag=step - of["versions"] / of["tokens"],
         dropped=int(of["dropped"]),
-        rollout_seconds=rollout_seconds,
-        reward_seconds=reward_seconds,
-        update_seconds=update_seconds,
+        rollout_seconds=of["rollout_seconds"],
+        reward_seconds=of["reward_seconds"],
+        update_seconds=of["update_seconds"],
         groups=drawn.groups,
         advantages=advantages.tolist(),
     )

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from mainspring.parallel import mesh
 from mainspring.rl.critic import Experience
 from mainspring.rl.lockstep import LockstepCheck
-from mainspring.rl.math import kl
 from mainspring.rl.math.value_loss import explained_variance
-from mainspring.rl.policy_metrics import PolicyMetrics
-from mainspring.rl.policy_update import most, total
+from mainspring.rl.policy_metrics import PolicyMetrics, over_ranks
+from mainspring.rl.policy_update import total
 from mainspring.rl.rollouts import RolloutReport
 from mainspring.rl.trajectories import Group
 
@@ -40,22 +39,9 @@ def ppo_metrics(
 ) -> PpoMetrics:
     """totals: of `policy_update.add_sums` over the step's mini-batches. step: those done before it. ranks: all of which
     call this together."""
-    batch, log_probs = experience.batch, experience.reference_log_probs
-    moved = 0.0 if log_probs is None else float(kl.k3(batch.old_log_probs, log_probs).sum())
-    sums = {
-        "reward": float(batch.rewards.double().sum()),
-        "answers": len(batch.samples),
-        "finished": float(batch.finished.sum()),
-        "tokens": batch.num_tokens,
-        "versions": float(batch.versions.double().sum()),
-        "kl_reference": moved,
-        "compared": check.num_compared + report.compared,
-        "dropped": report.dropped,
-    }
-    device = experience.values.device
-    of = dict(zip(sums, total(list(sums.values()), ranks, device), strict=True))
-    waited = [max(check.max_delta, report.max_delta), report.seconds, report.reward_seconds, update_seconds]
-    max_delta, rollout_seconds, reward_seconds, update_seconds = most(waited, ranks, device)
+    batch = experience.batch
+    own = {"reward": float(batch.rewards.double().sum())}
+    of = over_ranks(batch, experience.reference_log_probs, check, report, update_seconds, own, ranks)
 
     def of_policy(name: str, per: str) -> float:
         return totals[name] / totals[per] if policy_learns else math.nan
@@ -70,18 +56,18 @@ def ppo_metrics(
         entropy=of_policy("entropy", "tokens"),
         clip_fraction=of_policy("clipped", "tokens"),
         kl_old=of_policy("kl_old", "tokens"),
-        kl_reference=math.nan if log_probs is None else of["kl_reference"] / of["tokens"],
+        kl_reference=of["kl_reference"] / of["tokens"],
         grad_norm=of_policy("grad_norm", "mini_batches"),
         value_loss=totals["value_loss"] / totals["mini_batches"],
         value_grad_norm=totals["value_grad_norm"] / totals["mini_batches"],
         explained_variance=_explained(experience, ranks),
-        max_delta=max_delta,
+        max_delta=of["max_delta"],
         compared=int(of["compared"]),
         lag=step - of["versions"] / of["tokens"],
         dropped=int(of["dropped"]),
-        rollout_seconds=rollout_seconds,
-        reward_seconds=reward_seconds,
-        update_seconds=update_seconds,
+        rollout_seconds=of["rollout_seconds"],
+        reward_seconds=of["reward_seconds"],
+        update_seconds=of["update_seconds"],
         groups=groups,
         advantages=[float(a.mean()) for a in experience.advantages.split(batch.lengths.tolist())],
     )
