@@ -89,12 +89,14 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& p, int 
           }
           mask_scores<kWindowed>(s, seen);
         }
-        online_softmax<kMasked>(s, state, rescale, p.factor, p.slack);
+        return online_softmax<kMasked>(s, state, rescale, p.factor, p.slack);
       };
-      const auto start_output = [&] {
+      // Of the weights of `block`. In canonical order a chunk's sums begin with its first block.
+      const auto start_output = [&](int block) {
         wgmma_touch(o);
         wgmma_fence();
-        multiply_values<T, kHeadDim>(o, weights, v_tiles + value.stage * kStageStep);
+        const bool begins = kCanonical && (block % (kCanonicalChunk / kKeys) == 0 || block == low);
+        multiply_values<T, kHeadDim>(o, weights, v_tiles + value.stage * kStageStep, !begins);
         wgmma_commit();
       };
 
@@ -120,7 +122,7 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& p, int 
         my_turn();
         start_scores();
         barrier_wait(&shared.v_full[value.stage], value.parity);
-        start_output();
+        start_output(kCanonical ? block - 1 : block + 1);
         next_turn();
         wgmma_wait<1>();
         wgmma_touch(s);
@@ -132,7 +134,7 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& p, int 
           chunk = state;
           state.reset();
         }
-        softmax(block, masked);
+        const bool grew = softmax(block, masked);
         wgmma_wait<0>();
         wgmma_touch(o);
         release(&shared.v_free[value.stage]);
@@ -140,7 +142,7 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& p, int 
         to_operand<T>(weights, s);
         if (new_chunk) {
           merged.add<false>(o, chunk, p.factor, peak, total);
-        } else if (__any_sync(~0u, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
+        } else if (grew) {
 #pragma unroll
           for (int i = 0; i < kHeadDim / 2; ++i) o[i] = __fmul_rn(o[i], rescale[i / 2 % 2]);
         }
@@ -178,7 +180,7 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& p, int 
 
       if (kCanonical) clear_tail(high - 1);
       barrier_wait(&shared.v_full[value.stage], value.parity);
-      start_output();
+      start_output(kCanonical ? high - 1 : low);
       wgmma_wait<0>();
       wgmma_touch(o);
       release(&shared.v_free[value.stage]);

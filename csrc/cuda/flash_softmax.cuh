@@ -5,6 +5,8 @@
 
 #include "canonical.cuh"
 
+#include <type_traits>
+
 namespace mainspring {
 
 __device__ __forceinline__ float max_of_quad(float x) {
@@ -93,38 +95,63 @@ __device__ __forceinline__ float2 weigh(float (&s)[N], float factor, float shift
 // Scores to weights in place; rescale[j] is what sums over earlier keys are to be multiplied by, exactly 1 where the peak
 // stayed. The peak stays while no score exceeds it by more than `slack` powers of two: weights up to 2^slack lose no
 // precision, and rescaling the output becomes rare. Whether it stays depends on the row alone.
-template <bool Masked, bool InOrder, int Row, int N>
-__device__ __forceinline__ void online_softmax_row(float (&s)[N], RowState<InOrder>& state, float& rescale, float factor,
-                                                   float slack) {
-  constexpr int kFirst = 2 * Row, kPairs = N / 4;
-  float top[2];
+// Returns whether any row's peak of the warp moved. Both rows come to their peaks before either is weighed, so that their
+// chains of maxima and shuffles run side by side; the assembler would take one row after the other but for the branch.
+template <bool Masked, bool InOrder, int N>
+__device__ __forceinline__ bool online_softmax(float (&s)[N], RowState<InOrder>& state, float (&rescale)[2], float factor,
+                                               float slack) {
+  constexpr int kPairs = N / 4;
+  float top[2][2], highest[2], shift[2];
 #pragma unroll
   for (int i = 0; i < kPairs; ++i) {
-    const float a = s[kFirst + 4 * i], b = s[kFirst + 4 * i + 1];
-    top[i % 2] = i < 2 ? fmaxf(a, b) : fmaxf(fmaxf(top[i % 2], a), b);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const float a = s[2 * j + 4 * i], b = s[2 * j + 4 * i + 1];
+      top[j][i % 2] = i < 2 ? fmaxf(a, b) : fmaxf(fmaxf(top[j][i % 2], a), b);
+    }
   }
-  float& peak = state.peak[Row];
-  float(&total)[RowState<InOrder>::kLanes] = state.total[Row];
-  const float highest = max_of_quad(fmaxf(top[0], top[1])), before = peak;
-  // At the first key `before` is -inf and the difference +inf (or NaN if there still is no key: then it stays).
-  peak = __fmul_rn(__fsub_rn(highest, before), factor) > slack ? highest : before;
-  const float finite = Masked ? finite_peak(peak) : peak;
-  rescale = exp2_approx(__fmul_rn(__fsub_rn(before, finite), factor));
-  const float shift = -__fmul_rn(finite, factor);
-  if constexpr (InOrder) {
-    const float2 sums = weigh_in_order<kFirst, kPairs>(s, factor, shift);
-    total[0] = __fmaf_rn(total[0], rescale, sums.x);
-    total[1] = __fmaf_rn(total[1], rescale, sums.y);
-  } else {
-    const float2 sums = weigh<kFirst, kPairs>(s, factor, shift);
-    total[0] = __fmaf_rn(total[0], rescale, sums.x + sums.y);
+#pragma unroll
+  for (int j = 0; j < 2; ++j) highest[j] = fmaxf(top[j][0], top[j][1]);
+#pragma unroll
+  for (int distance = 2; distance > 0; distance /= 2) {
+    float other[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) other[j] = __shfl_xor_sync(~0u, highest[j], distance);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) highest[j] = fmaxf(highest[j], other[j]);
   }
-}
-template <bool Masked, bool InOrder, int N>
-__device__ __forceinline__ void online_softmax(float (&s)[N], RowState<InOrder>& state, float (&rescale)[2], float factor,
-                                               float slack) {
-  online_softmax_row<Masked, InOrder, 0>(s, state, rescale[0], factor, slack);
-  online_softmax_row<Masked, InOrder, 1>(s, state, rescale[1], factor, slack);
+  // At the first key the peak is -inf and the difference +inf (or NaN if there still is no key: then it stays).
+  bool grows[2];
+#pragma unroll
+  for (int j = 0; j < 2; ++j) grows[j] = __fmul_rn(__fsub_rn(highest[j], state.peak[j]), factor) > slack;
+  const bool grew = __any_sync(~0u, grows[0] || grows[1]);
+  rescale[0] = rescale[1] = 1.0f;
+  if (grew) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const float before = state.peak[j];
+      if (grows[j]) state.peak[j] = highest[j];
+      const float finite = Masked ? finite_peak(state.peak[j]) : state.peak[j];
+      rescale[j] = exp2_approx(__fmul_rn(__fsub_rn(before, finite), factor));
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < 2; ++j) shift[j] = -__fmul_rn(Masked ? finite_peak(state.peak[j]) : state.peak[j], factor);
+  const auto add_row = [&](auto row) {
+    constexpr int j = decltype(row)::value;
+    float(&total)[RowState<InOrder>::kLanes] = state.total[j];
+    if constexpr (InOrder) {
+      const float2 sums = weigh_in_order<2 * j, kPairs>(s, factor, shift[j]);
+      total[0] = __fmaf_rn(total[0], rescale[j], sums.x);
+      total[1] = __fmaf_rn(total[1], rescale[j], sums.y);
+    } else {
+      const float2 sums = weigh<2 * j, kPairs>(s, factor, shift[j]);
+      total[0] = __fmaf_rn(total[0], rescale[j], sums.x + sums.y);
+    }
+  };
+  add_row(std::integral_constant<int, 0>());
+  add_row(std::integral_constant<int, 1>());
+  return grew;
 }
 
 // The sums and states of the chunks merged so far, in shared memory. sums: this thread's column of them, quadruples 128
@@ -134,13 +161,23 @@ struct MergedChunks {
   float2* states;
   bool none;
 
-  // Merges a chunk's sums `part` and their state. Left in `part`: zeros, for the next chunk, or, of the last chunk, the
-  // whole sums, with peak and total.
+  // Merges a chunk's sums `part` and their state. Of the last chunk `part` becomes the whole sums, with peak and total.
   template <bool Last, bool InOrder, int N>
   __device__ __forceinline__ void add(float (&part)[N], const RowState<InOrder>& chunk, float factor, float (&peak)[2],
                                       float (&total)[2]) {
+    if (!Last && none) {  // + 0: as merging does to -0
+      none = false;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) states[8 * j] = make_float2(chunk.peak[j], chunk.whole_total(j));
+#pragma unroll
+      for (int i = 0; i < N; i += 4) {
+        sums[i * 32] = make_float4(__fadd_rn(part[i], 0.0f), __fadd_rn(part[i + 1], 0.0f), __fadd_rn(part[i + 2], 0.0f),
+                                   __fadd_rn(part[i + 3], 0.0f));
+      }
+      return;
+    }
     const auto merge_row = [&](int j) {
-      const float2 merged = none ? make_float2(-INFINITY, 0.0f) : states[8 * j];
+      const float2 merged = states[8 * j];
       const Merge merge(merged.x, chunk.peak[j], factor);
       peak[j] = merge.peak;
       total[j] = merge(merged.y, chunk.whole_total(j));
@@ -150,15 +187,14 @@ struct MergedChunks {
     const Merge upper = merge_row(0), lower = merge_row(1);
 #pragma unroll
     for (int i = 0; i < N; i += 4) {
-      float4 w = none ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : sums[i * 32];
+      float4 w = sums[i * 32];
       w = make_float4(upper(w.x, part[i]), upper(w.y, part[i + 1]), lower(w.z, part[i + 2]), lower(w.w, part[i + 3]));
-      if (!Last) {
+      if (Last) {
+        part[i] = w.x, part[i + 1] = w.y, part[i + 2] = w.z, part[i + 3] = w.w;
+      } else {
         sums[i * 32] = w;
-        w = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       }
-      part[i] = w.x, part[i + 1] = w.y, part[i + 2] = w.z, part[i + 3] = w.w;
     }
-    none = false;
   }
 };
 

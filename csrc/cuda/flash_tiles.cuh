@@ -36,12 +36,13 @@ __device__ __forceinline__ void multiply_keys(float (&s)[Keys / 2], uint64_t q, 
   }
 }
 
-// O[64, HeadDim] += P V, P in registers.
+// O[64, HeadDim] = P V, or (accumulate) O += P V, P in registers.
 template <typename T, int HeadDim, int Steps>
-__device__ __forceinline__ void multiply_values(float (&o)[HeadDim / 2], const uint32_t (&p)[Steps][4], uint64_t v) {
+__device__ __forceinline__ void multiply_values(float (&o)[HeadDim / 2], const uint32_t (&p)[Steps][4], uint64_t v,
+                                                int accumulate) {
 #pragma unroll
   for (int i = 0; i < Steps; ++i) {
-    wgmma_rs<T, HeadDim, 1>(o, p[i], v + Panels<HeadDim>::rows_step(16 * i), 1);
+    wgmma_rs<T, HeadDim, 1>(o, p[i], v + Panels<HeadDim>::rows_step(16 * i), i > 0 ? 1 : accumulate);
   }
 }
 
