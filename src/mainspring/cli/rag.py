@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,7 +21,17 @@ from rich.progress import (
 
 from mainspring.cli.rag_finetune import fine_tune, tuning_data
 from mainspring.cli.rag_learn import classify, tune
-from mainspring.cli.rag_options import INDEX_NAME, Index, Model, Store, StrategyName, Where, loaded, loading
+from mainspring.cli.rag_options import (
+    INDEX_NAME,
+    Index,
+    Model,
+    Store,
+    StrategyName,
+    Where,
+    loaded,
+    loading,
+    write_answer,
+)
 from mainspring.cli.rag_pictures import Encoder, has_pictures, pictures, update_gallery
 
 if TYPE_CHECKING:
@@ -172,22 +181,12 @@ def ask(
 ) -> None:
     """Answer a question from the documents. The answer streams; supported statements carry numbers, listed below."""
     from mainspring.rag.assembly import open_model, open_pipeline
-    from mainspring.rag.pipeline import Answer, Delta
     from mainspring.rag.stores.store import Condition
 
     conditions = [Condition.parse(text) for text in where or ()]
     with loading():
         pipeline = open_pipeline(directory, loaded(strategy), store=store, model=open_model(model))
-    for event in pipeline.ask(question, conditions):
-        if isinstance(event, Delta):
-            sys.stdout.write(event.text)
-        elif isinstance(event, Answer):
-            sys.stdout.write("\n")
-            if event.citations:
-                sys.stdout.write("\n" + "\n".join(dict.fromkeys(map(str, event.citations))) + "\n")
-        else:
-            sys.stdout.write(f" [{event.number}] ")
-        sys.stdout.flush()
+    write_answer(pipeline.ask(question, conditions))
 
 
 @rag.command()

@@ -1,7 +1,9 @@
-"""What several `mainspring rag` commands share: their options, and how a strategy is named."""
+"""What several `mainspring rag` commands share: their options, how a strategy is named and an answer written."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +12,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from mainspring.rag.pipeline import Event
     from mainspring.rag.strategy import Strategy
 
 INDEX_NAME = ".mainspring-rag"
@@ -42,3 +45,19 @@ def loading() -> AbstractContextManager[object]:
     """What a terminal shows while models are read."""
     console = Console(stderr=True)
     return console.status("Loading the models") if console.is_terminal else nullcontext()
+
+
+def write_answer(events: Iterable[Event]) -> None:
+    """Streams an answer to standard output, its citations as numbers, which are listed below it."""
+    from mainspring.rag.pipeline import Answer, Delta
+
+    for event in events:
+        if isinstance(event, Delta):
+            sys.stdout.write(event.text)
+        elif isinstance(event, Answer):
+            sys.stdout.write("\n")
+            if event.citations:
+                sys.stdout.write("\n" + "\n".join(dict.fromkeys(map(str, event.citations))) + "\n")
+        else:
+            sys.stdout.write(f" [{event.number}] ")
+        sys.stdout.flush()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mainspring.cli.rag_options import INDEX_NAME, Index
+from mainspring.cli.rag_options import INDEX_NAME, Index, write_answer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -135,22 +134,12 @@ def ask_picture(
     """Answer a question about a picture from similar pictures' captions and the indexed documents, with citations."""
     from mainspring.rag.assembly import open_model, open_pipeline
     from mainspring.rag.multimodal.answering import ask_about, vision_model
-    from mainspring.rag.pipeline import Answer, Delta
     from mainspring.rag.strategy import load_strategy
 
     shown = _opened(picture)
     gallery = _gallery(directory, encoder)
     pipeline = open_pipeline(directory, load_strategy(strategy), model=open_model(model))
-    for event in ask_about(pipeline, gallery, shown, question, vision_model(vision)):
-        if isinstance(event, Delta):
-            sys.stdout.write(event.text)
-        elif isinstance(event, Answer):
-            sys.stdout.write("\n")
-            if event.citations:
-                sys.stdout.write("\n" + "\n".join(dict.fromkeys(map(str, event.citations))) + "\n")
-        else:
-            sys.stdout.write(f" [{event.number}] ")
-        sys.stdout.flush()
+    write_answer(ask_about(pipeline, gallery, shown, question, vision_model(vision)))
 
 
 def _file(directory: Path) -> Path:

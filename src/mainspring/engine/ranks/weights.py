@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -44,12 +44,9 @@ def load_shard(
     reader = CheckpointReader(directory)
     shapes = hf_shapes(config)
     check_names(reader, shapes, tied=config.tie_word_embeddings)
-    parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, blocks in model.placement.blocks.items():
-            for block in blocks:
-                whole = stored_tensor(reader.entry(block.name), shapes[block.name])
-                block.view(parameters[name]).copy_(_rectangle(whole, block))
+        for _, block, held in _blocks(model, dict(model.named_parameters())):
+            held.copy_(_rectangle(stored_tensor(reader.entry(block.name), shapes[block.name]), block))
     return model.eval()
 
 
@@ -68,12 +65,10 @@ def draw_shard(
     Raises ConfigError: the layout does not fit.
     """
     model = _unfilled(directory, layout, mesh, device, dtype, policy)
-    parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, blocks in model.placement.blocks.items():
-            for block in blocks:
-                place = zlib.crc32(f"{block.name} {block.start}".encode())
-                draw(block.view(parameters[name]), name, torch.Generator(device).manual_seed(place))
+        for parameter, block, held in _blocks(model, dict(model.named_parameters())):
+            place = zlib.crc32(f"{block.name} {block.start}".encode())
+            draw(held, parameter, torch.Generator(device).manual_seed(place))
     return model.eval()
 
 
@@ -95,10 +90,9 @@ def _unfilled(
 def copy_weight(model: ParallelDecoder, parameters: Mapping[str, Tensor], name: str, whole: Tensor) -> None:
     """Replaces what the rank holds of Hugging Face's tensor `name`, given whole. parameters: as the placement names
     them."""
-    for parameter, blocks in model.placement.blocks.items():
-        for block in blocks:
-            if block.name == name:
-                block.view(parameters[parameter]).copy_(_rectangle(whole, block))
+    for _, block, held in _blocks(model, parameters):
+        if block.name == name:
+            held.copy_(_rectangle(whole, block))
 
 
 @torch.no_grad()
@@ -107,20 +101,23 @@ def checksum(model: ParallelDecoder, parameters: Mapping[str, Tensor]) -> str:
     shapes = hf_shapes(model.config)
     places = {name: place for place, name in enumerate(sorted(shapes))}
     sums = torch.zeros(len(shapes), dtype=torch.int64, device=model.device)
-    for parameter, blocks in model.placement.blocks.items():
-        for block in blocks:
-            if _counts(model, block):
-                whole = shapes[block.name]
-                width = whole[1] if len(whole) > 1 else 1
-                column = block.start[1] if len(whole) > 1 else 0
-                first = block.start[0] * width + column
-                sums[places[block.name]] += sum_of_bits(
-                    block.view(parameters[parameter]), first=first, width=width
-                )
+    for _, block, held in _blocks(model, parameters):
+        if _counts(model, block):
+            whole = shapes[block.name]
+            width = whole[1] if len(whole) > 1 else 1
+            column = block.start[1] if len(whole) > 1 else 0
+            sums[places[block.name]] += sum_of_bits(held, first=block.start[0] * width + column, width=width)
     all_reduce(sums, model.mesh.group("world"))
     return digest_of_sums(
         (name, shapes[name], model.dtype, total) for name, total in zip(places, sums.tolist(), strict=True)
     )
+
+
+def _blocks(model: ParallelDecoder, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Block, Tensor]]:
+    """Each rectangle that the rank holds, as (parameter, block, a view of the parameter)."""
+    for parameter, blocks in model.placement.blocks.items():
+        for block in blocks:
+            yield parameter, block, block.view(parameters[parameter])
 
 
 def _counts(model: ParallelDecoder, block: Block) -> bool:
