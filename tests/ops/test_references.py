@@ -13,7 +13,7 @@ from mainspring.errors import BackendError, ConfigError
 from mainspring.ops import KVCache, Policy, TokenBatch
 from mainspring.ops.linear import LINEAR
 from mainspring.ops.packed_attention import packed_attention
-from mainspring.ops.registry import Call, Implementation, Operation, accepts_all
+from mainspring.ops.registry import Call, Implementation, Operation, accepts_floats
 
 REFERENCES = [Policy("lockstep", "reference"), Policy("fast", "reference")]
 both_numerics = pytest.mark.parametrize("policy", REFERENCES, ids=lambda p: p.numerics)
@@ -232,7 +232,7 @@ def test_the_first_backend_that_does_not_refuse_serves() -> None:
     operation = Operation(
         "answer",
         Implementation("picky", lambda: 1, lambda call: "too warm" if call.needs_grad else None),
-        Implementation("plain", lambda: 2, accepts_all),
+        Implementation("plain", lambda: 2, accepts_floats),
     )
     assert operation.select(torch.zeros(1), Policy())() == 1
     assert operation.select(torch.zeros(1), Policy(), needs_grad=True)() == 2

@@ -5,8 +5,7 @@ Every function takes `policy`: its numerics ("lockstep" or "fast") and, for test
 
 from mainspring.ops.adjust_logits import adjust_logits
 from mainspring.ops.attention import attention
-from mainspring.ops.batch import KVCache, TokenBatch
-from mainspring.ops.checks import check_block_tables
+from mainspring.ops.batch import KVCache, TokenBatch, check_block_tables
 from mainspring.ops.cross_entropy import cross_entropy
 from mainspring.ops.grouped_linear import grouped_linear
 from mainspring.ops.linear import linear

@@ -3,36 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mainspring.errors import BackendError
+from mainspring.ops.adamw_parameter import AdamWParameter
+from mainspring.ops.checks import described, reject
 from mainspring.ops.policy import LOCKSTEP, Policy
-from mainspring.ops.registry import Implementation, Operation, accepts_all
+from mainspring.ops.registry import Implementation, Operation, accepts_floats
 from mainspring.ops.triton.support import refuses as triton_refuses
-
-
-@dataclass(frozen=True)
-class AdamWParameter:
-    """A weight and its state, of one shape and contiguous.
-
-    master: float32, updated in place; None if the weight is the parameter itself. exp_avg, exp_avg_sq: running means
-    of the gradient and of its square, both float32, or both uint8 codes with their scales (zeros to begin with).
-    weight: a rounded copy of the master in a narrower dtype that is refreshed with it, or the parameter, or None.
-    exp_avg_scale, exp_avg_sq_scale: float32, one for each 256 elements of a uint8 state.
-    Only the Triton kernel takes parameters without masters and states in 8 bits.
-    """
-
-    master: Tensor | None
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    weight_decay: float
-    weight: Tensor | None = None
-    exp_avg_scale: Tensor | None = None
-    exp_avg_sq_scale: Tensor | None = None
 
 
 class AdamW(Protocol):
@@ -59,13 +40,21 @@ class TorchAdamW:
     """torch's fused kernel, for float32 masters and states."""
 
     def __init__(self, parameters: Sequence[AdamWParameter]) -> None:
-        """Raises BackendError for parameters without masters and for 8-bit states."""
+        """Raises BackendError for parameters without masters, for 8-bit states and for tensors of several shapes."""
         self._parameters = tuple(parameters)
         self._masters = [p.master for p in parameters if p.master is not None]
         if len(self._masters) < len(parameters) or any(
             p.exp_avg.dtype is not torch.float32 for p in parameters
         ):
             raise BackendError("adamw: torch's kernel takes float32 masters and states only")
+        for p, master in zip(parameters, self._masters, strict=True):
+            for tensor in (master, p.exp_avg, p.exp_avg_sq, *(() if p.weight is None else (p.weight,))):
+                if tensor.shape != master.shape or tensor.device != master.device:
+                    raise reject(
+                        "adamw", f"a state or weight {described(tensor)} beside a master {described(master)}"
+                    )
+            if not master.dtype is p.exp_avg_sq.dtype is torch.float32:
+                raise reject("adamw", "torch's kernel takes float32 masters and states only")
 
     def prepare(self, gradients: Sequence[Tensor | None]) -> None:
         """Nothing is to be prepared."""
@@ -82,7 +71,17 @@ class TorchAdamW:
         eps: float,
         grad_scale: float = 1.0,
     ) -> None:
-        """One update, the `step`-th (from 1). gradients: one a parameter, each times grad_scale; None skips one."""
+        """One update, the `step`-th (from 1). gradients: one a parameter, each times grad_scale; None skips one.
+
+        Raises BackendError for gradients that are not one a parameter and of its shape, and for a step below 1.
+        """
+        if step < 1:
+            raise reject("adamw", f"steps count from 1, got {step}")
+        if len(gradients) != len(self._parameters):
+            raise reject("adamw", f"{len(gradients)} gradients for {len(self._parameters)} parameters")
+        for master, gradient in zip(self._masters, gradients, strict=True):
+            if gradient is not None and (gradient.shape != master.shape or not gradient.is_floating_point()):
+                raise reject("adamw", f"a gradient {described(gradient)} for a parameter {described(master)}")
         for decay in dict.fromkeys(p.weight_decay for p in self._parameters):
             moved = [
                 (p, master, g.float() * grad_scale if grad_scale != 1.0 else g.float())
@@ -111,10 +110,12 @@ def _triton(parameters: Sequence[AdamWParameter]) -> AdamW:
 ADAMW: Operation[[Sequence[AdamWParameter]], AdamW] = Operation(
     "adamw",
     Implementation("triton", _triton, triton_refuses),
-    Implementation("torch", TorchAdamW, accepts_all),
+    Implementation("torch", TorchAdamW, accepts_floats),
 )
 
 
 def make_adamw(parameters: Sequence[AdamWParameter], policy: Policy = LOCKSTEP) -> AdamW:
-    """What moves the parameters on their device; there must be one at least."""
+    """What moves the parameters on their device. Raises BackendError for none, and for what no backend takes."""
+    if not parameters:
+        raise reject("adamw", "there are no parameters")
     return ADAMW.select(parameters[0].exp_avg, policy)(parameters)

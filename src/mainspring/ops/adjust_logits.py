@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from mainspring.errors import BackendError
+from mainspring.ops.checks import check_indices
 from mainspring.ops.cpu.adjust_logits import adjust_logits as cpu_adjust_logits
 from mainspring.ops.policy import LOCKSTEP, Policy
-from mainspring.ops.registry import Call, Implementation, Operation, accepts_all
+from mainspring.ops.registry import Call, Implementation, Operation, accepts_floats
 from mainspring.ops.sampling_tensors import SamplingTensors
 from mainspring.ops.triton.support import refuses as triton_refuses
 
@@ -44,6 +45,8 @@ def adjust_logits(
     Raises:
         BackendError: a tensor is of another shape or dtype.
     """
+    if logits.dim() != 2:
+        raise BackendError(f"adjust_logits: logits must be [N, V] float32, not {tuple(logits.shape)}")
     rows, v = logits.shape
     if logits.dtype is not torch.float32 or seats.dtype is not torch.int64 or seats.shape != (rows,):
         raise BackendError(
@@ -61,6 +64,11 @@ def adjust_logits(
             raise BackendError(
                 f"adjust_logits: {name} must be {list(shape)} of {dtype}, not {list(tensor.shape)} of {tensor.dtype}"
             )
+    if params.rows.device != logits.device:
+        raise BackendError(
+            f"adjust_logits: logits are on {logits.device}, their parameters on {params.rows.device}"
+        )
+    check_indices("adjust_logits", "seat", seats, num_seats)
     return ADJUST_LOGITS.select(logits, policy)(logits, params, seats, history, bias, bitmask)
 
 
@@ -110,5 +118,5 @@ ADJUST_LOGITS = Operation(
     "adjust_logits",
     Implementation("cpu", cpu_adjust_logits, cpu_refuses),
     Implementation("triton", _triton, triton_refuses),
-    Implementation("reference", reference, accepts_all),
+    Implementation("reference", reference, accepts_floats),
 )

@@ -18,6 +18,7 @@ from mainspring.errors import BackendError
 from mainspring.ops import library
 from mainspring.ops.batch import KVCache, TokenBatch
 from mainspring.ops.canonical_attention import Backend, canonical_attention
+from mainspring.ops.checks import check_heads, described, reject
 from mainspring.ops.cpu import attention as cpu
 from mainspring.ops.cpu.support import refuses
 from mainspring.ops.cuda.support import CANONICAL_HEAD_SIZES
@@ -28,7 +29,7 @@ from mainspring.ops.packed_attention import MAX_LENGTH, packed_attention
 from mainspring.ops.paged_attention import paged_attention
 from mainspring.ops.policy import LOCKSTEP, Policy
 from mainspring.ops.precision import accumulator
-from mainspring.ops.registry import Call, Implementation, Operation, accepts_all, any_requires_grad
+from mainspring.ops.registry import Call, Implementation, Operation, accepts_floats, any_requires_grad
 from mainspring.ops.triton.support import refuses as triton_serves_not
 from mainspring.ops.triton.support import refuses_fast_training as triton_refuses
 
@@ -54,9 +55,10 @@ def attention(
     j <= p, and with a window only if j > p - window. With a paged cache, k and v are written to layer
     `layer` of it first, and all of the sequence's cached keys are attended to; None for both says that they
     have been written (`norm_rope_write_cache`).
+
+    Raises BackendError for shapes, dtypes, a device or an option that no backend takes, before anything is launched.
     """
-    if batch.cache is None and (k is None or v is None):
-        raise BackendError("attention: without a cache there must be keys and values")
+    _check(q, k, v, batch, layer, scale, window)
     needs_grad = any_requires_grad(q, k, v)
     if batch.cache is not None and needs_grad:
         raise BackendError(
@@ -70,6 +72,48 @@ def attention(
     return run(q, k, v, batch, layer, scale, window, policy)
 
 
+def _check(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    batch: TokenBatch,
+    layer: int,
+    scale: float,
+    window: int | None,
+) -> None:
+    """What holds for every backend; each adds its own limits."""
+    if (k is None) != (v is None) or (k is None and batch.cache is None):
+        raise reject(
+            "attention", "there must be keys and values, or with a cache that holds them already neither"
+        )
+    if k is not None and v is not None:
+        check_heads("attention", q, k, v)
+    keys = k
+    if batch.cache is not None:
+        if not 0 <= layer < len(batch.cache.k):
+            raise reject("attention", f"layer {layer} of a cache with {len(batch.cache.k)} layers")
+        keys = batch.cache.k[layer]
+        if k is not None and k.shape[1:] != keys.shape[2:]:
+            raise reject("attention", f"k {tuple(k.shape)} does not fit a cache of {tuple(keys.shape)}")
+    assert keys is not None  # of the stream or of the cache
+    if q.dim() != 3 or q.shape[2] != keys.shape[-1] or keys.shape[-2] == 0 or q.shape[1] % keys.shape[-2]:
+        raise reject(
+            "attention",
+            f"q {described(q)} must be [T, Hq, D] with the D of the keys, and their {keys.shape[-2]} heads of "
+            f"{keys.shape[-1]} divide the Hq",
+        )
+    if q.shape[0] != batch.num_tokens or q.device != batch.positions.device:
+        raise reject(
+            "attention",
+            f"q {described(q)} is not the {batch.num_tokens} tokens of its batch on {batch.positions.device}",
+        )
+    if not scale > 0 or (window is not None and window < 1):
+        raise reject(
+            "attention",
+            f"scale must be above 0, not {scale}, and window at least 1 key or None, not {window}",
+        )
+
+
 def reference(
     q: Tensor,
     k: Tensor | None,
@@ -81,6 +125,10 @@ def reference(
     policy: Policy,
 ) -> Tensor:
     """The formula in PyTorch; sequence by sequence, except that "fast" batches sequences of equal shape."""
+    if batch.cache is not None and batch.cache.k[layer].dtype is not q.dtype:
+        raise reject(
+            "attention", f"the reference has no cache of {batch.cache.k[layer].dtype} for q of {q.dtype}"
+        )
     if batch.cache is not None and k is not None and v is not None:
         _write_cache(k, v, batch, layer, batch.cache)
     if policy.numerics == "fast":
@@ -324,5 +372,5 @@ ATTENTION = Operation(
     Implementation("flash", _flash, _refuses_flash),
     Implementation("cuda", partial(_kernels, "cuda"), _refuses_cuda),
     Implementation("triton", partial(_kernels, "triton"), triton_refuses),
-    Implementation("reference", reference, accepts_all),
+    Implementation("reference", reference, accepts_floats),
 )

@@ -1,14 +1,19 @@
-"""Checks that read tensors on the host, and so wait for the device: made where MAINSPRING_DEBUG=1 asks for them."""
+"""What the arguments of an operation must be, whichever backend serves it: errors with the value and what is supported.
+
+Kernels trust addresses that they are handed, so shapes, dtypes and devices are looked at before any launch. What can be
+told only from a tensor's values is read where that waits for nothing, on the CPU, and on a device where
+MAINSPRING_DEBUG=1 asks for it.
+"""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from itertools import pairwise
+
+import torch
+from torch import Tensor
 
 from mainspring.errors import BackendError
-
-if TYPE_CHECKING:
-    from mainspring.ops.batch import TokenBatch
 
 
 def debugging() -> bool:
@@ -16,38 +21,106 @@ def debugging() -> bool:
     return os.environ.get("MAINSPRING_DEBUG") == "1"
 
 
-def check_block_tables(batch: TokenBatch) -> None:
-    """Raises BackendError if a block table, a slot or a context of a paged batch points outside its cache.
+def reject(operation: str, problem: str) -> BackendError:
+    """An error that names the operation and what is wrong with its arguments."""
+    return BackendError(f"{operation}: {problem}")
 
-    Kernels trust these numbers: a wrong one reads or overwrites another sequence's keys, or memory that is no cache
-    at all. Every entry that a context reaches must be one of the cache's blocks, a slot one of its places (a negative
-    slot means that nothing is written), and two tokens must not write to one slot (block 0, the null block, excepted).
-    With MAINSPRING_DEBUG=1 each TokenBatch is checked when it is made; call it too where a captured graph's tables
-    change under the batch.
+
+def described(tensor: Tensor) -> str:
+    """dtype, shape and device, as errors show them."""
+    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+
+
+def check_product(operation: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """x: [M, K], weight: [N, K], bias: [N], of one dtype on one device. Raises BackendError."""
+    if (
+        x.dim() != 2
+        or weight.dim() != 2
+        or weight.shape[1] != x.shape[1]
+        or weight.dtype is not x.dtype
+        or weight.device != x.device
+    ):
+        raise reject(
+            operation,
+            f"weight {described(weight)} does not fit x {described(x)}: they must be [N, K] and [M, K]",
+        )
+    if bias is not None and (
+        bias.shape != weight.shape[:1] or bias.dtype is not x.dtype or bias.device != x.device
+    ):
+        raise reject(operation, f"bias must be [{weight.shape[0]}] of {x.dtype}, not {described(bias)}")
+
+
+def check_norm(operation: str, x: Tensor, weight: Tensor, eps: float) -> None:
+    """x: [..., H], weight: [H], of one dtype on one device; eps at least 0. Raises BackendError."""
+    if (
+        x.dim() == 0
+        or weight.shape != x.shape[-1:]
+        or weight.dtype is not x.dtype
+        or weight.device != x.device
+    ):
+        raise reject(
+            operation, f"weight must be [{x.shape[-1] if x.dim() else 'H'}] of {x.dtype} on {x.device} for "
+            f"x {tuple(x.shape)}, not {described(weight)}"
+        )  # fmt: skip
+    if not eps >= 0:
+        raise reject(operation, f"eps must be at least 0, not {eps}")
+
+
+def check_heads(operation: str, q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
+    """q: [T, Hq, D], k and v: [T, Hkv, D], of one dtype on one device. Raises BackendError."""
+    others = (k,) if v is None else (k, v)
+    for name, x in zip(("k", "v"), others, strict=False):
+        if (
+            q.dim() != 3
+            or x.shape != (q.shape[0], k.shape[1], q.shape[2])
+            or x.dtype is not q.dtype
+            or x.device != q.device
+        ):
+            raise reject(
+                operation,
+                f"{name} {described(x)} does not fit q {described(q)}: they must be [T, Hkv, D] and [T, Hq, D]",
+            )
+
+
+def check_targets(operation: str, targets: Tensor, rows: Tensor) -> None:
+    """targets: [M] int64 for rows: [M, ...], on one device. Raises BackendError."""
+    if targets.dtype is not torch.int64 or targets.shape != rows.shape[:1] or targets.device != rows.device:
+        raise reject(
+            operation, f"targets must be [{rows.shape[0]}] int64 on {rows.device}, not {described(targets)}"
+        )
+
+
+def check_indices(operation: str, what: str, index: Tensor, limit: int, ignored: int | None = None) -> None:
+    """Every element lies from 0 to limit - 1, or is `ignored`. Raises BackendError with the first that does not.
+
+    Reads the index where that is free, on the CPU, or where MAINSPRING_DEBUG=1 asks for it.
     """
-    if batch.cache is None or batch.slots is None or batch.block_tables is None:
+    if not index.is_cpu and not (debugging() and not torch.cuda.is_current_stream_capturing()):
         return
-    size, blocks = batch.cache.block_size, batch.cache.num_blocks
-    tables, contexts = batch.block_tables.tolist(), batch.context_lens.tolist()
-    if len(tables) != len(contexts):
-        raise BackendError(f"block tables of {len(tables)} sequences, contexts of {len(contexts)}")
-    for s, (table, context) in enumerate(zip(tables, contexts, strict=True)):
-        needed = -(-context // size)
-        if context < 0 or needed > len(table):
-            raise BackendError(
-                f"sequence {s} has {context} keys; {len(table)} blocks of {size} hold 0 to {len(table) * size}"
-            )
-        for place, block in enumerate(table[:needed]):
-            if not 0 <= block < blocks:
-                raise BackendError(
-                    f"block table of sequence {s} names block {block} at {place}; "
-                    f"the cache has blocks 0 to {blocks - 1}"
-                )
-    writers: dict[int, int] = {}
-    for token, slot in enumerate(batch.slots.tolist()):
-        if slot >= blocks * size:
-            raise BackendError(
-                f"token {token} writes to slot {slot}; the cache has slots 0 to {blocks * size - 1}"
-            )
-        if slot >= size and writers.setdefault(slot, token) != token:
-            raise BackendError(f"tokens {writers[slot]} and {token} both write to slot {slot}")
+    outside = (index < 0) | (index >= limit)
+    if ignored is not None:
+        outside &= index != ignored
+    if bool(outside.any()):
+        place = int(outside.flatten().nonzero()[0])
+        left_out = "" if ignored is None else f", or {ignored} for none"
+        raise reject(
+            operation,
+            f"{what} {int(index.flatten()[place])} at {place} lies outside 0 to {limit - 1}{left_out}",
+        )
+
+
+def check_boundaries(
+    operation: str, what: str, boundaries: Tensor, end: int, longest: int | None = None
+) -> None:
+    """Boundaries rise from 0 to `end`, in steps of at most `longest`. Raises BackendError; read as
+    in `check_indices`."""
+    if not boundaries.is_cpu and not (debugging() and not torch.cuda.is_current_stream_capturing()):
+        return
+    found = boundaries.tolist()
+    steps = [b - a for a, b in pairwise(found)]
+    if not found or found[0] != 0 or found[-1] != end or min(steps, default=0) < 0:
+        raise reject(operation, f"{what} must rise from 0 to {end}, not {found[:16]}")
+    if longest is not None and max(steps, default=0) > longest:
+        raise reject(
+            operation, f"{what} has a sequence of {max(steps)}, and at most {longest} were announced"
+        )

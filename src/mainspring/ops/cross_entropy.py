@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mainspring.errors import BackendError
 from mainspring.ops import library
+from mainspring.ops.checks import check_indices, check_product, check_targets
 from mainspring.ops.log_probs import recomputed_gradients
 from mainspring.ops.logit_loss import (
     IGNORE_INDEX,
@@ -50,7 +51,7 @@ def cross_entropy(
     options = LossOptions(
         softcap=softcap, label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index
     )
-    _check(hidden, weight, targets, reduction)
+    _check(hidden, weight, targets, reduction, ignore_index)
     if library.is_traced():
         if reduction == "none":
             return library.row_cross_entropy(hidden, weight, targets, options, policy)
@@ -83,23 +84,15 @@ def reference(hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOpti
     return losses + torch.where(targets != options.ignore_index, penalty, 0)
 
 
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> None:
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str, ignore_index: int) -> None:
     if reduction not in ("mean", "sum", "none"):
         raise BackendError(f"cross_entropy: reduction must be 'mean', 'sum' or 'none', not {reduction!r}")
-    if (
-        hidden.dim() != 2
-        or weight.dim() != 2
-        or weight.shape[1] != hidden.shape[1]
-        or weight.dtype is not hidden.dtype
-    ):
-        raise BackendError(
-            f"cross_entropy: weight {weight.dtype} {tuple(weight.shape)} does not fit "
-            f"hidden {hidden.dtype} {tuple(hidden.shape)}"
-        )
-    if targets.dtype is not torch.int64 or targets.shape != hidden.shape[:1]:
-        raise BackendError(
-            f"cross_entropy: targets must be [{hidden.shape[0]}] int64, not {tuple(targets.shape)} of {targets.dtype}"
-        )
+    if not hidden.is_floating_point():
+        raise BackendError(f"cross_entropy: computes in floating dtypes, not in {hidden.dtype}")
+    check_product("cross_entropy", hidden, weight)
+    check_targets("cross_entropy", targets, hidden)
+    if not library.is_traced():
+        check_indices("cross_entropy", "target", targets, weight.shape[0], ignored=ignore_index)
 
 
 def loss_and_gradients(

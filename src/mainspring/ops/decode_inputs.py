@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from mainspring.errors import BackendError
+from mainspring.ops.checks import check_indices, described
 from mainspring.ops.policy import LOCKSTEP, Policy
-from mainspring.ops.registry import Call, Implementation, Operation, accepts_all
+from mainspring.ops.registry import Call, Implementation, Operation
 from mainspring.ops.triton.support import refuses as triton_refuses
 
 
@@ -48,13 +49,32 @@ def decode_inputs(
             raise BackendError(f"decode_inputs: {name} must be a contiguous table of int32")
     if not 0 < width <= blocks.shape[1]:
         raise BackendError(f"decode_inputs: width {width} must lie between 1 and {blocks.shape[1]}")
+    if block_size < 1 or not rows.device == tokens.device == blocks.device:
+        raise BackendError(
+            f"decode_inputs: blocks must hold 1 key or more, not {block_size}, and all be on one device, not on "
+            f"{rows.device}, {tokens.device} and {blocks.device}"
+        )
+    check_indices("decode_inputs", "seat", rows[0], min(tokens.shape[0], blocks.shape[0]))
+    check_indices("decode_inputs", "position", rows[1], min(tokens.shape[1], blocks.shape[1] * block_size))
     return DECODE_INPUTS.select(rows, policy)(rows, tokens, blocks, block_size, width)
 
 
 def put_tokens(
     table: Tensor, seats: Tensor, positions: Tensor, tokens: Tensor, *, policy: Policy = LOCKSTEP
 ) -> None:
-    """table[seats[n], positions[n]] = tokens[n]. table: [S, P] int32, contiguous; the others [N] int64."""
+    """table[seats[n], positions[n]] = tokens[n]. table: [S, P] int32, contiguous; the others [N] int64.
+
+    Raises BackendError.
+    """
+    if table.dim() != 2 or table.dtype is not torch.int32 or not table.is_contiguous():
+        raise BackendError("put_tokens: the table must be a contiguous [S, P] of int32")
+    for name, index in (("seats", seats), ("positions", positions), ("tokens", tokens)):
+        if index.dtype is not torch.int64 or index.shape != seats.shape[:1] or index.device != table.device:
+            raise BackendError(
+                f"put_tokens: {name} must be {list(seats.shape[:1])} int64 on {table.device}, not {described(index)}"
+            )
+    check_indices("put_tokens", "seat", seats, table.shape[0])
+    check_indices("put_tokens", "position", positions, table.shape[1])
     PUT_TOKENS.select(table, policy)(table, seats, positions, tokens)
 
 
@@ -95,10 +115,10 @@ def _refuses(call: Call) -> str | None:
 DECODE_INPUTS = Operation(
     "decode_inputs",
     Implementation("triton", _triton, _refuses),
-    Implementation("reference", reference, accepts_all),
+    Implementation("reference", reference, lambda call: None),
 )
 PUT_TOKENS = Operation(
     "put_tokens",
     Implementation("triton", _triton_put, _refuses),
-    Implementation("reference", put_reference, accepts_all),
+    Implementation("reference", put_reference, lambda call: None),
 )

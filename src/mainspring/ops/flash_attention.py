@@ -14,11 +14,12 @@ from torch import Tensor
 
 from mainspring.errors import BackendError
 from mainspring.ops import flash_reference
+from mainspring.ops.checks import check_boundaries
 from mainspring.ops.cuda.support import refuses as cuda_refuses
 from mainspring.ops.library.support import is_traced
 from mainspring.ops.policy import FAST, Policy
 from mainspring.ops.precision import accumulator
-from mainspring.ops.registry import Call, Implementation, Operation, accepts_all, any_requires_grad
+from mainspring.ops.registry import Call, Implementation, Operation, accepts_floats, any_requires_grad
 from mainspring.ops.triton.support import refuses as triton_refuses
 
 ORDERED_KEYS = 2048  # of a sequence
@@ -68,6 +69,9 @@ def flash_attention(
         BackendError: a dtype, shape or option that no backend takes.
     """
     _check(q, k, v, cu_q, cu_k, scale, window, softcap)
+    if not is_traced():
+        check_boundaries("flash_attention", "cu_q", cu_q, q.shape[0], max_q)
+        check_boundaries("flash_attention", "cu_k", cu_k, k.shape[0], max_k)
     arguments = (
         q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, window or 0, softcap or 0.0, deterministic, policy.backend,
     )  # fmt: skip
@@ -343,11 +347,11 @@ FLASH_ATTENTION = Operation(
     "flash_attention",
     Implementation("cuda", _cuda, cuda_refuses),
     Implementation("triton", _triton, triton_refuses),
-    Implementation("reference", reference, accepts_all),
+    Implementation("reference", reference, accepts_floats),
 )
 FLASH_ATTENTION_BACKWARD = Operation(
     "flash_attention_backward",
     Implementation("cuda", _cuda_backward, cuda_refuses),
     Implementation("triton", _triton_backward, triton_refuses),
-    Implementation("reference", backward_reference, accepts_all),
+    Implementation("reference", backward_reference, accepts_floats),
 )

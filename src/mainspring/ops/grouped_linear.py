@@ -11,12 +11,13 @@ from torch import Tensor
 
 from mainspring.errors import BackendError
 from mainspring.ops import library
+from mainspring.ops.checks import check_boundaries, described
 from mainspring.ops.cpu.grouped_linear import grouped_linear as cpu_grouped_linear
 from mainspring.ops.cpu.support import refuses
 from mainspring.ops.cuda.support import refuses as cuda_refuses
 from mainspring.ops.linear import linear
 from mainspring.ops.policy import LOCKSTEP, Policy
-from mainspring.ops.registry import Implementation, Operation, accepts_all, any_requires_grad
+from mainspring.ops.registry import Implementation, Operation, accepts_floats, any_requires_grad
 from mainspring.ops.routing import Routing, combine_reference
 from mainspring.ops.triton.support import refuses as triton_refuses
 
@@ -35,6 +36,17 @@ def grouped_linear(
     Raises:
         BackendError: counts, weight or gather do not fit x.
     """
+    if (
+        x.dim() != 2
+        or weight.dim() != 3
+        or weight.shape[2] != x.shape[1]
+        or weight.dtype is not x.dtype
+        or weight.device != x.device
+    ):
+        raise BackendError(
+            f"grouped_linear: weight {described(weight)} does not fit x {described(x)}: they must be [E, N, K] and "
+            "[R, K]"
+        )
     rows = x.shape[0] if gather is None else gather.order.shape[0]
     if gather is not None and gather.experts.shape[0] != x.shape[0]:
         raise BackendError(
@@ -54,6 +66,8 @@ def grouped_linear(
                 f"grouped_linear: counts must be {weight.shape[0]} numbers of {rows} rows in all, not {counts}"
             )
         offsets = torch.tensor(list(accumulate(counts, initial=0)), dtype=torch.int32, device=x.device)
+    if not library.is_traced():
+        check_boundaries("grouped_linear", "offsets", offsets, rows)
     index, places = (None, None) if gather is None else (gather.tokens, gather.places)
     if library.is_traced():
         return library.grouped_linear(x, weight, offsets, index, places, policy)
@@ -192,12 +206,12 @@ GROUPED_LINEAR = Operation(
     Implementation("cuda", _cuda, cuda_refuses),  # what it does not serve it hands to Triton's
     # Also where numerics are fast: the reference's loop waits for the host, and cuBLAS for its small products.
     Implementation("triton", _triton, triton_refuses),
-    Implementation("reference", reference, accepts_all),
+    Implementation("reference", reference, accepts_floats),
 )
 GROUPED_LINEAR_BACKWARD = Operation(
     "grouped_linear_backward",
     Implementation("cpu", backward_reference, refuses),
     Implementation("cuda", _cuda_backward, cuda_refuses),
     Implementation("triton", _triton_backward, triton_refuses),
-    Implementation("reference", backward_reference, accepts_all),
+    Implementation("reference", backward_reference, accepts_floats),
 )

@@ -10,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mainspring.errors import BackendError
 from mainspring.ops import library
+from mainspring.ops.checks import check_product
 from mainspring.ops.cpu.linear import linear as cpu_linear
 from mainspring.ops.cpu.support import refuses
 from mainspring.ops.cuda import support as cuda_support
 from mainspring.ops.policy import LOCKSTEP, Policy
 from mainspring.ops.quantised_linear import QUANTISED_LINEAR, QuantisedWeight
-from mainspring.ops.registry import Call, Implementation, Operation, accepts_all, any_requires_grad
+from mainspring.ops.registry import Call, Implementation, Operation, accepts_floats, any_requires_grad
 from mainspring.ops.triton.support import refuses_fast_numerics as triton_refuses
 
 ROW_TILE = 16  # rows of the reference's lockstep GEMM: every call it makes has a multiple of this many
@@ -35,8 +37,10 @@ def linear(
     """x: [M, K] (rows may be strided), weight: [N, K], bias: [N] -> [M, N] in out_dtype (x's by default).
 
     Accumulates in fp32. In lockstep each row of the result is bitwise the same for every M. A quantised weight is
-    multiplied as `quantised_linear` says.
+    multiplied as `quantised_linear` says. Raises BackendError for what the backend that serves it does not take.
     """
+    if out_dtype is not None and not out_dtype.is_floating_point:
+        raise BackendError(f"linear: out_dtype must be a floating dtype, not {out_dtype}")
     if isinstance(weight, QuantisedWeight):
         product = QUANTISED_LINEAR.select(x, policy, any_requires_grad(x, bias))
         return product(x, weight, bias, out_dtype, policy)
@@ -49,7 +53,8 @@ def linear(
 def reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None, policy: Policy
 ) -> Tensor:
-    """The formula by torch's GEMM; in lockstep over row tiles whose shape does not depend on M."""
+    """The formula by torch's GEMM; in lockstep over row tiles whose shape does not depend on M. Raises BackendError."""
+    check_product("linear", x, weight, bias)
     if policy.numerics == "fast":
         return _free_order(x, weight, bias, out_dtype)
     y = reference_rows(x, weight, bias)
@@ -128,6 +133,8 @@ class _KernelLinear(torch.autograd.Function):
 def _cpu(
     x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None, policy: Policy
 ) -> Tensor:
+    if x.dim() != 2 or weight.dim() != 2:  # the kernel itself takes rows of any shape
+        check_product("linear", x, weight)
     if any_requires_grad(x, weight, bias):
         result: Tensor = _KernelLinear.apply(cpu_linear, x, weight, bias, out_dtype)
         return result
@@ -184,5 +191,5 @@ LINEAR = Operation(
         "cuda", _cuda, cuda_refuses
     ),  # few rows; many it hands to Triton's, whose bits are the same
     Implementation("triton", _triton, triton_refuses),
-    Implementation("reference", reference, accepts_all),
+    Implementation("reference", reference, accepts_floats),
 )

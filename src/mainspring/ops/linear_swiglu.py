@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from mainspring.errors import BackendError
 from mainspring.ops import library
 from mainspring.ops.cpu.support import refuses
 from mainspring.ops.cuda import support as cuda_support
 from mainspring.ops.linear import linear
 from mainspring.ops.policy import LOCKSTEP, Policy
-from mainspring.ops.registry import Call, Implementation, Operation, accepts_all, any_requires_grad
+from mainspring.ops.registry import Call, Implementation, Operation, accepts_floats, any_requires_grad
 from mainspring.ops.swiglu import swiglu
 from mainspring.ops.triton.support import refuses_fast_numerics as triton_refuses
 
@@ -19,8 +20,10 @@ def linear_swiglu(
 ) -> Tensor:
     """x: [M, K], weight: [2 · I, K], bias: [2 · I], the gate's rows first -> [M, I].
 
-    In lockstep bitwise `swiglu(linear(x, weight, bias))`, whichever backend serves it.
+    In lockstep bitwise `swiglu(linear(x, weight, bias))`, whichever backend serves it. Raises BackendError.
     """
+    if weight.shape[0] % 2:
+        raise BackendError(f"linear_swiglu: weight must be [2 I, K], not {tuple(weight.shape)}")
     if library.is_traced():
         return two_operations(x, weight, bias, policy)
     run = LINEAR_SWIGLU.select(x, policy, any_requires_grad(x, weight, bias))
@@ -54,5 +57,5 @@ LINEAR_SWIGLU = Operation(
     Implementation("cuda", _cuda, cuda_refuses),  # few rows
     Implementation("cpu", two_operations, refuses),
     Implementation("triton", two_operations, triton_refuses),
-    Implementation("reference", two_operations, accepts_all),
+    Implementation("reference", two_operations, accepts_floats),
 )

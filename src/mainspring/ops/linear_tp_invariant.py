@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from mainspring.errors import BackendError
+from mainspring.ops.checks import check_product
 from mainspring.ops.cuda.support import refuses as cuda_refuses
 from mainspring.ops.linear import _KernelLinear, reference_rows
 from mainspring.ops.policy import LOCKSTEP, Policy
-from mainspring.ops.registry import Implementation, Operation, accepts_all, any_requires_grad
+from mainspring.ops.registry import Implementation, Operation, accepts_floats, any_requires_grad
 from mainspring.ops.triton.support import refuses as triton_refuses
 
 SEGMENTS = 8
@@ -38,9 +39,9 @@ def linear_tp_invariant(
     depend on the other rows.
 
     Raises:
-        BackendError: segments is not 1, 2, 4 or 8, or does not divide K.
+        BackendError: segments is not 1, 2, 4 or 8, or does not divide K; weight or bias do not fit x.
     """
-    _check(x, segments)
+    _check(x, weight, bias, segments)
     run = LINEAR_TP_INVARIANT.select(x, policy, any_requires_grad(x, weight, bias))
     return run(x, weight, bias, out_dtype or x.dtype, segments)
 
@@ -58,7 +59,7 @@ def linear_tp_partial(
     if degree < 1 or segments % degree:
         raise BackendError(f"linear_tp_partial: degree {degree} does not divide {segments} segments")
     own = segments // degree
-    _check(x, own)
+    _check(x, weight, None, own)
     run = LINEAR_TP_INVARIANT.select(x, policy, any_requires_grad(x, weight))
     return run(x, weight, None, torch.float32, own)
 
@@ -71,12 +72,16 @@ def join_tp_partials(
     partials: [M, N] float32 each; a power of two of them.
 
     Raises:
-        BackendError: their number is not a power of two.
+        BackendError: their number is not a power of two, or they differ in shape.
     """
     level = list(partials)
     if not level or len(level) & (len(level) - 1):
         raise BackendError(
             f"join_tp_partials: the number of partial sums must be a power of two, not {len(level)}"
+        )
+    if any(p.shape != level[0].shape or p.dtype is not level[0].dtype for p in level):
+        raise BackendError(
+            f"join_tp_partials: sums differ in shape or dtype: {[f'{p.dtype} {tuple(p.shape)}' for p in level]}"
         )
     while len(level) > 1:
         level = [left + right for left, right in zip(level[::2], level[1::2], strict=True)]
@@ -84,7 +89,8 @@ def join_tp_partials(
     return whole.to(out_dtype)
 
 
-def _check(x: Tensor, segments: int) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, segments: int) -> None:
+    check_product("linear_tp_invariant", x, weight, bias)
     if segments not in (1, 2, 4, 8) or x.shape[1] % segments or not x.shape[1]:
         raise BackendError(
             f"linear_tp_invariant: K = {x.shape[1]} must be cut into 1, 2, 4 or 8 equal segments, not {segments}"
@@ -132,5 +138,5 @@ LINEAR_TP_INVARIANT = Operation(
         "cuda", _cuda, cuda_refuses
     ),  # few rows; many it hands to Triton's, whose bits are the same
     Implementation("triton", _triton, triton_refuses),
-    Implementation("reference", reference, accepts_all),
+    Implementation("reference", reference, accepts_floats),
 )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mainspring.ops import library
+from mainspring.ops.checks import check_indices, check_product, check_targets, described, reject
 from mainspring.ops.cpu import log_probs as cpu
 from mainspring.ops.cpu.support import refuses
 from mainspring.ops.linear import linear
@@ -21,7 +22,7 @@ from mainspring.ops.logit_loss import (
 from mainspring.ops.policy import LOCKSTEP, Policy
 from mainspring.ops.precision import accumulator
 from mainspring.ops.quantised_linear import QuantisedWeight
-from mainspring.ops.registry import Implementation, Operation, accepts_all, any_requires_grad
+from mainspring.ops.registry import Implementation, Operation, accepts_floats, any_requires_grad
 from mainspring.ops.triton.support import refuses as triton_refuses
 
 
@@ -30,8 +31,9 @@ def token_log_probs(
 ) -> Tensor:
     """logits: [M, V] float32, targets: [M] int64 -> [M] float32: log softmax(logits / temperature)[target].
 
-    Differentiable once.
+    Differentiable once. Raises BackendError.
     """
+    _check_logits(logits, targets, temperature)
     if library.is_traced():
         return library.token_log_probs(logits, targets, temperature, policy)
     if not any_requires_grad(logits):
@@ -45,8 +47,9 @@ def token_log_probs_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """(token_log_probs to the same bits, entropy in nats of softmax(logits / temperature)), each [M] float32.
 
-    Both are differentiable once.
+    Both are differentiable once. Raises BackendError.
     """
+    _check_logits(logits, targets, temperature)
     if library.is_traced():
         return library.token_log_probs_and_entropy(logits, targets, temperature, policy)
     if not any_requires_grad(logits):
@@ -65,8 +68,9 @@ def linear_log_probs(
 ) -> Tensor:
     """token_log_probs(hidden weightᵀ, targets), in chunks of rows: the logits are never held all at once.
 
-    hidden: [M, H], weight: [V, H], targets: [M] int64 -> [M] float32, differentiable once.
+    hidden: [M, H], weight: [V, H], targets: [M] int64 -> [M] float32, differentiable once. Raises BackendError.
     """
+    _check_linear(hidden, weight, targets, temperature)
     if isinstance(weight, QuantisedWeight):  # never trained: no backward pass to keep anything for
         rows = rows_per_chunk(weight.shape[0], hidden.device)
         products = (linear(h, weight, out_dtype=torch.float32, policy=policy) for h in hidden.split(rows))
@@ -84,8 +88,10 @@ def linear_log_probs_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """(`linear_log_probs` to the same bits, entropy in nats of softmax(hidden weightᵀ / temperature)).
 
-    hidden: [M, H], weight: [V, H], targets: [M] int64 -> two of [M] float32, both differentiable once.
+    hidden: [M, H], weight: [V, H], targets: [M] int64 -> two of [M] float32, both differentiable once. Raises
+    BackendError.
     """
+    _check_linear(hidden, weight, targets, temperature)
     if library.is_traced():
         return library.linear_log_probs_and_entropy(hidden, weight, targets, temperature, policy)
     needs_grad = any_requires_grad(hidden, weight)
@@ -93,6 +99,28 @@ def linear_log_probs_and_entropy(
         hidden, weight, targets, temperature, True, policy, needs_grad
     )
     return result
+
+
+def _check_logits(logits: Tensor, targets: Tensor, temperature: float) -> None:
+    if logits.dim() != 2 or logits.dtype not in (torch.float32, torch.float64):
+        raise reject("token_log_probs", f"logits must be [M, V] float32, not {described(logits)}")
+    _check_rows("token_log_probs", targets, logits, logits.shape[1], temperature)
+
+
+def _check_linear(
+    hidden: Tensor, weight: Tensor | QuantisedWeight, targets: Tensor, temperature: float
+) -> None:
+    if isinstance(weight, Tensor):
+        check_product("linear_log_probs", hidden, weight)
+    _check_rows("linear_log_probs", targets, hidden, weight.shape[0], temperature)
+
+
+def _check_rows(operation: str, targets: Tensor, rows: Tensor, vocab_size: int, temperature: float) -> None:
+    check_targets(operation, targets, rows)
+    if not temperature > 0:
+        raise reject(operation, f"temperature must be greater than 0, not {temperature}")
+    if not library.is_traced():
+        check_indices(operation, "target", targets, vocab_size)
 
 
 def reference(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -264,11 +292,11 @@ TOKEN_LOG_PROBS = Operation(
     "token_log_probs",
     Implementation("cpu", cpu.token_log_probs, refuses),
     Implementation("triton", _triton, triton_refuses),
-    Implementation("reference", reference, accepts_all),
+    Implementation("reference", reference, accepts_floats),
 )
 TOKEN_LOG_PROBS_AND_ENTROPY = Operation(
     "token_log_probs_and_entropy",
     Implementation("cpu", _cpu_with_entropy, refuses),
     Implementation("triton", _triton_with_entropy, triton_refuses),
-    Implementation("reference", entropy_reference, accepts_all),
+    Implementation("reference", entropy_reference, accepts_floats),
 )

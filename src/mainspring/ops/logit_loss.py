@@ -13,7 +13,7 @@ from mainspring.ops.cpu.support import refuses as cpu_refuses
 from mainspring.ops.linear import LINEAR
 from mainspring.ops.policy import Policy
 from mainspring.ops.precision import accumulator
-from mainspring.ops.registry import Implementation, Operation, accepts_all
+from mainspring.ops.registry import Implementation, Operation, accepts_floats
 from mainspring.ops.triton.support import refuses as triton_refuses
 
 IGNORE_INDEX = -100
@@ -204,7 +204,7 @@ SCALED = Operation(
     "scaled",
     Implementation("cpu", _scaled_reference, cpu_refuses),
     Implementation("triton", _scaled_triton, triton_refuses),
-    Implementation("reference", _scaled_reference, accepts_all),
+    Implementation("reference", _scaled_reference, accepts_floats),
 )
 LOGIT_LOSS = Operation(
     "logit_loss",
@@ -212,5 +212,5 @@ LOGIT_LOSS = Operation(
         "cpu", reference, cpu_refuses
     ),  # torch's row-wise functions serve the CPU kernels' policy too
     Implementation("triton", _triton, triton_refuses),
-    Implementation("reference", reference, accepts_all),
+    Implementation("reference", reference, accepts_floats),
 )

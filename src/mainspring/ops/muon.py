@@ -16,8 +16,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from mainspring.ops.checks import described, reject
 from mainspring.ops.policy import LOCKSTEP, Policy
-from mainspring.ops.registry import Implementation, Operation, accepts_all
+from mainspring.ops.registry import Implementation, Operation, accepts_floats
 from mainspring.ops.triton.support import refuses as triton_refuses
 
 Coefficients = tuple[tuple[float, float, float], ...]
@@ -160,7 +161,7 @@ def _triton(group: _Group) -> _Step:
 MUON: Operation[[_Group], _Step] = Operation(
     "muon",
     Implementation("triton", _triton, triton_refuses),
-    Implementation("reference", _Reference, accepts_all),
+    Implementation("reference", _Reference, accepts_floats),
 )
 
 
@@ -173,7 +174,7 @@ class Muon:
         weights: rounded copies of the matrices in a narrower dtype that are refreshed with them, or None.
         workspace: bytes that a step may take beside its state, if a matrix does not need more.
 
-    `buffers` holds the momenta, shaped like the matrices.
+    `buffers` holds the momenta, shaped like the matrices. Raises BackendError for other tensors than these.
     """
 
     def __init__(
@@ -186,8 +187,16 @@ class Muon:
         workspace: int = 2 << 30,
     ) -> None:
         settings = settings or MuonSettings()
+        self._shapes = [m.shape for m in matrices]
+        for m in matrices:
+            if m.dim() not in (2, 3) or not m.is_floating_point() or m.device != matrices[0].device:
+                raise reject(
+                    "muon",
+                    f"matrices are [rows, columns] or stacks of such on one device, not {described(m)}",
+                )
+        if weights is not None:
+            self._check("weights", weights)
         self.buffers = [torch.zeros_like(m, memory_format=torch.contiguous_format) for m in matrices]
-        self._count = len(matrices)
         flat = [_unstack(m) for m in matrices]
         buffers = [_unstack(b) for b in self.buffers]
         copies = None if weights is None else [_unstack(w) for w in weights]
@@ -207,12 +216,21 @@ class Muon:
             )
             self._groups.append((places, MUON.select(group.matrices[0], policy)(group)))
 
+    def _check(self, name: str, tensors: Sequence[Tensor]) -> None:
+        if len(tensors) != len(self._shapes):
+            raise reject("muon", f"{len(tensors)} {name} for {len(self._shapes)} matrices")
+        for i, (tensor, shape) in enumerate(zip(tensors, self._shapes, strict=True)):
+            if tensor.shape != shape or not tensor.is_floating_point():
+                raise reject("muon", f"{name}[{i}] must be {tuple(shape)}, not {described(tensor)}")
+
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], lr: float | Tensor) -> None:
         """Moves every matrix; gradients stand in the matrices' order and are not changed.
 
         lr: a number, or a float32 scalar on the matrices' device (which a CUDA graph reads anew at each replay).
+        Raises BackendError for gradients that are not one a matrix and of its shape.
         """
+        self._check("gradients", gradients)
         parts = [_unstack(g) for g in gradients]
         for places, group in self._groups:
             group.step([parts[i][j] for i, j in places], lr)

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mainspring.ops import library
+from mainspring.ops.checks import check_norm, described, reject
 from mainspring.ops.cpu import norm as cpu
 from mainspring.ops.cpu.support import refuses
 from mainspring.ops.policy import LOCKSTEP, Policy
 from mainspring.ops.precision import accumulator
-from mainspring.ops.registry import Implementation, Operation, accepts_all, any_requires_grad
+from mainspring.ops.registry import Implementation, Operation, accepts_floats, any_requires_grad
 from mainspring.ops.triton.support import refuses as triton_refuses
 
 # (x, weight, eps, gradient of the norm, gradient of x itself or None) -> (gradient of x, gradient of weight)
@@ -42,6 +43,8 @@ def add_rms_norm(
 
 
 def reference(x: Tensor, weight: Tensor, eps: float, policy: Policy) -> Tensor:
+    """The formula. Raises BackendError where weight does not fit x."""
+    check_norm("rms_norm", x, weight, eps)
     if policy.numerics == "lockstep":
         return _formula(x, weight, eps, _tree_mean)
     return _with_gradient(_fast_norm, gradient_reference, x, weight, eps)
@@ -50,6 +53,17 @@ def reference(x: Tensor, weight: Tensor, eps: float, policy: Policy) -> Tensor:
 def add_reference(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, policy: Policy
 ) -> tuple[Tensor, Tensor]:
+    """The formula. Raises BackendError where residual or weight do not fit x."""
+    check_norm("add_rms_norm", x, weight, eps)
+    if (
+        x.dim() != 2
+        or residual.shape != x.shape
+        or residual.dtype is not x.dtype
+        or residual.device != x.device
+    ):
+        raise reject(
+            "add_rms_norm", f"x {described(x)} and residual {described(residual)} must both be [M, H]"
+        )
     if policy.numerics == "lockstep":
         total = x + residual
         return _formula(total, weight, eps, _tree_mean), total
@@ -194,17 +208,17 @@ RMS_NORM = Operation(
     "rms_norm",
     Implementation("cpu", _cpu, refuses),
     Implementation("triton", _triton, triton_refuses),
-    Implementation("reference", reference, accepts_all),
+    Implementation("reference", reference, accepts_floats),
 )
 ADD_RMS_NORM = Operation(
     "add_rms_norm",
     Implementation("cpu", _cpu_add, refuses),
     Implementation("triton", _triton_add, triton_refuses),
-    Implementation("reference", add_reference, accepts_all),
+    Implementation("reference", add_reference, accepts_floats),
 )
 RMS_NORM_BACKWARD = Operation(
     "rms_norm_backward",
     Implementation("cpu", gradient_reference, refuses),
     Implementation("triton", _triton_gradient, triton_refuses),
-    Implementation("reference", gradient_reference, accepts_all),
+    Implementation("reference", gradient_reference, accepts_floats),
 )

@@ -7,16 +7,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mainspring.errors import BackendError
 from mainspring.ops.batch import TokenBatch
-from mainspring.ops.checks import check_block_tables, debugging
+from mainspring.ops.checks import check_norm
 from mainspring.ops.cpu.attention import write_cache as cpu_write_cache
 from mainspring.ops.cpu.support import refuses
 from mainspring.ops.norm import rms_norm
 from mainspring.ops.policy import LOCKSTEP, Policy
-from mainspring.ops.registry import Implementation, Operation, accepts_all, any_requires_grad
-from mainspring.ops.rope import RopeAngles, rope
-from mainspring.ops.rope_cache import rope_write_cache
+from mainspring.ops.registry import Implementation, Operation, accepts_floats
+from mainspring.ops.rope import RopeAngles, check_angles, rope
+from mainspring.ops.rope_cache import check_write, rope_write_cache
 from mainspring.ops.triton.support import refuses as triton_refuses
 
 
@@ -27,6 +26,12 @@ class HeadNorms:
     q: Tensor
     k: Tensor
     eps: float
+
+
+def check_head_norms(operation: str, norms: HeadNorms, heads: Tensor) -> None:
+    """The norms fit heads of [T, H, D]. Raises BackendError."""
+    check_norm(operation, heads, norms.q, norms.eps)
+    check_norm(operation, heads, norms.k, norms.eps)
 
 
 def norm_rope_write_cache(
@@ -48,12 +53,10 @@ def norm_rope_write_cache(
     q: [T, Hq, D], k, v: [T, Hkv, D], all of which may be overwritten -> [T, Hq, D]. The cache has their dtype, or
     float8_e4m3fn with the scales that it carries. No gradient is recorded. Raises BackendError.
     """
-    if batch.cache is None or batch.slots is None:
-        raise BackendError("norm_rope_write_cache: the batch has no cache")
-    if any_requires_grad(q, k, v):
-        raise BackendError("a KV cache has no gradient; run the model under torch.no_grad()")
-    if debugging():
-        check_block_tables(batch)
+    check_write("norm_rope_write_cache", q, k, v, batch, layer)
+    check_angles("norm_rope_write_cache", angles, q)
+    if norms is not None:
+        check_head_norms("norm_rope_write_cache", norms, q)
     run = NORM_ROPE_WRITE_CACHE.select(q, policy)
     return run(q, k, v, norms, angles, batch, layer, policy)
 
@@ -127,5 +130,5 @@ NORM_ROPE_WRITE_CACHE = Operation(
     "norm_rope_write_cache",
     Implementation("cpu", _cpu, refuses),
     Implementation("triton", _triton, triton_refuses),
-    Implementation("reference", reference, accepts_all),
+    Implementation("reference", reference, accepts_floats),
 )

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from mainspring.ops import library
+from mainspring.ops.checks import described, reject
 from mainspring.ops.cpu.support import refuses
 from mainspring.ops.norm import rms_norm
-from mainspring.ops.norm_rope_cache import HeadNorms
+from mainspring.ops.norm_rope_cache import HeadNorms, check_head_norms
 from mainspring.ops.policy import LOCKSTEP, Policy
-from mainspring.ops.registry import Implementation, Operation, accepts_all, any_requires_grad
-from mainspring.ops.rope import RopeAngles, rope
+from mainspring.ops.registry import Implementation, Operation, accepts_floats, any_requires_grad
+from mainspring.ops.rope import RopeAngles, check_angles, rope
 from mainspring.ops.triton.support import refuses as triton_refuses
 
 
@@ -36,6 +37,14 @@ def qkv_heads(
     -> [T, Hq, D], [T, Hkv, D] and [T, Hkv, D]. The bits are those of `rms_norm` and `rope` on their own. Raises
     BackendError where shapes do not fit.
     """
+    if qkv.dim() != 3 or min(num_heads, num_kv_heads) < 1 or qkv.shape[1] != num_heads + 2 * num_kv_heads:
+        raise reject(
+            "qkv_heads",
+            f"{num_heads} + 2 · {num_kv_heads} heads are not those of qkv {described(qkv)}, [T, H, D]",
+        )
+    check_angles("qkv_heads", angles, qkv)
+    if norms is not None:
+        check_head_norms("qkv_heads", norms, qkv)
     weights = () if norms is None else (norms.q, norms.k)
     if library.is_traced():
         return composed(qkv, num_heads, num_kv_heads, norms, angles, policy)
@@ -123,5 +132,5 @@ QKV_HEADS = Operation(
     "qkv_heads",
     Implementation("cpu", composed, refuses),
     Implementation("triton", _triton, triton_refuses),
-    Implementation("reference", composed, accepts_all),
+    Implementation("reference", composed, accepts_floats),
 )

@@ -81,9 +81,16 @@ class Operation(Generic[P, R]):
         return implementation.refuses(call)
 
 
-def accepts_all(call: Call) -> str | None:
-    """The PyTorch references serve every call."""
-    return None
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def accepts_floats(call: Call) -> str | None:
+    """The PyTorch references serve every call on tensors that can be computed with, on every device."""
+    return (
+        None
+        if call.dtype in FLOATS
+        else f"computes in floating dtypes of 16 bits and more, not in {call.dtype}"
+    )
 
 
 def any_requires_grad(*tensors: torch.Tensor | None) -> bool:

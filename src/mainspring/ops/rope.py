@@ -11,10 +11,12 @@ from torch import Tensor
 
 from mainspring.errors import BackendError
 from mainspring.ops import library
+from mainspring.ops.checks import check_heads, check_indices, described
 from mainspring.ops.cpu import rope as cpu
 from mainspring.ops.cpu.support import refuses
+from mainspring.ops.library.support import is_traced
 from mainspring.ops.policy import LOCKSTEP, Policy
-from mainspring.ops.registry import Implementation, Operation, accepts_all, any_requires_grad
+from mainspring.ops.registry import Implementation, Operation, accepts_floats, any_requires_grad
 from mainspring.ops.triton.support import refuses as triton_refuses
 
 
@@ -39,6 +41,16 @@ class RopeAngles:
                 "rope: inv_freq must be [R / 2] float32 (with rows [N, R / 2]), "
                 f"not {tuple(self.inv_freq.shape)} of {self.inv_freq.dtype}"
             )
+        for name, index in (("positions", self.positions), ("rows", self.rows)):
+            if index is not None and (
+                index.dtype is not torch.int64
+                or index.dim() != 1
+                or index.shape != self.positions.shape
+                or index.device != self.inv_freq.device
+            ):
+                raise BackendError(f"rope: {name} must be [T] int64 beside inv_freq, not {described(index)}")
+        if self.rows is not None and not is_traced():
+            check_indices("rope", "row", self.rows, self.inv_freq.shape[0])
 
     def table(self, policy: Policy = LOCKSTEP) -> tuple[Tensor, Tensor]:
         """(cos, sin), each [T, R / 2] float32: rounded once from float64."""
@@ -46,6 +58,16 @@ class RopeAngles:
             run = ROPE_TABLE.select(self.inv_freq, policy)
             self._tables[policy] = run(self.positions, self.inv_freq, self.rows, self.scale)
         return self._tables[policy]
+
+
+def check_angles(operation: str, angles: RopeAngles, heads: Tensor) -> None:
+    """The angles are those of heads [T, H, D]. Raises BackendError."""
+    positions, half = angles.positions, angles.inv_freq.shape[-1]
+    if 2 * half > heads.shape[-1] or positions.shape != heads.shape[:1] or positions.device != heads.device:
+        raise BackendError(
+            f"{operation}: {half} frequencies and {positions.shape[0]} positions on {positions.device} do not fit "
+            f"heads {described(heads)}"
+        )
 
 
 def rope(
@@ -57,11 +79,8 @@ def rope(
     or (2 i, 2 i + 1) if `interleaved`. Returns the rotated pair; where no gradient is recorded, q and k may be
     overwritten. Raises BackendError where shapes do not fit.
     """
-    if 2 * angles.inv_freq.shape[-1] > q.shape[-1] or angles.positions.shape != q.shape[:1]:
-        raise BackendError(
-            f"rope: {angles.inv_freq.shape[-1]} frequencies and {angles.positions.shape[0]} positions do not fit "
-            f"q {tuple(q.shape)}"
-        )
+    check_heads("rope", q, k)
+    check_angles("rope", angles, q)
     if library.is_traced():
         return library.rope(q, k, angles, interleaved, policy)
     run = ROPE.select(q, policy, any_requires_grad(q, k))
@@ -171,11 +190,11 @@ def _cpu_table(
 ROPE_TABLE = Operation(
     "rope_table",
     Implementation("cpu", _cpu_table, refuses),
-    Implementation("reference", table_reference, accepts_all),
+    Implementation("reference", table_reference, accepts_floats),
 )
 ROPE = Operation(
     "rope",
     Implementation("cpu", _cpu, refuses),
     Implementation("triton", _triton, triton_refuses),
-    Implementation("reference", reference, accepts_all),
+    Implementation("reference", reference, accepts_floats),
 )

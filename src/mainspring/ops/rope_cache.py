@@ -7,11 +7,11 @@ from torch import Tensor
 
 from mainspring.errors import BackendError
 from mainspring.ops import library
-from mainspring.ops.batch import TokenBatch
-from mainspring.ops.checks import check_block_tables, debugging
+from mainspring.ops.batch import KVCache, TokenBatch, check_block_tables
+from mainspring.ops.checks import check_heads, debugging, described
 from mainspring.ops.policy import LOCKSTEP, Policy
-from mainspring.ops.registry import Implementation, Operation, accepts_all, any_requires_grad
-from mainspring.ops.rope import RopeAngles, rope
+from mainspring.ops.registry import Implementation, Operation, accepts_floats, any_requires_grad
+from mainspring.ops.rope import RopeAngles, check_angles, rope
 from mainspring.ops.triton.support import refuses as triton_refuses
 
 FP8 = torch.float8_e4m3fn
@@ -34,13 +34,9 @@ def rope_write_cache(
     q: [T, Hq, D] (may be overwritten), k, v: [T, Hkv, D] -> [T, Hq, D]. The cache has their dtype, or float8_e4m3fn
     with the scales that it carries. A negative slot is skipped. No gradient is recorded. Raises BackendError.
     """
-    if batch.cache is None or batch.slots is None:
-        raise BackendError("rope_write_cache: the batch has no cache")
-    if any_requires_grad(q, k, v):
-        raise BackendError("a KV cache has no gradient; run the model under torch.no_grad()")
-    if debugging():
-        check_block_tables(batch)
-    cache = batch.cache
+    cache = check_write("rope_write_cache", q, k, v, batch, layer)
+    check_angles("rope_write_cache", angles, q)
+    assert batch.slots is not None  # beside a cache, as has been checked
     k_scale = None if cache.k_scale is None else cache.k_scale[layer]
     v_scale = None if cache.v_scale is None else cache.v_scale[layer]
     if library.is_traced():
@@ -61,6 +57,26 @@ def rope_write_cache(
     return run(
         q, k, v, angles, batch.slots, cache.k[layer], cache.v[layer], k_scale, v_scale, interleaved, policy
     )
+
+
+def check_write(operation: str, q: Tensor, k: Tensor, v: Tensor, batch: TokenBatch, layer: int) -> KVCache:
+    """The batch's cache, into whose layer the heads of k and v fit. Raises BackendError; records no gradient."""
+    cache = batch.cache
+    if cache is None or batch.slots is None:
+        raise BackendError(f"{operation}: the batch has no cache")
+    if any_requires_grad(q, k, v):
+        raise BackendError("a KV cache has no gradient; run the model under torch.no_grad()")
+    check_heads(operation, q, k, v)
+    if not 0 <= layer < len(cache.k):
+        raise BackendError(f"{operation}: layer {layer} of a cache with {len(cache.k)} layers")
+    held = cache.k[layer]
+    if held.shape[2:] != k.shape[1:] or held.dtype not in (k.dtype, FP8) or held.device != k.device:
+        raise BackendError(f"{operation}: k {described(k)} does not fit a cache of {described(held)}")
+    if k.shape[0] != batch.num_tokens:
+        raise BackendError(f"{operation}: {k.shape[0]} tokens, and {batch.num_tokens} in the batch")
+    if debugging():
+        check_block_tables(batch)
+    return cache
 
 
 def reference(
@@ -113,5 +129,5 @@ ROPE_WRITE_CACHE = Operation(
     "rope_write_cache",
     Implementation("cpu", reference, lambda call: None if call.device_type == "cpu" else "runs on the CPU"),
     Implementation("triton", _triton, triton_refuses),
-    Implementation("reference", reference, accepts_all),
+    Implementation("reference", reference, accepts_floats),
 )

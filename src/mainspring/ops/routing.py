@@ -14,7 +14,7 @@ from mainspring.ops import library
 from mainspring.ops.cpu.support import refuses as cpu_refuses
 from mainspring.ops.policy import LOCKSTEP, Policy
 from mainspring.ops.precision import accumulator
-from mainspring.ops.registry import Implementation, Operation, accepts_all, any_requires_grad
+from mainspring.ops.registry import Implementation, Operation, accepts_floats, any_requires_grad
 from mainspring.ops.triton.support import refuses as triton_refuses
 
 
@@ -83,6 +83,8 @@ def combine(rows: Tensor, routing: Routing, *, policy: Policy = LOCKSTEP) -> Ten
         raise BackendError(
             f"combine: rows must be [{routing.order.shape[0]}, H], one for each slot, not {tuple(rows.shape)}"
         )
+    if rows.device != routing.places.device:
+        raise BackendError(f"combine: rows are on {rows.device}, the routing on {routing.places.device}")
     weights, places, order = routing.weights, routing.places, routing.order
     if library.is_traced():
         return library.combine(rows, weights, places, order, policy)
@@ -233,23 +235,23 @@ ROUTE = Operation(
     "route",
     Implementation("cpu", reference, cpu_refuses),
     Implementation("triton", _triton, triton_refuses),
-    Implementation("reference", reference, accepts_all),
+    Implementation("reference", reference, accepts_floats),
 )
 ROUTE_BACKWARD = Operation(
     "route_backward",
     Implementation("cpu", backward_reference, cpu_refuses),
     Implementation("triton", _triton_backward, triton_refuses),
-    Implementation("reference", backward_reference, accepts_all),
+    Implementation("reference", backward_reference, accepts_floats),
 )
 COMBINE = Operation(
     "combine",
     Implementation("cpu", combine_reference, cpu_refuses),
     Implementation("triton", _triton_combine, triton_refuses),
-    Implementation("reference", combine_reference, accepts_all),
+    Implementation("reference", combine_reference, accepts_floats),
 )
 COMBINE_BACKWARD = Operation(
     "combine_backward",
     Implementation("cpu", combine_backward_reference, cpu_refuses),
     Implementation("triton", _triton_combine_backward, triton_refuses),
-    Implementation("reference", combine_backward_reference, accepts_all),
+    Implementation("reference", combine_backward_reference, accepts_floats),
 )

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from mainspring.errors import BackendError
 from mainspring.ops.adjust_logits import cpu_refuses
+from mainspring.ops.checks import check_indices
 from mainspring.ops.cpu.sample import sample as cpu_sample
 from mainspring.ops.policy import LOCKSTEP, Policy
-from mainspring.ops.registry import Implementation, Operation, accepts_all
+from mainspring.ops.registry import Implementation, Operation, accepts_floats
 from mainspring.ops.sampling_tensors import (
     GOLDEN,
     LARGEST_UNIFORM,
@@ -66,6 +67,9 @@ def sample(
                 f"sample: {name} must be [{rows}] int64 on {logits.device}, not {tuple(index.shape)} of "
                 f"{index.dtype} on {index.device}"
             )
+    if params.rows.device != logits.device:
+        raise BackendError(f"sample: logits are on {logits.device}, their parameters on {params.rows.device}")
+    check_indices("sample", "seat", seats, params.temperature.shape[0])
     return SAMPLE.select(logits, policy)(logits, params, seats, positions, truncate)
 
 
@@ -150,5 +154,5 @@ SAMPLE = Operation(
     "sample",
     Implementation("cpu", cpu_sample, cpu_refuses),
     Implementation("triton", _triton, triton_refuses),
-    Implementation("reference", reference, accepts_all),
+    Implementation("reference", reference, accepts_floats),
 )

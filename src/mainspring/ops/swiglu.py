@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mainspring.ops import library
+from mainspring.ops.checks import described, reject
 from mainspring.ops.cpu.support import refuses
 from mainspring.ops.cpu.swiglu import swiglu as cpu_swiglu
 from mainspring.ops.policy import LOCKSTEP, Policy
 from mainspring.ops.precision import accumulator
-from mainspring.ops.registry import Implementation, Operation, accepts_all, any_requires_grad
+from mainspring.ops.registry import Implementation, Operation, accepts_floats, any_requires_grad
 from mainspring.ops.triton.support import refuses as triton_refuses
 
 
@@ -26,6 +27,9 @@ def swiglu(gate_up: Tensor, *, policy: Policy = LOCKSTEP) -> Tensor:
 
 
 def reference(gate_up: Tensor, policy: Policy) -> Tensor:
+    """The formula. Raises BackendError for another shape."""
+    if gate_up.dim() != 2 or gate_up.shape[1] % 2:
+        raise reject("swiglu", f"gate_up must be [M, 2 I], not {described(gate_up)}")
     if policy.numerics == "fast":
         return _with_gradient(_fast_swiglu, gradient_reference, gate_up)
     # exp and exact arithmetic: torch's silu takes another code path for the last few elements of a tensor.
@@ -93,11 +97,11 @@ SWIGLU = Operation(
     "swiglu",
     Implementation("cpu", _cpu, refuses),
     Implementation("triton", _triton, triton_refuses),
-    Implementation("reference", reference, accepts_all),
+    Implementation("reference", reference, accepts_floats),
 )
 SWIGLU_BACKWARD = Operation(
     "swiglu_backward",
     Implementation("cpu", gradient_reference, refuses),
     Implementation("triton", _triton_gradient, triton_refuses),
-    Implementation("reference", gradient_reference, accepts_all),
+    Implementation("reference", gradient_reference, accepts_floats),
 )

@@ -15,7 +15,8 @@ from torch.nn import Parameter
 
 from mainspring.errors import CheckpointError
 from mainspring.model.naming import Part
-from mainspring.ops.adamw import AdamWParameter, make_adamw
+from mainspring.ops.adamw import make_adamw
+from mainspring.ops.adamw_parameter import AdamWParameter
 from mainspring.ops.euclidean_norms import euclidean_norms
 from mainspring.ops.muon import Muon, MuonSettings, classic
 from mainspring.train.recipe import OptimizerSection

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from mainspring.formats.safetensors_file import CheckpointReader, TensorSpec
 from mainspring.model.naming import parts
-from mainspring.ops.adamw import AdamWParameter, make_adamw
+from mainspring.ops.adamw import make_adamw
+from mainspring.ops.adamw_parameter import AdamWParameter
 from mainspring.ops.muon import MuonSettings, classic
 from mainspring.parallel.checkpoint import Stored, read_piece
 from mainspring.parallel.placement import full_shapes, hf_shapes

@@ -7,7 +7,8 @@ from typing import Literal, overload
 
 import torch
 
-from mainspring.ops.cpu.extension import dtype_code, reject, require_kernels
+from mainspring.ops.checks import reject
+from mainspring.ops.cpu.extension import dtype_code, require_kernels
 
 
 @overload

@@ -65,8 +65,3 @@ def dtype_code(operation: str, tensor: torch.Tensor) -> int:
             f"not {tensor.dtype} on {tensor.device}; convert the tensor or use another backend"
         )
     return code
-
-
-def reject(operation: str, problem: str) -> BackendError:
-    """An error that names the operation and what is wrong with its arguments."""
-    return BackendError(f"{operation}: {problem}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from mainspring.ops.cpu.extension import DTYPE_CODES, dtype_code, reject, require_kernels
+from mainspring.ops.checks import reject
+from mainspring.ops.cpu.extension import DTYPE_CODES, dtype_code, require_kernels
 
 
 def linear(
@@ -45,7 +46,7 @@ def linear(
         raise reject("linear", "the last dimension of x and of weight must be contiguous; call .contiguous()")
     bias_address = 0
     if bias is not None:
-        if bias.dtype is not dtype or bias.shape != (n,) or not bias.is_contiguous():
+        if bias.dtype is not dtype or bias.shape != (n,) or not bias.is_contiguous() or not bias.is_cpu:
             raise reject(
                 "linear",
                 f"bias must be a contiguous [{n}] of {dtype}, not {tuple(bias.shape)} of {bias.dtype}",

@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 
 from mainspring.errors import BackendError
-from mainspring.ops.cpu.extension import reject, require_kernels
+from mainspring.ops.checks import reject
+from mainspring.ops.cpu.extension import require_kernels
 
 
 def logsumexp(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from mainspring.ops.cpu.extension import dtype_code, reject, require_kernels
+from mainspring.ops.checks import reject
+from mainspring.ops.cpu.extension import dtype_code, require_kernels
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -31,7 +32,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         outer_stride, inner_stride, step = x.stride()
     else:
         raise reject("rms_norm", f"x must have 2 or 3 dimensions, not {tuple(shape)}")
-    code = _check("rms_norm", x, weight, h, step)
+    code = _check("rms_norm", x, weight, h, step, eps)
     out = torch.empty_like(x) if x.is_contiguous() else x.new_empty(shape)  # the former is quicker
     require_kernels().rms_norm(
         x.data_ptr(),
@@ -67,10 +68,16 @@ def add_rms_norm(
     Raises:
         BackendError: a device, dtype, shape or layout that the kernel does not take.
     """
+    if x.dim() != 2:
+        raise reject("add_rms_norm", f"x must be [M, H], not {tuple(x.shape)}")
     m, h = x.shape
     stride, step = x.stride()
-    code = _check("add_rms_norm", x, weight, h, step)
-    if residual.dtype is not x.dtype or residual.shape != x.shape or not residual.is_contiguous():
+    code = _check("add_rms_norm", x, weight, h, step, eps)
+    if (
+        residual.dtype is not x.dtype
+        or residual.shape != x.shape
+        or not (residual.is_contiguous() and residual.is_cpu)
+    ):
         raise reject(
             "add_rms_norm",
             f"residual must be a contiguous {tuple(x.shape)} of {x.dtype}, "
@@ -85,7 +92,7 @@ def add_rms_norm(
     return out, total
 
 
-def _check(operation: str, x: torch.Tensor, weight: torch.Tensor, h: int, step: int) -> int:
+def _check(operation: str, x: torch.Tensor, weight: torch.Tensor, h: int, step: int, eps: float) -> int:
     code = dtype_code(operation, x)
     if weight.dtype is not x.dtype or not weight.is_cpu or weight.shape != (h,) or not weight.is_contiguous():
         raise reject(
@@ -93,6 +100,8 @@ def _check(operation: str, x: torch.Tensor, weight: torch.Tensor, h: int, step: 
             f"weight must be a contiguous [{h}] of {x.dtype} on the CPU, "
             f"not {tuple(weight.shape)} of {weight.dtype} on {weight.device}",
         )
+    if not eps >= 0:
+        raise reject(operation, f"eps must be at least 0, not {eps}")
     if step != 1 and h > 1:
         raise reject(operation, "the last dimension of x must be contiguous; call .contiguous()")
     return code

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mainspring.ops.cpu.extension import DTYPE_CODES, dtype_code, reject, require_kernels
+from mainspring.ops.checks import reject
+from mainspring.ops.cpu.extension import DTYPE_CODES, dtype_code, require_kernels
 
 # The codes of kernels.h (ms_quantised_type), and the bytes of a block of 32 in a file.
 TYPE_CODES: dict[str, int] = {"Q4_0": 0, "Q4_1": 1, "Q8_0": 2}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from mainspring.ops.cpu.extension import dtype_code, reject, require_kernels
+from mainspring.ops.checks import reject
+from mainspring.ops.cpu.extension import dtype_code, require_kernels
 
 
 def rope_angles(

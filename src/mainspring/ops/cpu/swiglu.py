@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from mainspring.ops.cpu.extension import dtype_code, reject, require_kernels
+from mainspring.ops.checks import reject
+from mainspring.ops.cpu.extension import dtype_code, require_kernels
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
@@ -20,6 +21,8 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
         BackendError: a device, dtype, shape or layout that the kernel does not take.
     """
     code = dtype_code("swiglu", gate_up)
+    if gate_up.dim() != 2:
+        raise reject("swiglu", f"gate_up must be [M, 2 I], not {tuple(gate_up.shape)}")
     m, two_i = gate_up.shape
     stride, step = gate_up.stride()
     if two_i % 2 or (step != 1 and two_i > 1):

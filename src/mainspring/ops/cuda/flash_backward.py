@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mainspring.ops.checks import reject
 from mainspring.ops.cuda import compiler
-from mainspring.ops.triton.support import aligned, on_device, reject, require
+from mainspring.ops.triton.support import aligned, on_device, require
 
 OPERATION = "flash_attention_backward"
 SOURCE = "flash_backward.cu"

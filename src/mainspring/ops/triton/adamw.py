@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mainspring.ops.adamw import AdamWParameter
+from mainspring.ops.adamw_parameter import AdamWParameter
 from mainspring.ops.triton.moments8 import QUANTUM, load_mean, load_square, store_mean, store_square
 from mainspring.ops.triton.support import ALIGNMENT, on_device, require
 

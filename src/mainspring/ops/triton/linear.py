@@ -226,14 +226,17 @@ def check(
 ) -> torch.dtype:
     """The dtype of the result. Raises BackendError for arguments that do not fit each other or the kernels."""
     check_dtype(operation, x)
+    if x.dim() != 2 or weight.dim() != 2:
+        shapes = tuple(x.shape), tuple(weight.shape)
+        require(operation, False, f"x and weight must be [M, K] and [N, K], not {shapes[0]} and {shapes[1]}")
     (n, weight_k), k = weight.shape, x.shape[1]
     require(
         operation,
         weight.dtype is x.dtype and weight_k == k and k > 0 and weight.device == x.device,
         f"weight {weight.dtype} {tuple(weight.shape)} on {weight.device} does not fit x {x.dtype} {tuple(x.shape)}",
     )
-    fits = bias is None or (bias.shape == (n,) and bias.dtype is x.dtype)
-    require(operation, fits, f"bias must be [{n}] of {x.dtype}")
+    fits = bias is None or (bias.shape == (n,) and bias.dtype is x.dtype and bias.device == x.device)
+    require(operation, fits, f"bias must be [{n}] of {x.dtype} on {x.device}")
     out_dtype = x.dtype if out_dtype is None else out_dtype
     require(operation, out_dtype in (x.dtype, torch.float32), f"out_dtype must be {x.dtype} or float32")
     return out_dtype

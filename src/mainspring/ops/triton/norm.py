@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from mainspring.ops.checks import reject
 from mainspring.ops.triton.support import (
     canonical_rows,
     check_dtype,
@@ -17,7 +18,6 @@ from mainspring.ops.triton.support import (
     has_tma,
     multiprocessors,
     on_device,
-    reject,
     require,
 )
 
@@ -117,7 +117,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Raises:
         BackendError: a dtype or shape that the kernel does not take.
     """
-    _check("rms_norm", x, weight)
+    _check("rms_norm", x, weight, eps)
     if x.dim() not in (2, 3):
         raise reject("rms_norm", f"x must have 2 or 3 dimensions, not {tuple(x.shape)}")
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -140,10 +140,13 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     Raises:
         BackendError: a dtype or shape that the kernel does not take.
     """
-    _check("add_rms_norm", x, weight)
+    _check("add_rms_norm", x, weight, eps)
     require(
         "add_rms_norm",
-        x.dim() == 2 and residual.shape == x.shape and residual.dtype is x.dtype,
+        x.dim() == 2
+        and residual.shape == x.shape
+        and residual.dtype is x.dtype
+        and residual.device == x.device,
         f"residual must be {tuple(x.shape)} of {x.dtype}, not {tuple(residual.shape)} of {residual.dtype}",
     )
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -190,14 +193,17 @@ def rms_norm_backward(
     return grad_x, grad_weight
 
 
-def _check(operation: str, x: Tensor, weight: Tensor) -> None:
+def _check(operation: str, x: Tensor, weight: Tensor, eps: float) -> None:
     check_dtype(operation, x)
+    require(operation, x.dim() > 0, "x must have 2 or 3 dimensions, not ()")
     h = x.shape[-1]
     require(
         operation,
-        weight.shape == (h,) and weight.dtype is x.dtype,
-        f"weight must be [{h}] of {x.dtype}, not {tuple(weight.shape)} of {weight.dtype}",
+        weight.shape == (h,) and weight.dtype is x.dtype and weight.device == x.device,
+        f"weight must be [{h}] of {x.dtype} on {x.device}, not {tuple(weight.shape)} of {weight.dtype} on "
+        f"{weight.device}",
     )
+    require(operation, eps >= 0, f"eps must be at least 0, not {eps}")
     require(operation, 0 < h <= MAX_WIDTH, f"rows of 1 to {MAX_WIDTH} elements are supported, not {h}")
 
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from mainspring.errors import BackendError
+from mainspring.ops.checks import reject
 from mainspring.ops.registry import Call
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -94,11 +94,6 @@ def shared_memory(device: torch.device) -> int:
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Launches go to the current device; this makes it the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-def reject(operation: str, problem: str) -> BackendError:
-    """An error that names the operation and what is wrong with its arguments."""
-    return BackendError(f"{operation}: {problem}")
 
 
 def require(operation: str, condition: bool, problem: str) -> None:
