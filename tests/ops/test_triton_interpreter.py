@@ -35,6 +35,8 @@ def test_every_file_is_in_a_group() -> None:
 def test_kernels_in_the_interpreter(names: tuple[str, ...]) -> None:
     root = Path(__file__).parents[2]
     files = [f"tests/ops/test_triton_{name}.py" for name in names]
+    if "decode_inputs" in names:
+        files.append("tests/ops/test_bad_input.py")
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files],
         cwd=root,

@@ -194,9 +194,9 @@ class Muon:
                     "muon",
                     f"matrices are [rows, columns] or stacks of such on one device, not {described(m)}",
                 )
+        self.buffers = [torch.zeros_like(m, memory_format=torch.contiguous_format) for m in matrices]
         if weights is not None:
             self._check("weights", weights)
-        self.buffers = [torch.zeros_like(m, memory_format=torch.contiguous_format) for m in matrices]
         flat = [_unstack(m) for m in matrices]
         buffers = [_unstack(b) for b in self.buffers]
         copies = None if weights is None else [_unstack(w) for w in weights]
@@ -220,8 +220,15 @@ class Muon:
         if len(tensors) != len(self._shapes):
             raise reject("muon", f"{len(tensors)} {name} for {len(self._shapes)} matrices")
         for i, (tensor, shape) in enumerate(zip(tensors, self._shapes, strict=True)):
-            if tensor.shape != shape or not tensor.is_floating_point():
-                raise reject("muon", f"{name}[{i}] must be {tuple(shape)}, not {described(tensor)}")
+            if (
+                tensor.shape != shape
+                or not tensor.is_floating_point()
+                or tensor.device != self.buffers[i].device
+            ):
+                raise reject(
+                    "muon",
+                    f"{name}[{i}] must be {tuple(shape)} on {self.buffers[i].device}, not {described(tensor)}",
+                )
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], lr: float | Tensor) -> None:

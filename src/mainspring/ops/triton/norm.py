@@ -147,7 +147,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         and residual.shape == x.shape
         and residual.dtype is x.dtype
         and residual.device == x.device,
-        f"residual must be {tuple(x.shape)} of {x.dtype}, not {tuple(residual.shape)} of {residual.dtype}",
+        f"residual must be {tuple(x.shape)} of {x.dtype} on {x.device}, not {tuple(residual.shape)} of "
+        f"{residual.dtype} on {residual.device}",
     )
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
