@@ -2,7 +2,8 @@
 
 `kernel_groups/` has the rows, a file for each kind of kernel, and `kernel_groups/timing.py` how a row is timed.
 A row gives the median time of a call, half the distance between the quartiles as its spread, the share of what the
-same run measured as this GPU's ceiling (a copy's bandwidth, cuBLAS's rate), and the peer's median over ours.
+same run measured as this GPU's ceiling (a copy's bandwidth, cuBLAS's rate), and the peer's median over ours. At the
+end stand the bars (`kernel_groups/bars.py`): what must be reached, what is wanted, what was measured.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from kernel_groups.bars import bars
 from kernel_groups.timing import Row
 
 GROUPS = {
@@ -39,6 +41,17 @@ def rows_of(group: str) -> Iterator[Row]:
     module, function = GROUPS[group].split(":")
     rows: Callable[[], Iterator[Row]] = getattr(importlib.import_module(f"kernel_groups.{module}"), function)
     return rows()
+
+
+def as_json(rows: list[Row], ceilings: dict[str, float]) -> str:
+    """All that was measured so far, and the bars it gives."""
+    data = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "rows": [{**asdict(r), "ratio": r.ratio, "share": r.share(ceilings)} for r in rows],
+        "bars": [{**asdict(b), "met": b.met, "goal_met": b.goal_met} for b in bars(rows, ceilings)],
+    }
+    return json.dumps(data, indent=1)
 
 
 def main() -> None:
@@ -69,13 +82,9 @@ def main() -> None:
                 ceilings[found.unit] = found.rate
             print(found.text(ceilings), flush=True)
             if arguments.json:
-                data = {
-                    "device": torch.cuda.get_device_name(),
-                    "torch": torch.__version__,
-                    "rows": [{**asdict(r), "ratio": r.ratio, "share": r.share(ceilings)} for r in rows],
-                }
-                arguments.json.write_text(json.dumps(data, indent=1))
+                arguments.json.write_text(as_json(rows, ceilings))
         torch.cuda.empty_cache()
+    print(*(b.text() for b in bars(rows, ceilings)), sep="\n")
 
 
 if __name__ == "__main__":

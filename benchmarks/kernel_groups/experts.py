@@ -1,4 +1,5 @@
-"""Grouped linear of experts against torch.nn.functional.grouped_mm, rows uneven among experts; top-k routing."""
+"""Grouped linear of experts and its gradients against torch.nn.functional.grouped_mm, rows uneven among experts;
+top-k routing."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from kernel_groups.timing import Row, randn, row, times
-from mainspring.ops import grouped_linear
+from mainspring.ops import LOCKSTEP, grouped_linear
+from mainspring.ops.grouped_linear import GROUPED_LINEAR_BACKWARD
 from mainspring.ops.routing import route
 
 TOKENS = 8192
@@ -43,6 +45,20 @@ def expert_rows() -> Iterator[Row]:
         name, flop = f"{experts} experts top {top} K={k} N={n}", 2e-9 * TOKENS * top * k * n
         yield Row("experts", name, flop, "GFLOP", *found[0], *found[2], "grouped_mm")
         yield Row("experts", f"{name} gathered", flop, "GFLOP", *found[1], *found[3], "index + grouped_mm")
+        grad = randn(TOKENS * top, n)
+        ours = GROUPED_LINEAR_BACKWARD.select(x, LOCKSTEP)
+        given = grad, x, weight, routing.offsets, None, None
+        found = times(
+            [
+                [partial(ours, *given, needs_x=True, needs_weight=False)],
+                [partial(F.grouped_mm, grad, weight, offs=ends)],
+                [partial(ours, *given, needs_x=False, needs_weight=True)],
+                [partial(F.grouped_mm, x.t(), grad, offs=ends)],
+            ],
+            replays=9,
+        )
+        yield Row("experts", f"{name} dX", flop, "GFLOP", *found[0], *found[1], "grouped_mm")
+        yield Row("experts", f"{name} dW", flop, "GFLOP", *found[2], *found[3], "grouped_mm")
         yield row(
             "experts", f"routing of {TOKENS} tokens to {top} of {experts}", TOKENS * experts * 4e-9, "GB",
             [lambda z=logits, t=top: route(z, t, normalise=True)],
