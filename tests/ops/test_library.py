@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from mainspring import ops
-from mainspring.ops import KVCache, TokenBatch
+from mainspring.ops import KVCache, SamplingTensors, TokenBatch
+from mainspring.ops.flash_attention import flash_attention_backward_op, flash_attention_op
+from mainspring.ops.library.attention import packed_attention_op
 from mainspring.ops.library.cache import paged_attention_op, rope_write_cache_op
 from mainspring.ops.library.experts import combine_op, grouped_linear_op, route_op
-from mainspring.ops.library.linear import linear_op
+from mainspring.ops.library.linear import linear_op, linear_tp_invariant_op
 from mainspring.ops.library.losses import (
     linear_cross_entropy_op,
     linear_log_probs_op,
@@ -23,6 +25,7 @@ from mainspring.ops.library.losses import (
     token_log_probs_op,
 )
 from mainspring.ops.library.rowwise import add_rms_norm_op, rms_norm_op, rope_op, swiglu_op
+from mainspring.ops.library.sampling import adjust_logits_op, sample_op
 from mainspring.ops.policy import Policy
 
 POLICIES = [Policy("fast", "reference"), Policy("fast"), Policy("lockstep", "reference"), Policy("lockstep")]
@@ -51,6 +54,13 @@ def packed_cache(dtype: torch.dtype = torch.float32) -> tuple[TokenBatch, Tensor
 
 
 BATCH, K_CACHE, V_CACHE = packed_cache()
+PACKED = TokenBatch.packed([3, 2])
+PACKED_HEADS = normal(5, 4, 8), normal(5, 2, 8), normal(5, 2, 8, seed=1)
+WHERE = PACKED.positions, PACKED.cu_seqlens, PACKED.context_lens, PACKED.lengths
+SEATS = SamplingTensors.allocate(3)
+SEATS.temperature.fill_(0.7)
+SEATS.presence.fill_(0.5)
+HISTORY = torch.arange(33, dtype=torch.int32).view(3, 11) % 3
 HEADS = normal(4, 4, 8, grad=False), normal(4, 2, 8, grad=False), normal(4, 2, 8, grad=False, seed=1)
 
 # The operators and their arguments, all but numerics and backend.
@@ -63,6 +73,9 @@ OPERATORS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     ),
     "linear": (linear_op, (normal(5, 16), normal(8, 16), normal(8), None, True)),
     "linear without bias": (linear_op, (normal(5, 16), normal(8, 16), None, torch.float32, True)),
+    "linear_tp_invariant": (
+        linear_tp_invariant_op, (normal(5, 16), normal(8, 16), normal(8), torch.float32, 4, True),
+    ),
     "linear_cross_entropy": (
         linear_cross_entropy_op,
         (normal(5, 16), normal(11, 16), TARGETS, True, 1.0, 20.0, 0.1, 1e-3, -100, True),
@@ -98,6 +111,18 @@ OPERATORS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
             BATCH.block_tables, K_CACHE, V_CACHE, None, None, 0.5, 3,
         ),
     ),
+    "paged_attention of what is in the cache": (
+        paged_attention_op,
+        (
+            HEADS[0], None, None, BATCH.positions, BATCH.cu_seqlens, BATCH.context_lens, BATCH.lengths, BATCH.contexts,
+            BATCH.slots, BATCH.block_tables, K_CACHE, V_CACHE, None, None, 0.5, None,
+        ),
+    ),
+    "packed_attention": (packed_attention_op, (*PACKED_HEADS, *WHERE, 0.5, 2, True)),
+    "sample": (sample_op, (normal(3, 11, grad=False), SEATS.rows, KEPT[:3] % 3, POSITIONS[:3], True)),
+    "adjust_logits": (
+        adjust_logits_op, (normal(3, 11, grad=False), SEATS.rows, torch.arange(3), HISTORY, None, None),
+    ),
 }  # fmt: skip
 
 
@@ -108,6 +133,33 @@ def test_a_compiler_is_told_the_truth(name: str) -> None:
         a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in arguments
     ]
     torch.library.opcheck(operator, (*copies, *REFERENCE))
+
+
+# Their last argument is a backend alone.
+CU = PACKED.cu_seqlens
+FLASH = CU, CU, 3, 3, 0.5, True, 0, 0.0, True, "reference"
+
+
+def test_a_compiler_is_told_the_truth_of_flash_attention() -> None:
+    torch.library.opcheck(flash_attention_op, (*PACKED_HEADS, *FLASH))
+    q, k, v = (x.detach() for x in PACKED_HEADS)
+    out, lse = flash_attention_op(q, k, v, *FLASH)
+    torch.library.opcheck(flash_attention_backward_op, (torch.ones_like(out), q, k, v, out, lse, *FLASH))
+
+
+def test_every_operator_is_checked() -> None:
+    """Gradients' operators are checked with those whose gradients they are, which opcheck differentiates."""
+    checked = {operator._qualname for operator, _ in OPERATORS.values()}
+    gradients = {
+        f"mainspring::{name}"
+        for name in (
+            "rms_norm_backward", "swiglu_backward", "route_backward", "combine_backward", "grouped_linear_backward",
+            "token_log_probs_backward", "recomputed_gradients", "scaled",
+        )
+    }  # fmt: skip
+    flash = {"mainspring::flash_attention", "mainspring::flash_attention_backward"}
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("mainspring::")}
+    assert registered == checked | gradients | flash
 
 
 @dataclass(frozen=True)
@@ -151,6 +203,17 @@ CALLS = {
     ),
     "swiglu": Call(ops.swiglu, (normal(5, 16),)),
     "linear": Call(ops.linear, (normal(5, 16), normal(8, 16), normal(8))),
+    "linear_tp_invariant": Call(ops.linear_tp_invariant, (normal(5, 16), normal(8, 16), normal(8))),
+    "linear_tp_partial": Call(
+        lambda x, w, policy: ops.linear_tp_partial(x, w, degree=2, policy=policy), (normal(5, 16), normal(8, 16)),
+    ),
+    "linear_swiglu": Call(ops.linear_swiglu, (normal(5, 16) * 0.1, normal(8, 16), normal(8))),
+    "qkv_heads": Call(
+        lambda x, q, k, policy: ops.qkv_heads(
+            x, 4, 2, ops.HeadNorms(q, k, 1e-5), ops.RopeAngles(POSITIONS, INV_FREQ), policy=policy
+        ),
+        (normal(5, 8, 8), normal(8), normal(8)),
+    ),
     "rope": Call(
         lambda q, k, policy: ops.rope(q, k, ops.RopeAngles(POSITIONS, INV_FREQ), policy=policy),
         (normal(5, 4, 8), normal(5, 2, 8)),
@@ -215,15 +278,15 @@ def test_log_probs_have_the_gradient_of_the_formula(function: Callable[..., Any]
     torch.testing.assert_close(got, expected)
 
 
-def test_attention_of_whole_sequences_can_be_compiled() -> None:
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"{p.numerics}-{p.backend}")
+def test_attention_of_whole_sequences_can_be_compiled(policy: Policy) -> None:
     batch = ops.TokenBatch.packed([3, 5])
-    policy = Policy("fast", "reference")
 
     def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return ops.attention(q, k, v, batch, layer=0, scale=0.5, policy=policy).square().sum()
 
     torch.compiler.reset()
-    inputs = (normal(8, 4, 6), normal(8, 2, 6), normal(8, 2, 6))
+    inputs = (normal(8, 4, 8), normal(8, 2, 8), normal(8, 2, 8))
     _, gradients = _loss_and_gradients(loss, inputs)
     _, traced = _loss_and_gradients(torch.compile(loss, fullgraph=True, backend="aot_eager"), inputs)
     for a, b in zip(gradients, traced, strict=True):
@@ -231,12 +294,17 @@ def test_attention_of_whole_sequences_can_be_compiled() -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"{p.numerics}-{p.backend}")
-@pytest.mark.parametrize("fused", [False, True], ids=["attention", "rope_write_cache"])
-def test_what_writes_to_a_cache_can_be_compiled(fused: bool, policy: Policy) -> None:
+@pytest.mark.parametrize("writer", ["attention", "rope_write_cache", "norm_rope_write_cache"])
+def test_what_writes_to_a_cache_can_be_compiled(writer: str, policy: Policy) -> None:
+    norms = ops.HeadNorms(normal(8, grad=False), normal(8, grad=False, seed=3), 1e-5)
+
     def step(q: Tensor, k: Tensor, v: Tensor, batch: TokenBatch) -> Tensor:
-        if fused:
+        if writer != "attention":
             angles = ops.RopeAngles(batch.positions, 0.1 ** torch.arange(4.0))
-            return ops.rope_write_cache(q, k, v, angles, batch, layer=0, policy=policy)
+            if writer == "rope_write_cache":
+                return ops.rope_write_cache(q, k, v, angles, batch, layer=0, policy=policy)
+            q = ops.norm_rope_write_cache(q, k, v, norms, angles, batch, layer=0, policy=policy)
+            return ops.attention(q, None, None, batch, layer=0, scale=0.5, policy=policy)
         return ops.attention(q, k, v, batch, layer=0, scale=0.5, policy=policy)
 
     torch.compiler.reset()
@@ -249,3 +317,14 @@ def test_what_writes_to_a_cache_can_be_compiled(fused: bool, policy: Policy) -> 
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
     assert not torch.equal(results[0][1], K_CACHE)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"{p.numerics}-{p.backend}")
+def test_a_draw_can_be_compiled(policy: Policy) -> None:
+    def draw(logits: Tensor) -> Tensor:
+        z = ops.adjust_logits(logits, SEATS, torch.arange(3), history=HISTORY, policy=policy)
+        return ops.sample(z, SEATS, torch.arange(3), POSITIONS[:3], policy=policy)
+
+    torch.compiler.reset()
+    logits = normal(3, 11, grad=False)
+    assert torch.equal(draw(logits), torch.compile(draw, fullgraph=True, backend="aot_eager")(logits))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mainspring.errors import BackendError
+from mainspring.ops import library
 from mainspring.ops.checks import check_indices
 from mainspring.ops.cpu.adjust_logits import adjust_logits as cpu_adjust_logits
 from mainspring.ops.policy import LOCKSTEP, Policy
@@ -69,6 +70,8 @@ def adjust_logits(
             f"adjust_logits: logits are on {logits.device}, their parameters on {params.rows.device}"
         )
     check_indices("adjust_logits", "seat", seats, num_seats)
+    if library.is_traced():
+        return library.adjust_logits(logits, params.rows, seats, history, bias, bitmask, policy)
     return ADJUST_LOGITS.select(logits, policy)(logits, params, seats, history, bias, bitmask)
 
 

@@ -64,10 +64,13 @@ def attention(
         raise BackendError(
             "attention through a KV cache has no gradient; run the model under torch.no_grad()"
         )
-    if library.is_traced() and batch.cache is not None and k is not None and v is not None:
-        return library.paged_attention(q, k, v, batch, layer, scale, window, policy)
-    if library.is_traced() and batch.cache is None and policy.numerics == "fast":
-        return _flash(q, k, v, batch, layer, scale, window, policy)
+    if library.is_traced():
+        if batch.cache is not None:
+            return library.paged_attention(q, k, v, batch, layer, scale, window, policy)
+        if policy.numerics == "fast":
+            return _flash(q, k, v, batch, layer, scale, window, policy)
+        assert k is not None and v is not None  # checked above
+        return library.packed_attention(q, k, v, batch, scale, window, policy)
     run = ATTENTION.select(q, policy, needs_grad, q.shape[-1])
     return run(q, k, v, batch, layer, scale, window, policy)
 

@@ -93,9 +93,10 @@ def check_targets(operation: str, targets: Tensor, rows: Tensor) -> None:
 def check_indices(operation: str, what: str, index: Tensor, limit: int, ignored: int | None = None) -> None:
     """Every element lies from 0 to limit - 1, or is `ignored`. Raises BackendError with the first that does not.
 
-    Reads the index where that is free, on the CPU, or where MAINSPRING_DEBUG=1 asks for it.
+    Reads the index where that is free, on the CPU, or where MAINSPRING_DEBUG=1 asks for it; nothing while the call is
+    traced by a compiler or captured in a CUDA graph.
     """
-    if not index.is_cpu and not (debugging() and not torch.cuda.is_current_stream_capturing()):
+    if not _may_read(index):
         return
     outside = (index < 0) | (index >= limit)
     if ignored is not None:
@@ -114,7 +115,7 @@ def check_boundaries(
 ) -> None:
     """Boundaries rise from 0 to `end`, in steps of at most `longest`. Raises BackendError; read as
     in `check_indices`."""
-    if not boundaries.is_cpu and not (debugging() and not torch.cuda.is_current_stream_capturing()):
+    if not _may_read(boundaries):
         return
     found = boundaries.tolist()
     steps = [b - a for a, b in pairwise(found)]
@@ -124,3 +125,9 @@ def check_boundaries(
         raise reject(
             operation, f"{what} has a sequence of {max(steps)}, and at most {longest} were announced"
         )
+
+
+def _may_read(tensor: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return tensor.is_cpu or (debugging() and not torch.cuda.is_current_stream_capturing())

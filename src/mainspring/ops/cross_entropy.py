@@ -91,8 +91,7 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str, igno
         raise BackendError(f"cross_entropy: computes in floating dtypes, not in {hidden.dtype}")
     check_product("cross_entropy", hidden, weight)
     check_targets("cross_entropy", targets, hidden)
-    if not library.is_traced():
-        check_indices("cross_entropy", "target", targets, weight.shape[0], ignored=ignore_index)
+    check_indices("cross_entropy", "target", targets, weight.shape[0], ignored=ignore_index)
 
 
 def loss_and_gradients(

@@ -69,9 +69,8 @@ def flash_attention(
         BackendError: a dtype, shape or option that no backend takes.
     """
     _check(q, k, v, cu_q, cu_k, scale, window, softcap)
-    if not is_traced():
-        check_boundaries("flash_attention", "cu_q", cu_q, q.shape[0], max_q)
-        check_boundaries("flash_attention", "cu_k", cu_k, k.shape[0], max_k)
+    check_boundaries("flash_attention", "cu_q", cu_q, q.shape[0], max_q)
+    check_boundaries("flash_attention", "cu_k", cu_k, k.shape[0], max_k)
     arguments = (
         q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, window or 0, softcap or 0.0, deterministic, policy.backend,
     )  # fmt: skip

@@ -66,8 +66,7 @@ def grouped_linear(
                 f"grouped_linear: counts must be {weight.shape[0]} numbers of {rows} rows in all, not {counts}"
             )
         offsets = torch.tensor(list(accumulate(counts, initial=0)), dtype=torch.int32, device=x.device)
-    if not library.is_traced():
-        check_boundaries("grouped_linear", "offsets", offsets, rows)
+    check_boundaries("grouped_linear", "offsets", offsets, rows)
     index, places = (None, None) if gather is None else (gather.tokens, gather.places)
     if library.is_traced():
         return library.grouped_linear(x, weight, offsets, index, places, policy)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mainspring.errors import BackendError
+from mainspring.ops import library
 from mainspring.ops.checks import check_product
 from mainspring.ops.cuda.support import refuses as cuda_refuses
 from mainspring.ops.linear import _KernelLinear, reference_rows
@@ -42,6 +43,8 @@ def linear_tp_invariant(
         BackendError: segments is not 1, 2, 4 or 8, or does not divide K; weight or bias do not fit x.
     """
     _check(x, weight, bias, segments)
+    if library.is_traced():
+        return library.linear_tp_invariant(x, weight, bias, out_dtype or x.dtype, segments, policy)
     run = LINEAR_TP_INVARIANT.select(x, policy, any_requires_grad(x, weight, bias))
     return run(x, weight, bias, out_dtype or x.dtype, segments)
 
@@ -60,6 +63,8 @@ def linear_tp_partial(
         raise BackendError(f"linear_tp_partial: degree {degree} does not divide {segments} segments")
     own = segments // degree
     _check(x, weight, None, own)
+    if library.is_traced():
+        return library.linear_tp_invariant(x, weight, None, torch.float32, own, policy)
     run = LINEAR_TP_INVARIANT.select(x, policy, any_requires_grad(x, weight))
     return run(x, weight, None, torch.float32, own)
 

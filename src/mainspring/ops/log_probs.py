@@ -119,8 +119,7 @@ def _check_rows(operation: str, targets: Tensor, rows: Tensor, vocab_size: int, 
     check_targets(operation, targets, rows)
     if not temperature > 0:
         raise reject(operation, f"temperature must be greater than 0, not {temperature}")
-    if not library.is_traced():
-        check_indices(operation, "target", targets, vocab_size)
+    check_indices(operation, "target", targets, vocab_size)
 
 
 def reference(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:

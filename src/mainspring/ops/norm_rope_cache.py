@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from mainspring.ops import library
 from mainspring.ops.batch import TokenBatch
 from mainspring.ops.checks import check_norm
 from mainspring.ops.cpu.attention import write_cache as cpu_write_cache
@@ -57,6 +58,8 @@ def norm_rope_write_cache(
     check_angles("norm_rope_write_cache", angles, q)
     if norms is not None:
         check_head_norms("norm_rope_write_cache", norms, q)
+    if library.is_traced():
+        return reference(q, k, v, norms, angles, batch, layer, policy)
     run = NORM_ROPE_WRITE_CACHE.select(q, policy)
     return run(q, k, v, norms, angles, batch, layer, policy)
 

@@ -14,7 +14,6 @@ from mainspring.ops import library
 from mainspring.ops.checks import check_heads, check_indices, described
 from mainspring.ops.cpu import rope as cpu
 from mainspring.ops.cpu.support import refuses
-from mainspring.ops.library.support import is_traced
 from mainspring.ops.policy import LOCKSTEP, Policy
 from mainspring.ops.registry import Implementation, Operation, accepts_floats, any_requires_grad
 from mainspring.ops.triton.support import refuses as triton_refuses
@@ -49,7 +48,7 @@ class RopeAngles:
                 or index.device != self.inv_freq.device
             ):
                 raise BackendError(f"rope: {name} must be [T] int64 beside inv_freq, not {described(index)}")
-        if self.rows is not None and not is_traced():
+        if self.rows is not None:
             check_indices("rope", "row", self.rows, self.inv_freq.shape[0])
 
     def table(self, policy: Policy = LOCKSTEP) -> tuple[Tensor, Tensor]:

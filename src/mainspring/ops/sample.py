@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mainspring.errors import BackendError
+from mainspring.ops import library
 from mainspring.ops.adjust_logits import cpu_refuses
 from mainspring.ops.checks import check_indices
 from mainspring.ops.cpu.sample import sample as cpu_sample
@@ -70,6 +71,8 @@ def sample(
     if params.rows.device != logits.device:
         raise BackendError(f"sample: logits are on {logits.device}, their parameters on {params.rows.device}")
     check_indices("sample", "seat", seats, params.temperature.shape[0])
+    if library.is_traced():
+        return library.sample(logits, params.rows, seats, positions, truncate, policy)
     return SAMPLE.select(logits, policy)(logits, params, seats, positions, truncate)
 
 

@@ -74,8 +74,8 @@ def _(q: Tensor, *_: Any) -> Tensor:
 
 def paged_attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     batch: TokenBatch,
     layer: int,
     scale: float,
@@ -97,8 +97,8 @@ def paged_attention(
 @torch.library.custom_op("mainspring::paged_attention", mutates_args=("k_cache", "v_cache"))
 def paged_attention_op(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     positions: Tensor,
     cu_seqlens: Tensor,
     context_lens: Tensor,
@@ -115,7 +115,7 @@ def paged_attention_op(
     numerics: str,
     backend: str | None,
 ) -> Tensor:
-    """q: [T, Hq, D], k, v: [T, Hkv, D], which go to their slots first -> [T, Hq, D]."""
+    """q: [T, Hq, D], k, v: [T, Hkv, D], which go to their slots first, or None if they are there -> [T, Hq, D]."""
     from mainspring.ops.attention import ATTENTION
     from mainspring.ops.batch import KVCache, TokenBatch
 

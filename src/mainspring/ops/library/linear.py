@@ -1,4 +1,5 @@
-"""`linear` as a PyTorch operator. Its gradients are plain products, which the compiler is free to arrange."""
+"""`linear` and `linear_tp_invariant` as PyTorch operators. Their gradients are plain products, which the compiler is
+free to arrange."""
 
 from __future__ import annotations
 
@@ -65,3 +66,45 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 linear_op.register_autograd(_gradient, setup_context=_keep)
+
+
+def linear_tp_invariant(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype, segments: int, policy: Policy
+) -> Tensor:
+    """ops.linear_tp_invariant.linear_tp_invariant as an operator."""
+    needs_grad = any_requires_grad(x, weight, bias)
+    result: Tensor = linear_tp_invariant_op(
+        x, weight, bias, out_dtype, segments, needs_grad, policy.numerics, policy.backend
+    )
+    return result
+
+
+@torch.library.custom_op("mainspring::linear_tp_invariant", mutates_args=())
+def linear_tp_invariant_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    segments: int,
+    needs_grad: bool,
+    numerics: str,
+    backend: str | None,
+) -> Tensor:
+    """x: [M, K], weight: [N, K], bias: [N] -> [M, N] of out_dtype, K summed in so many segments."""
+    from mainspring.ops.linear_tp_invariant import LINEAR_TP_INVARIANT
+
+    with torch.no_grad():
+        run = LINEAR_TP_INVARIANT.select(x, policy_of(numerics, backend), needs_grad)
+        return run(x, weight, bias, out_dtype, segments)
+
+
+@linear_tp_invariant_op.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype, *_: Any) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
+
+
+def _tp_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *_gradient(ctx, grad), None
+
+
+linear_tp_invariant_op.register_autograd(_tp_gradient, setup_context=_keep)
