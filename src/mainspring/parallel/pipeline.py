@@ -2,6 +2,10 @@
 
 Messages between two ranks go over a group of their own for each direction, in the order in which they are sent: so
 no send can wait for a receive that waits for it.
+
+On a GPU a message's kernel runs until its other end has come, and CUDA may wait for all that runs before it loads a
+kernel that it has not yet. Two ranks that load one, each beside a message from the other, would wait for ever. So what
+a step computes is rehearsed without messages, on each rank alone, once for each shape of micro-batch.
 """
 
 from __future__ import annotations
@@ -17,12 +21,15 @@ from torch import Tensor
 
 from mainspring.ops import IGNORE_INDEX, TokenBatch
 from mainspring.ops.precision import accumulator
+from mainspring.parallel.balance import blocks_by_layer
 from mainspring.parallel.collectives import Pending, all_reduce, start_receive, start_send
 from mainspring.parallel.decoder import ParallelDecoder
 from mainspring.parallel.mesh import Group
-from mainspring.parallel.schedule import Action, make_schedule
+from mainspring.parallel.schedule import Action, Kind, Schedule, make_schedule
 from mainspring.parallel.tensor import Product, whole_stream
 from mainspring.parallel.units import Units
+
+_IN_ORDER: tuple[Kind, ...] = ("F", "B", "I", "W")
 
 
 class PackedTokens(Protocol):
@@ -57,10 +64,14 @@ class _InFlight:
 class Pipeline:
     """A rank's executor."""
 
-    def __init__(self, model: ParallelDecoder, units: Units) -> None:
+    def __init__(self, model: ParallelDecoder, units: Units, *, rehearses: bool | None = None) -> None:
+        """rehearses: runs each shape of micro-batch once without messages before it travels; None: on a GPU."""
         self.model, self.units = model, units
         self.layout, self.mesh = model.layout, model.mesh
         self._stages = self.layout.stages
+        needed = model.device.type == "cuda" if rehearses is None else rehearses
+        self._rehearses = needed and self.layout.pp > 1
+        self._rehearsed: set[tuple[int | Kind, ...]] = set()
 
     def run(self, micro_batches: Sequence[PackedTokens]) -> float:
         """Forward and backward over the step's micro-batches, of which the rank takes its replica's.
@@ -77,8 +88,10 @@ class Pipeline:
         group = self.mesh.group("dp")
         mine = list(micro_batches[group.rank :: group.size])
         schedule = make_schedule(self.layout.schedule, self.layout.pp, self.layout.virtual, len(mine))
+        narrow = self.layout.gradient_sums == "narrow" and len(mine) == 1
+        self._rehearse(micro_batches, schedule, narrow)
         run = _Run(self, mine, count, sum(len(m.tokens) for m in micro_batches), schedule)
-        self.units.begin_step(narrow=self.layout.gradient_sums == "narrow" and len(mine) == 1)
+        self.units.begin_step(narrow=narrow)
         run.do_all()
         self.units.finish_step()
         # Tensor-parallel ranks have the same loss; only the last stage has one.
@@ -93,7 +106,7 @@ class Pipeline:
         self.layout.check(self.model.config, len(micro_batches))
         group = self.mesh.group("dp")
         mine = list(micro_batches[group.rank :: group.size])
-        run = self._forward_only(mine, max(1, sum(len(m.tokens) for m in micro_batches)))
+        run = self._forward_only(mine, micro_batches)
         sums = torch.zeros(len(micro_batches), dtype=torch.float64, device=self.model.device)
         for micro, loss in run.losses.items():
             sums[micro * group.size + group.rank] = loss / self.layout.tp
@@ -120,27 +133,74 @@ class Pipeline:
             if self.mesh.index["tp"] == 0 and self.mesh.group("dp").rank == 0:
                 found[here] = logits
 
-        self._forward_only([batch], len(batch.tokens), take)
+        self._forward_only([batch], [batch], take)
         return all_reduce(found, self.mesh.group("world"))  # one rank has each row, the others zeros
 
     def _forward_only(
-        self, mine: list[PackedTokens], tokens: int, take: Callable[[Tensor, TokenBatch], None] | None = None
+        self,
+        mine: list[PackedTokens],
+        of_all: Sequence[PackedTokens],
+        take: Callable[[Tensor, TokenBatch], None] | None = None,
     ) -> _Run:
-        """The forward passes of this replica's micro-batches, in evaluation mode."""
+        """The forward passes of this replica's micro-batches, in evaluation mode. of_all: all replicas'."""
         forward = make_schedule("afab", self.layout.stages, 1, len(mine))
         # A chunk's micro-batches, then the next chunk's: the order in which they become ready.
         schedule = [
             [a for stage in self.layout.stages_of(rank) for a in forward[stage] if a.kind == "F"]
             for rank in range(self.layout.pp)
         ]
-        run = _Run(self, mine, 1, tokens, schedule, take)
         was_training = self.model.training
         self.model.eval()
+        self._rehearse(of_all, schedule)
+        run = _Run(self, mine, 1, max(1, sum(len(m.tokens) for m in of_all)), schedule, take)
         self.units.begin_step()
         run.do_all()
         self.units.release_all()
         self.model.train(was_training)
         return run
+
+    def _rehearse(
+        self, micro_batches: Sequence[PackedTokens], schedule: Schedule, narrow: bool = False
+    ) -> None:
+        """Loads the kernels of a schedule's actions. micro_batches: all replicas', for they rehearse the same ones, as
+        they share parameters and experts."""
+        kinds = {action.kind for actions in schedule for action in actions}
+        passes = tuple(kind for kind in _IN_ORDER if kind in kinds)
+        for micro in micro_batches if self._rehearses else ():
+            shape = (*_shape(micro.lengths), narrow, *passes)
+            if shape not in self._rehearsed:
+                self._rehearsed.add(shape)
+                self._run_alone(micro, passes, narrow)
+
+    def _run_alone(self, micro: PackedTokens, passes: tuple[Kind, ...], narrow: bool) -> None:
+        """Twice: a step's first gradients are written, the others added. Nothing is left of it."""
+        blocks = blocks_by_layer(self.model).values()
+        counts = [(block.load.clone(), block.dropped.clone()) for block in blocks]
+        stages = self.layout.stages_of(self.mesh.index["pp"])
+        actions = [
+            Action(kind, stage, number)
+            for number in range(2)
+            for kind in passes
+            for stage in (stages if kind == "F" else reversed(stages))
+        ]
+        schedule = [actions if rank == self.mesh.index["pp"] else [] for rank in range(self.layout.pp)]
+        self.units.begin_step(narrow=narrow)
+        _Rehearsal(self, [micro, micro], 1, 2 * len(micro.tokens), schedule).do_all()
+        if torch.is_grad_enabled():
+            self.units.finish_step()
+            self.units.clear()
+        else:
+            self.units.release_all()
+        for block, (load, dropped) in zip(blocks, counts, strict=True):
+            block.load.copy_(load)
+            block.dropped.copy_(dropped)
+
+
+def _shape(lengths: Sequence[int]) -> tuple[int, ...]:
+    """What kernels are chosen and compiled by: tokens, whether there is one document and whether 16 or more go evenly
+    (Triton compiles such numbers anew), and the longest one's length, roughly."""
+    count = len(lengths)
+    return sum(lengths), int(count == 1), int(count % 16 == 0), max(lengths, default=0).bit_length()
 
 
 class _Run:
@@ -310,3 +370,21 @@ class _Run:
         if self._edge(message).size == 1:
             return self._local.pop(message)
         return self._arriving.pop(message).wait()
+
+
+class _Rehearsal(_Run):
+    """Micro-batches through this rank's stages alone: what others would send is noise, what they are sent is lost."""
+
+    def _send(self, message: _Message, x: Tensor) -> None:
+        pass
+
+    def _expect(self, action: Action) -> None:
+        pass
+
+    def _receive(self, action: Action) -> Tensor:
+        rows = self.model.stage_rows(self._batch(action.micro))
+        generator = torch.Generator(self.device).manual_seed(
+            0
+        )  # a trainer's own random numbers stay as they are
+        shape = rows, self.model.config.hidden_size
+        return torch.randn(shape, generator=generator, dtype=self.model.dtype, device=self.device)
