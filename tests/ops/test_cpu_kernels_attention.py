@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -19,13 +18,13 @@ from support.cpu_kernels import (
     DTYPES,
     assert_as_exact_as_torch,
     assert_same_bits,
-    poisoned_memory,
     random_tensor,
     requires_kernels,
     threads,
 )
+from support.memory import in_poisoned_memory
 
-pytestmark = requires_kernels
+pytestmark = [requires_kernels, in_poisoned_memory]
 
 seeds = st.integers(0, 2**31)
 dtypes = st.sampled_from(DTYPES)
@@ -33,12 +32,6 @@ head_dims = st.sampled_from([8, 16, 24, 40, 64, 72, 128, 256])
 heads = st.sampled_from([(1, 1), (4, 4), (6, 2), (9, 3), (5, 1)])
 windows = st.sampled_from([None, None, 1, 7, 200, 256, 300])
 BLOCK = 16
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _poisoned() -> Iterator[None]:
-    with poisoned_memory():
-        yield
 
 
 def ints(*values: int) -> Tensor:

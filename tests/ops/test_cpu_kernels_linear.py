@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,22 +15,16 @@ from support.cpu_kernels import (
     DTYPES,
     assert_as_exact_as_torch,
     assert_same_bits,
-    poisoned_memory,
     random_tensor,
     requires_kernels,
     threads,
 )
+from support.memory import in_poisoned_memory
 
-pytestmark = requires_kernels
+pytestmark = [requires_kernels, in_poisoned_memory]
 
 seeds = st.integers(0, 2**31)
 dtypes = st.sampled_from(DTYPES)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _poisoned() -> Iterator[None]:
-    with poisoned_memory():
-        yield
 
 
 @settings(deadline=None, max_examples=60)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -17,19 +15,14 @@ from mainspring.ops import Policy
 from mainspring.ops.cpu.quantised_linear import BLOCK, pack, quantised_linear
 from mainspring.ops.linear import linear
 from mainspring.ops.quantised_linear import QUANTISED_TYPES, BlockRows, QuantisedWeight
-from support.cpu_kernels import assert_same_bits, poisoned_memory, random_tensor, requires_kernels, threads
+from support.cpu_kernels import assert_same_bits, random_tensor, requires_kernels, threads
+from support.memory import in_poisoned_memory
 
-pytestmark = requires_kernels
+pytestmark = [requires_kernels, in_poisoned_memory]
 
 kinds = st.sampled_from(QUANTISED_TYPES)
 dtypes = st.sampled_from([torch.float32, torch.bfloat16])
 seeds = st.integers(0, 2**31)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _poisoned() -> Iterator[None]:
-    with poisoned_memory():
-        yield
 
 
 def quantised(kind: str, seed: int, n: int, k: int) -> BlockRows:

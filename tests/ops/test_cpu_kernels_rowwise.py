@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,24 +20,18 @@ from support.cpu_kernels import (
     DTYPES,
     assert_as_exact_as_torch,
     assert_same_bits,
-    poisoned_memory,
     random_tensor,
     requires_kernels,
     threads,
 )
+from support.memory import in_poisoned_memory
 
-pytestmark = requires_kernels
+pytestmark = [requires_kernels, in_poisoned_memory]
 
 seeds = st.integers(0, 2**31)
 dtypes = st.sampled_from(DTYPES)
 rows = st.integers(0, 30)
 both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _poisoned() -> Iterator[None]:
-    with poisoned_memory():
-        yield
 
 
 def huggingface_norm(x: Tensor, weight: Tensor, eps: float, wide: torch.dtype) -> Tensor:

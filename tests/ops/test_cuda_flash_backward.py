@@ -14,7 +14,8 @@ from mainspring.ops import flash_reference
 from mainspring.ops.cuda import compiler, flash_backward
 from mainspring.ops.cuda.compiler import find_nvcc
 from mainspring.ops.cuda.flash_backward import flash_attention_backward
-from support.cuda_flash import FlashCases, assert_twice_as_exact, ends, on_gpu, poisoned_memory, random
+from support.cuda_flash import FlashCases, assert_twice_as_exact, ends, on_gpu, random
+from support.memory import poisoned_memory
 
 
 def check(

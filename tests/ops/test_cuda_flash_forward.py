@@ -16,9 +16,9 @@ from support.cuda_flash import (
     ends,
     ints,
     on_gpu,
-    poisoned_memory,
     random,
 )
+from support.memory import poisoned_memory
 from support.triton_kernels import assert_same_bits
 
 

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from mainspring.ops.policy import Policy
+from support.memory import in_poisoned_memory
 from support.triton_kernels import (
     AVAILABLE,
     INTERPRETED,
     assert_same_bits,
-    poisoned_memory,
 )
 
 pytestmark = [
+    in_poisoned_memory,
     pytest.mark.gpu,
     pytest.mark.skipif(not AVAILABLE or INTERPRETED, reason="Triton's compiled kernels are the other side"),
 ]
 
 COUNTS = ([700, 0, 1, 128, 256, 2000, 63, 900], [0, 0, 640, 0], [129] * 12, [64, 65, 191, 193, 1000])
 SIZES = [(1408, 1024), (1024, 520), (1000, 2104), (2816, 64)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _poisoned() -> Iterator[None]:
-    with poisoned_memory():
-        yield
 
 
 def _inputs(

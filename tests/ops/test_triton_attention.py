@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from mainspring.errors import BackendError
 from mainspring.ops.flash_reference import forward
 from support.cpu_kernels import assert_as_exact_as_torch
+from support.memory import in_poisoned_memory
 from support.triton_kernels import (
     DEVICE,
     DTYPES,
@@ -23,11 +23,10 @@ from support.triton_kernels import (
     INTERPRETED,
     assert_same_bits,
     needs_triton,
-    poisoned_memory,
     random_tensor,
 )
 
-pytestmark = needs_triton
+pytestmark = [*needs_triton, in_poisoned_memory]
 
 BLOCK = 16
 head_dims = st.sampled_from([8, 16, 24, 64, 128] if INTERPRETED else [8, 64, 96, 128, 256])
@@ -42,12 +41,6 @@ def small() -> dict[str, Any]:
     from mainspring.ops.triton.canonical_order import Tile
 
     return {"tile": Tile(32, 32, 4, 1), "chunk": 64} if INTERPRETED else {}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _poisoned() -> Iterator[None]:
-    with poisoned_memory():
-        yield
 
 
 def ints(values: list[int]) -> Tensor:

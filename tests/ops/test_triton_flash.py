@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from mainspring.errors import BackendError
 from mainspring.ops.flash_reference import forward as reference
 from mainspring.ops.flash_reference import visible
 from support.cpu_kernels import assert_as_exact_as_torch
+from support.memory import in_poisoned_memory
 from support.triton_kernels import (
     DEVICE,
     DTYPES,
@@ -24,11 +24,10 @@ from support.triton_kernels import (
     INTERPRETED,
     assert_same_bits,
     needs_triton,
-    poisoned_memory,
     random_tensor,
 )
 
-pytestmark = needs_triton
+pytestmark = [*needs_triton, in_poisoned_memory]
 
 head_dims = st.sampled_from([8, 16, 40] if INTERPRETED else [8, 40, 64, 64, 96, 128, 128, 192, 256])
 heads = st.sampled_from([(2, 2), (4, 2), (3, 1)] if INTERPRETED else [(1, 1), (4, 4), (6, 2), (5, 1)])
@@ -50,12 +49,6 @@ def small_backward() -> dict[str, Any]:
     from mainspring.ops.triton.flash_forward import Tile
 
     return {"tiles": BackwardTiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))} if INTERPRETED else {}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _poisoned() -> Iterator[None]:
-    with poisoned_memory():
-        yield
 
 
 def ends_of(counts: list[int]) -> Tensor:

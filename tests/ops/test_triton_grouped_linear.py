@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -14,6 +13,7 @@ from mainspring import ops
 from mainspring.errors import BackendError
 from mainspring.ops.policy import Policy
 from support.cpu_kernels import assert_as_exact_as_torch
+from support.memory import in_poisoned_memory
 from support.triton_kernels import (
     DEVICE,
     DTYPES,
@@ -21,22 +21,15 @@ from support.triton_kernels import (
     INTERPRETED,
     assert_same_bits,
     needs_triton,
-    poisoned_memory,
     random_tensor,
 )
 
-pytestmark = needs_triton
+pytestmark = [*needs_triton, in_poisoned_memory]
 
 TRITON, REFERENCE = Policy(backend="triton"), Policy(backend="reference")
 count = st.sampled_from([0, 1, 5, 64, 70] if INTERPRETED else [0, 1, 5, 64, 127, 128, 129, 300, 1000])
 counts_of = st.lists(count, min_size=1, max_size=4 if INTERPRETED else 20)
 sizes = st.sampled_from([(8, 8), (40, 72), (97, 48), (24, 2100)])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _poisoned() -> Iterator[None]:
-    with poisoned_memory():
-        yield
 
 
 def offsets_of(counts: list[int]) -> torch.Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +10,7 @@ from hypothesis import strategies as st
 
 from mainspring.errors import BackendError
 from support.cpu_kernels import assert_as_exact_as_torch
+from support.memory import in_poisoned_memory
 from support.triton_kernels import (
     DEVICE,
     DTYPES,
@@ -19,23 +18,16 @@ from support.triton_kernels import (
     INTERPRETED,
     assert_same_bits,
     needs_triton,
-    poisoned_memory,
     random_tensor,
 )
 
-pytestmark = needs_triton
+pytestmark = [*needs_triton, in_poisoned_memory]
 
 dtypes = st.sampled_from(DTYPES)
 sizes = st.sampled_from(
     [1, 2, 15, 16, 17, 64, 70, 129] if INTERPRETED else [1, 2, 15, 16, 63, 64, 65, 300, 1000]
 )
 depths = st.sampled_from([1, 8, 48, 80, 2100] if INTERPRETED else [1, 8, 48, 80, 1000, 2100, 4096])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _poisoned() -> Iterator[None]:
-    with poisoned_memory():
-        yield
 
 
 @settings(max_examples=EXAMPLES, deadline=None)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,26 +10,20 @@ from mainspring import ops
 from mainspring.errors import BackendError
 from mainspring.ops.policy import Policy
 from support.cpu_kernels import assert_as_exact_as_torch
+from support.memory import in_poisoned_memory
 from support.triton_kernels import (
     DTYPES,
     INTERPRETED,
     assert_same_bits,
     needs_triton,
-    poisoned_memory,
     random_tensor,
 )
 
-pytestmark = needs_triton
+pytestmark = [*needs_triton, in_poisoned_memory]
 
 TRITON = Policy(backend="triton")
 ROWS = (1, 17, 70) if INTERPRETED else (1, 17, 64, 300, 2000)
 SHAPES = [(40, 64), (70, 1040)] if INTERPRETED else [(97, 520), (1024, 1024), (512, 4864), (2048, 3072)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _poisoned() -> Iterator[None]:
-    with poisoned_memory():
-        yield
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

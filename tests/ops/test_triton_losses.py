@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -25,6 +24,7 @@ from mainspring.ops.cross_entropy import reference
 from mainspring.ops.logit_loss import LossOptions, logit_loss
 from mainspring.ops.logit_loss import reference as logit_loss_reference
 from support.cpu_kernels import assert_as_exact_as_torch
+from support.memory import in_poisoned_memory
 from support.triton_kernels import (
     DEVICE,
     DTYPES,
@@ -32,21 +32,14 @@ from support.triton_kernels import (
     INTERPRETED,
     assert_same_bits,
     needs_triton,
-    poisoned_memory,
     random_tensor,
 )
 
-pytestmark = needs_triton
+pytestmark = [*needs_triton, in_poisoned_memory]
 
 TRITON = Policy("lockstep", "triton")
 seeds = st.integers(0, 99)
 vocabularies = st.sampled_from([1, 7, 97, 5000, 20001, 24576])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _poisoned() -> Iterator[None]:
-    with poisoned_memory():
-        yield
 
 
 def random_targets(seed: int, m: int, v: int) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +12,7 @@ from mainspring.errors import BackendError
 from mainspring.ops import HeadNorms, Policy, RopeAngles, qkv_heads
 from mainspring.ops.qkv_heads import composed
 from support.cpu_kernels import assert_as_exact_as_torch
+from support.memory import in_poisoned_memory
 from support.triton_kernels import (
     DEVICE,
     DTYPES,
@@ -21,20 +20,13 @@ from support.triton_kernels import (
     INTERPRETED,
     assert_same_bits,
     needs_triton,
-    poisoned_memory,
     random_tensor,
 )
 
-pytestmark = needs_triton
+pytestmark = [*needs_triton, in_poisoned_memory]
 
 TRITON = Policy("lockstep", "triton")
 REFERENCE = Policy("fast", "reference")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _poisoned() -> Iterator[None]:
-    with poisoned_memory():
-        yield
 
 
 def _angles(tokens: int, d: int, rowed: bool, scale: float) -> RopeAngles:
@@ -105,5 +97,5 @@ def test_without_a_gradient_the_bits_are_the_same() -> None:
 
 def test_weights_that_do_not_fit_are_refused() -> None:
     norms = HeadNorms(random_tensor(1, 32), random_tensor(2, 64), 1e-5)
-    with pytest.raises(BackendError, match=r"weights must be \[64\]"):
+    with pytest.raises(BackendError, match=r"weight must be \[64\]"):
         qkv_heads(random_tensor(0, 3, 8, 64), 4, 2, norms, _angles(3, 64, False, 1.0), policy=TRITON)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +11,7 @@ from mainspring import ops
 from mainspring.errors import BackendError
 from mainspring.ops.policy import Policy
 from mainspring.ops.routing import Routing
+from support.memory import in_poisoned_memory
 from support.triton_kernels import (
     DEVICE,
     DTYPES,
@@ -20,21 +19,14 @@ from support.triton_kernels import (
     INTERPRETED,
     assert_same_bits,
     needs_triton,
-    poisoned_memory,
     random_tensor,
 )
 
-pytestmark = needs_triton
+pytestmark = [*needs_triton, in_poisoned_memory]
 
 TRITON, REFERENCE = Policy(backend="triton"), Policy(backend="reference")
 tokens = st.sampled_from([1, 2, 33, 70] if INTERPRETED else [1, 2, 33, 500, 4097])
 shapes = st.sampled_from([(1, 1), (4, 2), (5, 5), (64, 6), (128, 8)])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _poisoned() -> Iterator[None]:
-    with poisoned_memory():
-        yield
 
 
 def assert_same_routing(a: Routing, b: Routing) -> None:

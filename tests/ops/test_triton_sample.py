@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from unittest import mock
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +11,7 @@ from hypothesis import strategies as st
 from mainspring.ops import Policy, adjust_logits, sample
 from mainspring.ops.sample import floors
 from mainspring.ops.sampling_tensors import SamplingTensors
+from support.memory import in_poisoned_memory
 from support.sampling import random_logits, random_seats, to_device
 from support.triton_kernels import (
     DEVICE,
@@ -20,21 +19,14 @@ from support.triton_kernels import (
     INTERPRETED,
     assert_same_bits,
     needs_triton,
-    poisoned_memory,
 )
 
-pytestmark = needs_triton
+pytestmark = [*needs_triton, in_poisoned_memory]
 
 TRITON = Policy("lockstep", "triton")
 REFERENCE = Policy("lockstep", "reference")
 SEATS = 4
 VOCABULARIES = [1, 17, 1000, 4097] if INTERPRETED else [1, 17, 1000, 49152, 151936]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _poisoned() -> Iterator[None]:
-    with poisoned_memory():
-        yield
 
 
 @settings(max_examples=4 * EXAMPLES, deadline=None)

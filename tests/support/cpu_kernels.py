@@ -1,4 +1,4 @@
-"""What the tests of the C++ CPU kernels share: the error rule, thread counts, poisoned outputs."""
+"""What the tests of the C++ CPU kernels share: the error rule, thread counts."""
 
 from __future__ import annotations
 
@@ -64,15 +64,3 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         module.set_num_threads(before)
-
-
-@contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """Every uninitialised tensor is full of NaN, so that an element that a kernel forgets to write shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -30,16 +29,6 @@ def ints(values: list[int]) -> Tensor:
 
 def ends(lengths: list[int]) -> Tensor:
     return ints([0, *itertools.accumulate(lengths)])
-
-
-@contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """New memory is full of NaN: what is not written shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def assert_twice_as_exact(got: Tensor, low: Tensor, exact: Tensor, roundings: int = 1) -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -116,21 +114,6 @@ def random_tensor(seed: int, *shape: int, dtype: torch.dtype = torch.float32, sc
     """Normal values on the tests' device, the same for the same seed and shape."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(shape, generator=generator) * scale).to(DEVICE, dtype)
-
-
-@contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """Every uninitialised tensor is full of NaN, so that an element that a kernel forgets to write shows."""
-    # torch.use_deterministic_algorithms, but for the compiler that it imports, which takes seconds
-    torch._C._set_deterministic_algorithms(True, warn_only=True)
-    filled = torch._C._get_deterministic_fill_uninitialized_memory()  # a trainer of this process turns it off
-    torch._C._set_deterministic_fill_uninitialized_memory(True)
-    try:
-        assert torch.empty(3, device=DEVICE).isnan().all()
-        yield
-    finally:
-        torch._C._set_deterministic_algorithms(False)
-        torch._C._set_deterministic_fill_uninitialized_memory(filled)
 
 
 def bits(x: Tensor) -> Tensor:
