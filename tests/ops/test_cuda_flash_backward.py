@@ -3,16 +3,12 @@ formula in 16 bits."""
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 from torch import Tensor
 
 from mainspring.errors import BackendError
 from mainspring.ops import flash_reference
-from mainspring.ops.cuda import compiler, flash_backward
-from mainspring.ops.cuda.compiler import find_nvcc
 from mainspring.ops.cuda.flash_backward import flash_attention_backward
 from support.cuda_flash import FlashCases, assert_twice_as_exact, ends, on_gpu, random
 from support.memory import poisoned_memory
@@ -108,16 +104,6 @@ def arguments(
         "dout": q, "q": q, "k": k, "v": k, "out": q, "lse": torch.zeros(heads, 4), "cu_q": ends_of_one,
         "cu_k": ends_of_one,
     }  # fmt: skip
-
-
-@pytest.mark.skipif(find_nvcc() is None, reason="there is no nvcc")
-@pytest.mark.parametrize(("d", "causal"), [(128, True), (64, False)])
-def test_compiles_without_spills(d: int, causal: bool) -> None:
-    tile = flash_backward.choose_tile(d, deterministic=False)
-    defines = flash_backward.defines(torch.bfloat16, d, causal, False, False, False, tile)
-    report = compiler.build(flash_backward.SOURCE, defines).with_suffix(".log").read_text()
-    assert set(re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)) == {("0", "0")}
-    assert "C75" not in report  # wgmma serialised (C7510 and its like), setmaxnreg ignored (C7508)
 
 
 class TestRefusals:
