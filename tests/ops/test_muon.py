@@ -47,13 +47,28 @@ def test_polar_express_comes_nearer_than_the_classic_steps() -> None:
     assert far[0] < 0.02 < 0.15 < far[1]
 
 
+def polar_express_in_torch(gradient: torch.Tensor, *_: object) -> torch.Tensor:
+    """What stands for torch's Newton-Schulz steps, whose coefficients are the same in each."""
+    x = gradient.bfloat16() if gradient.shape[0] <= gradient.shape[1] else gradient.bfloat16().T
+    x = x / (1.02 * x.norm())
+    for a, b, c in polar_express().coefficients:
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if gradient.shape[0] <= gradient.shape[1] else x.T
+
+
+@pytest.mark.parametrize("method", [classic(), polar_express()], ids=["classic", "polar express"])
 @pytest.mark.parametrize("scaling", ["original", "match_rms_adamw"])
-def test_steps_equal_those_of_torch_muon(scaling: str) -> None:
+def test_steps_equal_those_of_torch_muon(
+    scaling: str, method: NewtonSchulz, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if method == polar_express():
+        monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", polar_express_in_torch)
     generator = torch.Generator().manual_seed(0)
     shapes = [(12, 20), (20, 12), (12, 20), (16, 16)]
     ours = [torch.randn(shape, generator=generator) for shape in shapes]
     theirs = [torch.nn.Parameter(matrix.clone()) for matrix in ours]
-    muon = Muon(ours, MuonSettings(momentum=0.9, weight_decay=0.05, scaling=scaling))
+    muon = Muon(ours, MuonSettings(momentum=0.9, weight_decay=0.05, scaling=scaling, newton_schulz=method))
     oracle = torch.optim.Muon(
         theirs, lr=0.02, momentum=0.9, weight_decay=0.05, nesterov=True, adjust_lr_fn=scaling
     )

@@ -11,9 +11,12 @@ from torch import Tensor
 from mainspring import ops
 from mainspring.errors import BackendError, ConfigError
 from mainspring.ops import KVCache, Policy, TokenBatch
+from mainspring.ops.catalogue import operations
+from mainspring.ops.cuda import support as cuda_support
 from mainspring.ops.linear import LINEAR
 from mainspring.ops.packed_attention import packed_attention
 from mainspring.ops.registry import Call, Implementation, Operation, accepts_floats
+from mainspring.ops.triton import support as triton_support
 
 REFERENCES = [Policy("lockstep", "reference"), Policy("fast", "reference")]
 both_numerics = pytest.mark.parametrize("policy", REFERENCES, ids=lambda p: p.numerics)
@@ -226,6 +229,31 @@ def test_the_registry_says_who_serves_and_why() -> None:
     assert "forces" in str(forced["cpu"])
     with pytest.raises(BackendError, match="no backend serves linear"):
         ops.linear(torch.zeros(1, 1), torch.zeros(1, 1), policy=Policy(backend="abacus"))
+
+
+def test_a_machine_without_a_compiler_gets_triton_and_one_without_triton_the_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On Hopper, here made believe: the kinds of call are chosen by what the machine has, and `explain` says why."""
+    for name in ("_wrong_device", "_no_compiler"):
+        getattr(cuda_support, name).cache_clear()
+    monkeypatch.setattr(cuda_support, "_wrong_device", lambda: None)
+    monkeypatch.setattr(triton_support, "_too_old", lambda: None)
+    tables = [o for o in operations() if any(i.backend == "cuda" for i in o.implementations)]
+    assert {o.name for o in tables} >= {"attention", "flash_attention", "linear", "grouped_linear"}
+    for nvcc, triton, expected, reason in (
+        ("/usr/bin/nvcc", None, "cuda", None),
+        (None, None, "triton", "needs nvcc to compile its kernels"),
+        (None, "Triton is not installed", "reference", "Triton is not installed"),
+    ):
+        monkeypatch.setattr(cuda_support, "find_nvcc", lambda nvcc=nvcc: nvcc)
+        monkeypatch.setattr(triton_support, "_unavailable", lambda triton=triton: triton)
+        cuda_support._no_compiler.cache_clear()
+        for operation in tables:
+            answers = operation.explain(Call("cuda", torch.bfloat16, Policy(), False, 128))
+            assert next(backend for backend, why in answers if why is None) == expected
+            assert reason is None or any(reason in str(why) for _, why in answers)
+    cuda_support._no_compiler.cache_clear()
 
 
 def test_the_first_backend_that_does_not_refuse_serves() -> None:
