@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mainspring.engine.measure.load import LoadPlan, LoadResult
     from mainspring.engine.throughput import Measurement
 
-bench = typer.Typer(name="bench", help="Measure the engine.", no_args_is_help=True)
+bench = typer.Typer(name="bench", help="Measure the offline engine, or any server.", no_args_is_help=True)
 
 
 @bench.command()

@@ -75,7 +75,9 @@ def fine_tune(
     data: Annotated[Path, typer.Argument(help="The folder that `tuning-data` wrote.")],
     kind: Annotated[
         list[str] | None,
-        typer.Option(help="Contexts to learn with: dg, dr, dgr, dgg; repeat it to compare several [dgr]."),
+        typer.Option(
+            help="Contexts to learn with: dg, dr, dgr, dgg; repeat it to compare several (none: dgr)."
+        ),
     ] = None,
     model: Annotated[
         str, typer.Option(help="The model to tune: smollm2, a Hugging Face directory, a GGUF file.")

@@ -34,7 +34,7 @@ def train(
     """Train a language model by a recipe. Ctrl-C writes a checkpoint and stops.
 
     On several ranks: torchrun --nproc-per-node 4 -m mainspring train RECIPE --tp 2 --zero 1. Every key of the recipe's
-    [parallel] table can be --set.
+    table `parallel` can be --set.
     """
     # GNU OpenMP's threads otherwise spin for milliseconds at every barrier; beside another busy process
     # each then waits for a core that the other's spinning holds. Read when PyTorch is loaded.
