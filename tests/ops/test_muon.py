@@ -50,7 +50,7 @@ def test_polar_express_comes_nearer_than_the_classic_steps() -> None:
 def polar_express_in_torch(gradient: torch.Tensor, *_: object) -> torch.Tensor:
     """What stands for torch's Newton-Schulz steps, whose coefficients are the same in each."""
     x = gradient.bfloat16() if gradient.shape[0] <= gradient.shape[1] else gradient.bfloat16().T
-    x = x / (1.02 * x.norm())
+    x = x / (1.02 * torch.linalg.vector_norm(x, dtype=torch.float32)).bfloat16()
     for a, b, c in polar_express().coefficients:
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
