@@ -2,11 +2,12 @@
 // dx[r] = dy[r] W[e] (MAINSPRING_KIND 0 and 1), and dW[e] = dyᵀ x over the expert's rows (2).
 //
 // Persistent: a producer warp keeps a ring of stages full, running ahead into the next tile while two warpgroups, each of
-// every second 64 of a tile's rows, store theirs. Blocks take their tiles from a counter, since an expert's last tile is
-// cheaper than the others; the forward pass, whose tiles are the largest that sums fit in registers, cuts the last ones in
-// halves. Every block counts the experts' tiles from the offsets at its start. Every output element is one chain of wgmma
-// instructions over k (dW: over the expert's rows), as in linear.cu, whatever its tile. Defines: MAINSPRING_TYPE,
-// MAINSPRING_KIND, MAINSPRING_COLUMNS.
+// every second 64 of a tile's rows, store theirs. Blocks work in pairs on tiles of the same rows, side by side, so that
+// each copies a half of those rows to both: what bounds such a product is what is read from the L2 cache, and the power
+// that takes. Pairs take their tiles from a counter, since an expert's last tile is cheaper than the others; the forward
+// pass, whose tiles are the largest that sums fit in registers, cuts the last ones in halves. Every block counts the
+// experts' tiles from the offsets at its start. Every output element is one chain of wgmma instructions over k (dW: over
+// the expert's rows), as in linear.cu, whatever its tile. Defines: MAINSPRING_TYPE, MAINSPRING_KIND, MAINSPRING_COLUMNS.
 #include "linear_tile.cuh"
 #include "wgmma.cuh"
 
@@ -14,9 +15,11 @@ namespace mainspring {
 
 enum Kind { kForward, kInputGradient, kWeightGradient };
 constexpr int kHalves = MAINSPRING_KIND == kForward ? 2 : 1;  // of a tile: a warpgroup's products of 64 rows
-constexpr int kHalfRows = 2 * kGroupRows;                     // of one copy
+constexpr int kHalfRows = 2 * kGroupRows;                     // of which each block of a pair copies 64
 constexpr int kTileRows = kHalves * kHalfRows;
 constexpr int kBand = 1024 / kTileRows;  // tiles of rows that share columns of W while these are in the L2 cache
+constexpr int kPair = 2;                 // blocks of a cluster
+constexpr uint16_t kBothBlocks = 3;
 constexpr int kThreads = 3 * 128;
 constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
 constexpr int kMaxStages = 16;
@@ -24,7 +27,7 @@ constexpr int kMaxExperts = 1024;
 
 struct GroupedArguments {
   const int* offsets;  // [experts + 1]
-  int* counter;        // of tiles handed out beyond the first of each block, zero
+  int* counter;        // of tiles handed out beyond the first of each pair, zero
   void* out;           // [total, columns], or dW [experts, rows, columns]
   int total;           // rows of x
   int experts;
@@ -66,11 +69,11 @@ __device__ __forceinline__ void count_tiles(const GroupedArguments& p, Experts& 
   }
 }
 
-// Which work there is: tiles, of which (with halves) the last ones, as many as there are blocks, count as two each.
+// Which work there is: tiles of a pair, of which (with halves) the last ones, as many as there are pairs, count as two.
 struct Schedule {
   int whole, items;
   __device__ __forceinline__ explicit Schedule(int tiles) {
-    whole = max(tiles - (kHalves - 1) * static_cast<int>(gridDim.x), 0);
+    whole = max(tiles - (kHalves - 1) * static_cast<int>(gridDim.x / kPair), 0);
     items = whole + 2 * (tiles - whole);
   }
 };
@@ -83,13 +86,14 @@ __device__ __forceinline__ void cut(Place& place, int half) {
   if (place.row >= place.end) place.length = 0;
 }
 
-// Called by whole warps. Bands of tiles of rows share columns of W; dW: an expert's tiles are a matter of its own.
+// A block's part of an item: the pair's columns lie side by side. Called by whole warps. Bands of tiles of rows share
+// columns of W; dW: an expert's tiles are a matter of its own.
 template <int Kind, int Columns>
 __device__ __forceinline__ Place place_of(const GroupedArguments& p, const Experts& experts, const Schedule& work,
-                                          int item) {
+                                          int item, int rank) {
   const int half = item < work.whole ? -1 : (item - work.whole) % 2;
   int tile = half < 0 ? item : work.whole + (item - work.whole) / 2;
-  const int column_tiles = (p.columns + Columns - 1) / Columns;
+  const int column_tiles = (p.columns + kPair * Columns - 1) / (kPair * Columns);
   int row_tiles = experts.tiles[p.experts];
   Place out;
   if (Kind == kWeightGradient) {
@@ -99,7 +103,7 @@ __device__ __forceinline__ Place place_of(const GroupedArguments& p, const Exper
   const int band = tile / (kBand * column_tiles), inside = tile % (kBand * column_tiles);
   const int band_rows = min(row_tiles - band * kBand, kBand);
   const int slot = band * kBand + inside % band_rows;
-  out.column = inside / band_rows * Columns;
+  out.column = (inside / band_rows * kPair + rank) * Columns;
   if (Kind == kWeightGradient) {
     out.row = slot * kTileRows, out.end = p.rows;
     out.first = experts.offsets[out.expert];
@@ -120,9 +124,10 @@ __device__ __forceinline__ Place place_of(const GroupedArguments& p, const Exper
   return out;
 }
 
-// Rows of a panel (of 128 bytes each, whatever their swizzle) from `valid` on to zeros, by one warpgroup.
+// Rows of a panel (of 128 bytes each, whatever their swizzle) from `valid` to the next multiple of 16, which is where the
+// products end, to zeros, by one warpgroup.
 __device__ __forceinline__ void clear_rows(uint8_t* panel, int valid) {
-  for (int i = valid * 8 + threadIdx.x % 128; i < kPanel * 8; i += 128) {
+  for (int i = valid * 8 + threadIdx.x % 128; i < (valid + 15) / 16 * 128; i += 128) {
     reinterpret_cast<uint4*>(panel)[i] = make_uint4(0, 0, 0, 0);
   }
 }
@@ -151,20 +156,21 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ int items[2];
   __shared__ Experts experts;
   uint8_t* const ring = unaligned + (1024 - shared_address(unaligned) % 1024) % 1024;
+  const int rank = cluster_rank();
   if (threadIdx.x == 0) {
     for (int s = 0; s < kCount; ++s) {
       barrier_init(&full[s], 1);
-      barrier_init(&empty[s], 2);
+      barrier_init(&empty[s], kPair * 2);  // its readers and, since they share copies, the other block's
     }
     for (int s = 0; s < 2; ++s) {
       barrier_init(&item_full[s], 1);
-      barrier_init(&item_free[s], 8);
+      barrier_init(&item_free[s], kPair * 8 + 1);  // warps that multiply, and the other producer; only the first block's
     }
     fence_barrier_init();
   }
   if (threadIdx.x < 32) count_tiles<Kind>(p, experts);
-  __syncthreads();
-  const Schedule work(experts.tiles[p.experts] * ((p.columns + Columns - 1) / Columns));
+  cluster_sync();
+  const Schedule work(experts.tiles[p.experts] * ((p.columns + kPair * Columns - 1) / (kPair * Columns)));
 
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
   int stage = 0, parity = 0;
@@ -172,17 +178,28 @@ __global__ void __launch_bounds__(kThreads, 1)
     registers_decrease<kProducerRegisters>();
     if (threadIdx.x >= 2 * 128 + 32) return;
     const int lane = threadIdx.x % 32;
-    for (int item = blockIdx.x, slot = 0, slot_parity = 1; true;) {
-      barrier_wait(&item_free[slot], slot_parity);
-      if (lane == 0) {
-        items[slot] = item;
-        barrier_arrive(&item_full[slot]);
+    // The first block's producer takes the pair's items and hands them to both.
+    int item = blockIdx.x / kPair;
+    for (int slot = 0, slot_parity = 0; true;) {
+      if (rank == 0) barrier_wait(&item_free[slot], slot_parity ^ 1);
+      if (lane == 0) barrier_expect(&item_full[slot], sizeof(int));
+      __syncwarp();
+      if (rank == 0) {
+        if (lane < kPair) {
+          const uint32_t to = address_in(shared_address(&items[slot]), lane);
+          store_at(to, item, address_in(shared_address(&item_full[slot]), lane));
+        }
+      } else {
+        barrier_wait(&item_full[slot], slot_parity);
+        item = items[slot];
+        __syncwarp();
+        if (lane == 0) barrier_arrive_at(address_in(shared_address(&item_free[slot]), 0));
       }
-      if (item >= work.items) return;
+      if (item >= work.items) break;
       if (++slot == 2) slot = 0, slot_parity ^= 1;
       int next = 0;
-      if (lane == 0) next = gridDim.x + atomicAdd(p.counter, 1);
-      const Place at = place_of<Kind, Columns>(p, experts, work, item);
+      if (rank == 0 && lane == 0) next = gridDim.x / kPair + atomicAdd(p.counter, 1);
+      const Place at = place_of<Kind, Columns>(p, experts, work, item, rank);
       const int steps = (at.length + kPanel - 1) / kPanel;
       const bool lower = kHalves > 1 && at.row + kHalfRows < at.end;  // whether the tile's second half has any rows
       for (int step = 0; step < steps; ++step) {
@@ -192,22 +209,23 @@ __global__ void __launch_bounds__(kThreads, 1)
           uint8_t* const a = ring + stage * kStep;
           uint8_t* const b = a + kBytesA;
           const int k = at.first + step * kPanel;
-          if (Kind == kWeightGradient) {
-            for (int i = 0; i < (lower ? 4 : 2); ++i) {
-              tma_load(a + i * kPanelBytes, &a_map, &full[stage], at.row + i * kPanel, k);
+          for (int half = 0; half < (lower ? 2 : 1); ++half) {
+            const int mine = half * kHalfRows + rank * kGroupRows, row = at.row + mine;
+            if (Kind == kWeightGradient) {
+              tma_load_shared(a + mine * kRowBytes, &a_map, &full[stage], row, k, kBothBlocks);
+            } else {
+              tma_load_shared(a + mine * kRowBytes, &a_map, &full[stage], k, row, kBothBlocks);
             }
+          }
+          if (Kind == kWeightGradient) {
             for (int i = 0; i < Columns / kPanel; ++i) {
               tma_load(b + i * kPanelBytes, &b_map, &full[stage], at.column + i * kPanel, k);
             }
+          } else if (Kind == kForward) {
+            tma_load(b, &b_map, &full[stage], k, at.column, at.expert);
           } else {
-            tma_load(a, &a_map, &full[stage], k, at.row);
-            if (lower) tma_load(a + kHalfRows * kRowBytes, &a_map, &full[stage], k, at.row + kHalfRows);
-            if (Kind == kForward) {
-              tma_load(b, &b_map, &full[stage], k, at.column, at.expert);
-            } else {
-              for (int i = 0; i < Columns / kPanel; ++i) {
-                tma_load(b + i * kPanelBytes, &b_map, &full[stage], at.column + i * kPanel, k, at.expert);
-              }
+            for (int i = 0; i < Columns / kPanel; ++i) {
+              tma_load(b + i * kPanelBytes, &b_map, &full[stage], at.column + i * kPanel, k, at.expert);
             }
           }
         }
@@ -215,6 +233,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       item = __shfl_sync(~0u, next, 0);
     }
+    __syncwarp();
+    cluster_sync();  // a block's barriers stay as long as the other one arrives at them
+    return;
   }
   registers_increase<kConsumerRegisters>();
 
@@ -226,14 +247,20 @@ __global__ void __launch_bounds__(kThreads, 1)
   // 16 further k: 32 bytes along a row, or 16 rows. 128 further rows: half of the operand.
   constexpr int kStepA = (kTransA ? 16 * kRowBytes : 32) >> 4, kStepB = (kTransB ? 16 * kRowBytes : 32) >> 4;
   constexpr int kLower = kHalfRows * kRowBytes >> 4;
+  const uint32_t items_free = address_in(shared_address(item_free), 0);
+  // Threads 0 and 1 of a warpgroup tell the producers of blocks 0 and 1.
+  const uint32_t empty_there = address_in(shared_address(empty), threadIdx.x % kPair);
+  const auto release = [&](int done) {
+    if (threadIdx.x % 128 < kPair) barrier_arrive_at(empty_there + done * sizeof(uint64_t));
+  };
   for (int slot = 0, slot_parity = 0; true;) {
     barrier_wait(&item_full[slot], slot_parity);
     const int item = uniform(items[slot]);
     __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(&item_free[slot]);
-    if (item >= work.items) return;
+    if (threadIdx.x % 32 == 0) barrier_arrive_at(items_free + slot * sizeof(uint64_t));
+    if (item >= work.items) break;
     if (++slot == 2) slot = 0, slot_parity ^= 1;
-    const Place at = place_of<Kind, Columns>(p, experts, work, item);
+    const Place at = place_of<Kind, Columns>(p, experts, work, item, rank);
     const int steps = uniform((at.length + kPanel - 1) / kPanel);
     const int row = at.row + group * kGroupRows;  // of this warpgroup's first one
     float upper[Columns / 2] = {}, lower[Columns / 2] = {};
@@ -241,21 +268,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     const auto multiply = [&](auto products) {
       constexpr int kProducts = decltype(products)::value;
       int previous = 0;
-      for (int step = 0; step < steps; ++step) {
-        barrier_wait(&full[stage], parity);
-        if (Kind == kWeightGradient && at.length - step * kPanel < kPanel) {
-          // The next expert's rows came too. Each group clears a half of the panels, then both wait for both.
-          for (int i = group; i < 2 * kHalves + Columns / kPanel; i += 2) {
-            clear_rows(ring + stage * kStep + i * kPanelBytes, at.length - step * kPanel);
-          }
-          fence_async_proxy();
-          named_sync(1, 256);
-        }
+      // Of the stage that has come, its first so many times 16 k; then on to the next one.
+      const auto advance = [&](auto chunks, int step) {
         if constexpr (kProducts > 0) {
           wgmma_fence();
           const uint64_t a = a_start + (stage * kStep >> 4), b = b_start + (stage * kStep >> 4);
 #pragma unroll
-          for (int k = 0; k < kPanel / 16; ++k) {
+          for (int k = 0; k < decltype(chunks)::value; ++k) {
             wgmma_ss<T, Columns, kTransA, kTransB>(upper, a + k * kStepA, b + k * kStepB, 1);
             if constexpr (kProducts > 1) {
               wgmma_ss<T, Columns, kTransA, kTransB>(lower, a + kLower + k * kStepA, b + k * kStepB, 1);
@@ -264,14 +283,38 @@ __global__ void __launch_bounds__(kThreads, 1)
           wgmma_commit();
           wgmma_wait<1>();
         }
-        if (step > 0 && threadIdx.x % 128 == 0) barrier_arrive(&empty[previous]);
+        if (step > 0) release(previous);
         previous = stage;
         if (++stage == kCount) stage = 0, parity ^= 1;
+      };
+      const int whole = Kind == kWeightGradient ? uniform(at.length / kPanel) : steps;
+      const int rest = Kind == kWeightGradient ? uniform(at.length % kPanel) : 0;
+      for (int step = 0; step < whole; ++step) {
+        barrier_wait(&full[stage], parity);
+        advance(std::integral_constant<int, kPanel / 16>(), step);
+      }
+      if (Kind == kWeightGradient && rest > 0) {
+        barrier_wait(&full[stage], parity);
+        // The next expert's rows came too. Each group clears a half of the panels, then both wait for both.
+        for (int i = group; i < 2 * kHalves + Columns / kPanel; i += 2) {
+          clear_rows(ring + stage * kStep + i * kPanelBytes, rest);
+        }
+        fence_async_proxy();
+        named_sync(1, 256);
+        if (rest > 48) {
+          advance(std::integral_constant<int, 4>(), whole);
+        } else if (rest > 32) {
+          advance(std::integral_constant<int, 3>(), whole);
+        } else if (rest > 16) {
+          advance(std::integral_constant<int, 2>(), whole);
+        } else {
+          advance(std::integral_constant<int, 1>(), whole);
+        }
       }
       wgmma_wait<0>();
       wgmma_touch(upper);
       if constexpr (kHalves > 1) wgmma_touch(lower);
-      if (steps > 0 && threadIdx.x % 128 == 0) barrier_arrive(&empty[previous]);
+      if (steps > 0) release(previous);
     };
     const int products = uniform(row + kHalfRows < at.end ? 2 : row < at.end);
     if (kHalves > 1 && products == 2) {
@@ -292,6 +335,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (products == 2) store_tile<T, Columns>(target, lower, first + kHalfRows, at.column);
     }
   }
+  __syncwarp();
+  cluster_sync();
 }
 
 }  // namespace mainspring
@@ -310,7 +355,7 @@ extern "C" int mainspring_grouped(const void* a, int64_t a_stride, const void* b
   if constexpr (kKind == kWeightGradient) {
     mapped = map_rows<T>(&a_map, a, total, rows, a_stride, kPanel) && map_rows<T>(&b_map, b, total, n, b_stride, kPanel);
   } else {
-    mapped = map_rows<T>(&a_map, a, total, k, a_stride, kHalfRows);
+    mapped = map_rows<T>(&a_map, a, total, k, a_stride, kGroupRows);
     const int inner = kKind == kForward ? k : n, outer = kKind == kForward ? n : k;
     const uint64_t sizes[3] = {static_cast<uint64_t>(inner), static_cast<uint64_t>(outer),
                                static_cast<uint64_t>(experts)};
@@ -322,7 +367,7 @@ extern "C" int mainspring_grouped(const void* a, int64_t a_stride, const void* b
   GroupedArguments p{};
   p.offsets = offsets, p.counter = counter, p.out = out, p.total = total, p.experts = experts, p.rows = rows, p.columns = n;
   p.k = k;
-  const int column_tiles = (n + Columns - 1) / Columns;
+  const int column_tiles = (n + kPair * Columns - 1) / (kPair * Columns);
   const int row_tiles =  // at most
       kKind == kWeightGradient ? experts * ((rows + kTileRows - 1) / kTileRows) : total / kTileRows + experts;
   const int tiles = row_tiles * column_tiles;
@@ -333,7 +378,20 @@ extern "C" int mainspring_grouped(const void* a, int64_t a_stride, const void* b
   if (prepared != cudaSuccess) return prepared;
   const cudaError_t cleared = cudaMemsetAsync(counter, 0, sizeof(int), stream);
   if (cleared != cudaSuccess) return cleared;
-  const int items = tiles <= processors ? kHalves * tiles : tiles;  // at most; in halves where they are few
-  kernel<<<items < processors ? items : processors, kThreads, kDynamic, stream>>>(a_map, b_map, p);
+  const int pairs = processors / kPair;
+  const int items = tiles <= pairs ? kHalves * tiles : tiles;  // at most; in halves where they are few
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(kPair * (items < pairs ? items : pairs));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kDynamic;
+  config.stream = stream;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = kPair;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  const cudaError_t launched = cudaLaunchKernelEx(&config, kernel, a_map, b_map, p);
+  if (launched != cudaSuccess) return launched;
   return cudaGetLastError();
 }

@@ -73,6 +73,36 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
 #endif
 }
 
+// ---- clusters --------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+// By all threads that have not ended. What any of them wrote before it is seen by all after it.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// The address, in the cluster's shared memory, of a block's counterpart of an address of this block.
+__device__ __forceinline__ uint32_t address_in(uint32_t address, uint32_t block) {
+  uint32_t out;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(out) : "r"(address), "r"(block));
+  return out;
+}
+// Arrival at a barrier of any block of the cluster, by address_in. It releases at the scope of this block, which is all
+// that a stage needs whose readers are done: at the cluster's scope the compiler puts a MEMBAR.GPU before every arrival,
+// half a microsecond in a loop.
+__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// A word for any block of the cluster, whose barrier counts its 4 bytes like a copy's; both by address_in.
+__device__ __forceinline__ void store_at(uint32_t address, uint32_t word, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address), "r"(word),
+               "r"(barrier)
+               : "memory");
+}
+
 // ---- proxies and named barriers ------------------------------------------------------------------------------------
 
 // Ordinary writes to shared memory before it are seen by the copy engine and the tensor cores after it (each writer).
@@ -116,12 +146,31 @@ __device__ __forceinline__ void tma_load(void* to, const CUtensorMap* map, uint6
       "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2)
       : "memory");
 }
+// The same of what is read once only: it is the first to leave the L2 cache.
+__device__ __forceinline__ void tma_load_once(void* to, const CUtensorMap* map, uint64_t* barrier, int c0, int c1, int c2) {
+  asm volatile(
+      "{\n.reg .b64 once;\n"
+      "createpolicy.fractional.L2::evict_first.b64 once;\n"
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1, {%3, %4, %5}], [%2], once;\n}" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2)
+      : "memory");
+}
 __device__ __forceinline__ void tma_load(void* to, const CUtensorMap* map, uint64_t* barrier, int c0, int c1, int c2,
                                          int c3) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
       "[%2];" ::"r"(shared_address(to)),
       "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+// To the same place in several blocks of the cluster, bit i of `blocks` for block i, each one's barrier counting the bytes.
+__device__ __forceinline__ void tma_load_shared(void* to, const CUtensorMap* map, uint64_t* barrier, int c0, int c1,
+                                                uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
+      "{%3, %4}], [%2], %5;" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "h"(blocks)
       : "memory");
 }
 
@@ -179,6 +228,23 @@ __device__ __forceinline__ bool elect_one() {
 
 __device__ __forceinline__ void wait_for_predecessors() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_successors_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// ---- values that other thread blocks or kernels write meanwhile ------------------------------------------------------
+
+// As the L2 cache holds it now; never an older copy.
+__device__ __forceinline__ int load_relaxed(const int* from) {
+  int x;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+  return x;
+}
+
+// Adds one and gives what stood there. Who counts later sees all that was written (by this thread, or by others ahead of a
+// barrier with it) before.
+__device__ __forceinline__ int count_up(int* counter) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
 
 // ---- small things ------------------------------------------------------------------------------------------------
 

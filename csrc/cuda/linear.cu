@@ -32,20 +32,6 @@ struct LinearArguments {
   bool late;       // successors start when this block's last copies are on their way, not at once
 };
 
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-// The address, in the cluster's shared memory, of a block's counterpart of an address of this block.
-__device__ __forceinline__ uint32_t address_in(uint32_t address, uint32_t block) {
-  uint32_t out;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(out) : "r"(address), "r"(block));
-  return out;
-}
 __device__ __forceinline__ float4 load_in(uint32_t address) {
   float4 v;
   asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"

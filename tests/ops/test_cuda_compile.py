@@ -1,5 +1,5 @@
 """The CUDA C++ kernels compile for Hopper without a GPU: no spills, no serialised products, and as many of them as the
-source unrolls. A kernel is one line of the table."""
+source unrolls, no fence of the whole chip in a loop. A kernel is one line of the table."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ from mainspring.ops.cuda import (
 class Kernel:
     """source, defines: what is compiled. products: HGMMA instructions (of 64 rows and 16 k) in the machine code, or
     None; registers: of a thread at the launch, of each kernel of the source in ptxas's order, or an upper bound for
-    all."""
+    all; fences: MEMBAR instructions of the whole chip, or None."""
 
     name: str
     source: str
     defines: compiler.Defines
     products: int | None = None
     registers: tuple[int, ...] | int = 255
+    fences: int | None = None
 
 
 def _flash_forward(head_dim: int, causal: bool, canonical: bool = False, paged: bool = False) -> Kernel:
@@ -64,14 +65,15 @@ def _linear(tile: linear.Tile, registers: int, segmented: bool = False, gated: b
 
 def _grouped(kind: int, columns: int) -> Kernel:
     defines = grouped_linear.defines_of(torch.bfloat16, kind, columns)
-    # of one half of a tile, or in the forward pass of both and of one
-    products = 12 if kind == grouped_linear.FORWARD else 4
-    return Kernel(f"grouped-{kind}-{columns}", grouped_linear.SOURCE, defines, products, 168)
+    # of one half of a tile; forward of both and of one; dW also of an expert's last 1 to 64 rows
+    products = {grouped_linear.FORWARD: 8 + 4, grouped_linear.INPUT_GRADIENT: 4}.get(kind, 4 + 4 + 3 + 2 + 1)
+    # The blocks of a pair meet at the start and at the end; arrivals at each other's barriers have no fence.
+    return Kernel(f"grouped-{kind}-{columns}", grouped_linear.SOURCE, defines, products, 168, fences=3)
 
 
-def _paged_decode(head_dim: int) -> Kernel:
-    defines = (("HEAD_DIM", head_dim), ("ELEMENT", "__nv_bfloat16"), ("FP8", 0))
-    return Kernel(f"paged-{head_dim}", paged_attention.SOURCE, defines)
+def _paged_decode(head_dim: int, fp8: bool = False) -> Kernel:
+    source, defines = paged_attention.kernel(head_dim, torch.bfloat16, fp8)
+    return Kernel(f"paged-{head_dim}{'-fp8' * fp8}", source, defines)
 
 
 KERNELS = (
@@ -84,6 +86,7 @@ KERNELS = (
     _linear(linear.TILES[-1], 209),
     _paged_decode(64),
     _paged_decode(128),
+    _paged_decode(128, fp8=True),
     _linear(linear.SEGMENTED, 168, segmented=True),
     _linear(linear.Tile(2, 224, 1), 166, gated=True),
     _grouped(grouped_linear.FORWARD, 176),
@@ -124,3 +127,22 @@ def test_compiles_without_spills(kernel: Kernel) -> None:
         return
     code = subprocess.run([tool, "-sass", library], capture_output=True, text=True, check=True).stdout
     assert len(re.findall(r"\bHGMMA\.", code)) == kernel.products
+    if kernel.fences is not None:
+        assert len(re.findall(r"\bMEMBAR\.\S*GPU", code)) == kernel.fences
+
+
+@pytest.mark.skipif(compiler.find_nvcc() is None, reason="there is no nvcc")
+@pytest.mark.skipif(_cuobjdump() is None, reason="there is no cuobjdump")
+def test_decode_reads_lengths_and_tables_again_ahead_of_its_first_keys() -> None:
+    """Behind the keys they would wait for all of them, and the products with them."""
+    kernel, tool = _paged_decode(64), _cuobjdump()
+    assert tool is not None
+    library = compiler.build(kernel.source, kernel.defines)
+    code = subprocess.run([tool, "-sass", library], capture_output=True, text=True, check=True).stdout
+    kernels = code.split("Function : ")[1:]
+    assert len(kernels) == 4  # of 8 and 16 query rows, with a soft-cap and without
+    for one in kernels:
+        _, waited = one.split("ACQBULK", 1)
+        ahead, _ = waited.split("UTMALDG", 1)
+        assert len(re.findall(r"\bLDG\.E\.STRONG\.GPU ", ahead)) == 5
+        assert "BAR." not in ahead

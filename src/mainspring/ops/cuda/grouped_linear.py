@@ -19,8 +19,8 @@ from mainspring.ops.triton.support import aligned, multiprocessors, on_device
 
 SOURCE = "grouped_linear.cu"
 FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = range(3)
-# Columns of a tile (of 256 rows, in the gradients of 128), and the time of a column in such a tile. A transposed
-# operand comes in panels of 64.
+# Columns of a tile (of 256 rows, in the gradients of 128), of which a pair of blocks has two side by side, and the time
+# of a column in such a tile. A transposed operand comes in panels of 64.
 COLUMNS = {
     FORWARD: {192: 1.007, 176: 1.0, 128: 1.05},
     INPUT_GRADIENT: {256: 1.0, 192: 1.03, 128: 1.12},
@@ -47,8 +47,8 @@ def _launcher(dtype: torch.dtype, kind: int, columns: int) -> tuple[ctypes.CDLL,
 
 @lru_cache(maxsize=1024)
 def choose_columns(kind: int, n: int) -> int:
-    """The width of tiles that cover n columns in the least time."""
-    return min(COLUMNS[kind], key=lambda c: -(-n // c) * c * COLUMNS[kind][c])
+    """The width of tiles, two side by side, that cover n columns in the least time."""
+    return min(COLUMNS[kind], key=lambda c: -(-n // (2 * c)) * c * COLUMNS[kind][c])
 
 
 def launch(kind: int, a: Tensor, b: Tensor, offsets: Tensor, out: Tensor, columns: int) -> None:
