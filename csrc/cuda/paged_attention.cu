@@ -2,8 +2,9 @@
 //
 // Warps take units of work (paged_units.cuh) in turn. Each has a ring of stages in shared memory, through which a unit's keys
 // and values pass in the order of their use, block by block: as soon as a stage has been multiplied, the copy engine fills it
-// with what comes a ring of stages later, perhaps of the next unit. No warp waits for another. The warp that finishes the last
-// chunk of a row merges them (paged_merge.cuh), or leaves that, where it is long, to all warps of its thread block.
+// with what comes a ring of stages later, perhaps of the next unit. No warp waits for another. paged_merge.cuh writes results.
+//
+// A warp looks its first unit up while the kernels ahead may still run, and asks for its keys as soon as they have ended.
 //
 // With FP8 the scale of a head's keys joins that of the scores, that of its values the result.
 #include "paged_merge.cuh"
@@ -11,16 +12,10 @@
 
 namespace mainspring {
 
-// Of tuning: 64 to 128 KB on their way to a multiprocessor are enough, more make the memory slower. Blocks for heads of 64 fit
-// on it twice, so that the next kernel's are set up beside this one's and take over without a gap.
-constexpr bool PAIRED = D == 64;
-constexpr int STAGE_LIMIT = PAIRED ? 4096 : 8192;
-
-// Warps of a block and stages of a warp's ring. Few: where there are units for half of the warps only (`launch`).
-struct Shape {
-  int warps, ring;
-};
-constexpr Shape MANY{8, 2}, FEW = PAIRED ? Shape{4, 4} : MANY;
+// Of tuning: 64 to 128 KB on their way to a multiprocessor are enough, more make the memory slower.
+constexpr int WARPS = 8, FEWEST_WARPS = 4;  // of a block
+constexpr int RING = 2;                     // stages of a warp
+constexpr int STAGE_LIMIT = 8192;           // bytes
 
 constexpr int PIECES = KEYS / PIECE;
 constexpr int stage_pieces() {
@@ -32,25 +27,25 @@ constexpr int STAGE_PIECES = stage_pieces();
 constexpr int STAGE_BYTES = STAGE_PIECES * PIECE_BYTES;
 constexpr int SIDE_STAGES = PIECES / STAGE_PIECES;  // of a block's keys; as many of its values
 constexpr int BLOCK_STAGES = 2 * SIDE_STAGES;
+constexpr int USES = BLOCK_STAGES / RING;  // of a stage of the ring in a block, so that its place is known in advance
+static_assert(BLOCK_STAGES % RING == 0 && RING * STAGE_BYTES % 1024 == 0);
 
-// What a block keeps beside the warps' rings.
-template <int Warps, int Ring>
+// What a block keeps beside the warps' rings; the arrays of its batch follow.
 struct Shared {
-  uint64_t filled[Warps][Ring];
-  LaterMerges later;
+  uint64_t filled[WARPS][RING];
+  Progress<WARPS> progress;
 };
 
 // Asks for stage `stage` of the block of keys at `first` (its keys, then its values), as far as the unit has any.
-template <int Ring>
 __device__ __forceinline__ void fetch(uint8_t* ring, uint64_t* filled, const CUtensorMap* k_map, const CUtensorMap* v_map,
                                       const Unit& u, int first, int stage, int lane) {
   const int start = first + stage % SIDE_STAGES * STAGE_PIECES * PIECE, index = start % CHUNK / PIECE;
   const int pieces = max(min((u.high - start + PIECE - 1) / PIECE, STAGE_PIECES), 0), piece = lane - index % 32;
-  uint64_t* barrier = &filled[stage % Ring];
+  uint64_t* barrier = &filled[stage % RING];
   if (lane == 0) barrier_expect(barrier, pieces * PIECE_BYTES);
   if (piece >= 0 && piece < pieces) {
-    tma_load(ring + stage % Ring * STAGE_BYTES + piece * PIECE_BYTES, stage < SIDE_STAGES ? k_map : v_map, barrier, 0,
-             index < 32 ? u.cache_row : u.later_row, u.key_head * PANELS);
+    tma_load_once(ring + stage % RING * STAGE_BYTES + piece * PIECE_BYTES, stage < SIDE_STAGES ? k_map : v_map, barrier, 0,
+                  index < 32 ? u.cache_row : u.later_row, u.key_head * PANELS);
   }
 }
 
@@ -58,9 +53,9 @@ __device__ __forceinline__ void fetch(uint8_t* ring, uint64_t* filled, const CUt
 template <int Tiles, bool Capped>
 __device__ __forceinline__ bool online_softmax(float (&scores)[PIECES][Tiles][4], float (&reference)[Tiles][2],
                                                float (&lanes)[Tiles][2], float (&shrink)[Tiles][2], const Arguments& a,
-                                               const Unit& u, int first, int lane) {
+                                               const Unit& u, int lead, int first, int lane) {
   const float scale = score_scale(a, u);
-  const int first_position = u.lead + a.by_group.divide(u.tile * 8 * Tiles);
+  const int first_position = lead + a.by_group.divide(u.tile * 8 * Tiles);
   const bool masked = a.window || first + KEYS > first_position + 1;
   bool grew = false;
 #pragma unroll
@@ -76,7 +71,7 @@ __device__ __forceinline__ bool online_softmax(float (&scores)[PIECES][Tiles][4]
         }
       }
       if (masked) {
-        const int position = u.lead + a.by_group.divide(u.tile * 8 * Tiles + 8 * n + 2 * (lane % 4) + l);
+        const int position = lead + a.by_group.divide(u.tile * 8 * Tiles + 8 * n + 2 * (lane % 4) + l);
 #pragma unroll
         for (int i = 0; i < KEYS / 8; ++i) {
           const int key = first + 8 * i + lane / 4;
@@ -107,67 +102,78 @@ __device__ __forceinline__ bool online_softmax(float (&scores)[PIECES][Tiles][4]
 }
 
 // Tiles: of 8 query rows.
-template <int Tiles, bool Capped, int Warps, int Ring>
-__global__ void __launch_bounds__(32 * Warps, PAIRED && Tiles == 1 ? 2 : 1)
+template <int Tiles, bool Capped>
+__global__ void __launch_bounds__(32 * WARPS, 1)
     decode_kernel(const __grid_constant__ Arguments a, const __grid_constant__ CUtensorMap k_map,
                   const __grid_constant__ CUtensorMap v_map) {
-  static_assert(BLOCK_STAGES % Ring == 0 && Ring * STAGE_BYTES % 1024 == 0);
-  constexpr int USES = BLOCK_STAGES / Ring;  // of a stage of the ring in a block, so that its place is known in advance
   extern __shared__ __align__(1024) uint8_t memory[];
   const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-  uint8_t* const ring = memory + warp * Ring * STAGE_BYTES;
-  auto& shared = *reinterpret_cast<Shared<Warps, Ring>*>(memory + warps * Ring * STAGE_BYTES);
-  int* ends = reinterpret_cast<int*>(&shared + 1);
+  uint8_t* const ring = memory + warp * RING * STAGE_BYTES;
+  Shared& shared = *reinterpret_cast<Shared*>(memory + warps * RING * STAGE_BYTES);
+  const Batch batch{reinterpret_cast<int*>(&shared + 1), a.num_seqs};
   uint64_t* filled = shared.filled[warp];
   if (lane == 0) {
 #pragma unroll
-    for (int i = 0; i < Ring; ++i) barrier_init(&filled[i], 1);
+    for (int i = 0; i < RING; ++i) barrier_init(&filled[i], 1);
     fence_barrier_init();
     prefetch_tensor_map(&k_map);
     prefetch_tensor_map(&v_map);
+    shared.progress.arrived[warp] = 0;
   }
-  if (threadIdx.x == 0) shared.later.count = 0;
+  if (threadIdx.x == 0) shared.progress.later.count = 0;
   // Where this lane reads matrices: keys as they are (16 keys, 2 vectors), values transposed (2 vectors, 16 keys).
-  uint32_t key_address[STEPS], value_address[STEPS];
   const int key_row = lane % 16, value_row = lane % 8 + lane / 16 * 8;
+  const uint32_t key_address = shared_address(ring) + key_row * PANEL_BYTES + (lane / 16 ^ swizzle(key_row)) * 16;
+  const uint32_t value_address = shared_address(ring) + value_row * PANEL_BYTES + (lane / 8 % 2 ^ swizzle(value_row)) * 16;
+
+  // The kernels ahead may still run, and lengths and tables be out of date: they are read once more when those have ended,
+  // ahead of the first keys, behind which they would stand in line, and compared while the keys are on their way. Where
+  // anything has changed, all starts again.
+  const int stride = gridDim.x * a.workers;
+  Unit unit{INT_MAX};
+#pragma unroll 1
+  for (bool current = false;; current = true) {
+    read_batch(batch, a);
+    if (warp < a.workers) find_unit(unit, a, batch, blockIdx.x * a.workers + warp, stride, lane);
+    if (!current) {
+      wait_for_predecessors();
+      let_successors_start();
+    }
+    const Recheck recheck(a, unit, lane);
+    if (unit.index != INT_MAX) {
 #pragma unroll
-  for (int j = 0; j < STEPS; ++j) {
-    key_address[j] = shared_address(ring) + key_row * PANEL_BYTES + ((2 * j + lane / 16) ^ swizzle(key_row)) * 16;
-    value_address[j] = shared_address(ring) + value_row * PANEL_BYTES + ((2 * j + lane / 8 % 2) ^ swizzle(value_row)) * 16;
+      for (int i = 0; i < RING; ++i) fetch(ring, filled, &k_map, &v_map, unit, unit.first, i, lane);
+    }
+    if (current || !recheck.differs(a, batch, unit, lane)) break;
+    if (unit.index != INT_MAX) {
+#pragma unroll
+      for (int i = 0; i < RING; ++i) {
+        barrier_wait(&filled[i], 0);
+        __syncwarp();
+        if (lane == 0) barrier_arrive(&filled[i]);  // a phase without keys: the next one has this one's parity
+      }
+    }
   }
-  const int stride = gridDim.x * warps;
-  // The kernels before this one may still run: nothing has been read so far. Those after it may be set up, or, where their
-  // blocks would stand idle beside these, when the first warp comes to its last keys.
-  wait_for_predecessors();
-  if (!PAIRED) let_successors_start();
-  count_chunks(a, ends);
 
   uint32_t queries[Tiles][D / 16][2];
   float sums[Tiles][D / 16][4];
   float reference[Tiles][2], lanes[Tiles][2];
   uint32_t round = 0;  // of the ring
-  bool primed = false, fresh = true, last = true;
-  Unit unit;
-  unit.index = warp * gridDim.x + blockIdx.x - stride;
-  while (true) {
+  int lead = 0;        // position of the sequence's first query
+  bool fresh = true;
+#pragma unroll 1
+  while (unit.index != INT_MAX) {
     // The block after this one, perhaps of another unit.
+    const bool last = unit.first + KEYS >= unit.high;
     Unit next = unit;
-    if (last) find_unit(next, a, ends, unit.index + stride, stride, lane);
+    if (last) find_unit(next, a, batch, unit.index + stride, stride, lane);
     else next.first = unit.first + KEYS;
-    if (!primed) {  // there is none before it
-      if (next.index == INT_MAX) break;
-#pragma unroll
-      for (int i = 0; i < Ring; ++i) fetch<Ring>(ring, filled, &k_map, &v_map, next, next.first, i, lane);
-      primed = true;
-      unit = next;
-      last = unit.first + KEYS >= unit.high;
-      continue;
-    }
-    if (PAIRED && next.index == INT_MAX) let_successors_start();
     const int first = unit.first;
     if (fresh) {
-      load_queries<Tiles>(queries, unit, a, lane);
+      const TileRows rows(a, batch, unit.sequence, unit.tile);
+      lead = rows.lead;
+      load_queries<Tiles>(queries, unit, rows, a, lane);
 #pragma unroll
       for (int n = 0; n < Tiles; ++n) {
 #pragma unroll
@@ -176,13 +182,13 @@ __global__ void __launch_bounds__(32 * Warps, PAIRED && Tiles == 1 ? 2 : 1)
         lanes[n][0] = lanes[n][1] = 0.0f;
       }
     }
-    const auto take = [&](int stage) { barrier_wait(&filled[stage % Ring], (round + stage / Ring) & 1); };
+    const auto take = [&](int stage) { barrier_wait(&filled[stage % RING], (round + stage / RING) & 1); };
     const auto refill = [&](int stage) {
       __syncwarp();
-      if (stage + Ring < BLOCK_STAGES) {
-        fetch<Ring>(ring, filled, &k_map, &v_map, unit, first, stage + Ring, lane);
+      if (stage + RING < BLOCK_STAGES) {
+        fetch(ring, filled, &k_map, &v_map, unit, first, stage + RING, lane);
       } else if (next.index != INT_MAX) {
-        fetch<Ring>(ring, filled, &k_map, &v_map, next, next.first, stage + Ring - BLOCK_STAGES, lane);
+        fetch(ring, filled, &k_map, &v_map, next, next.first, stage + RING - BLOCK_STAGES, lane);
       }
     };
 
@@ -196,13 +202,13 @@ __global__ void __launch_bounds__(32 * Warps, PAIRED && Tiles == 1 ? 2 : 1)
         const int t = stage * STAGE_PIECES + piece;
 #pragma unroll
         for (int n = 0; n < Tiles; ++n) scores[t][n][0] = scores[t][n][1] = scores[t][n][2] = scores[t][n][3] = 0.0f;
-        multiply_keys<Tiles>(scores[t], queries, key_address, stage % Ring * STAGE_BYTES + piece * PIECE_BYTES);
+        multiply_keys<Tiles>(scores[t], queries, key_address, stage % RING * STAGE_BYTES + piece * PIECE_BYTES);
       }
       refill(stage);
     }
 
     float shrink[Tiles][2];
-    if (online_softmax<Tiles, Capped>(scores, reference, lanes, shrink, a, unit, first, lane)) {
+    if (online_softmax<Tiles, Capped>(scores, reference, lanes, shrink, a, unit, lead, first, lane)) {
 #pragma unroll
       for (int n = 0; n < Tiles; ++n) {
 #pragma unroll
@@ -215,7 +221,7 @@ __global__ void __launch_bounds__(32 * Warps, PAIRED && Tiles == 1 ? 2 : 1)
 
 #pragma unroll
     for (int stage = SIDE_STAGES; stage < BLOCK_STAGES; ++stage) {
-      const int place = stage % Ring * STAGE_BYTES;
+      const int place = stage % RING * STAGE_BYTES;
       const int left = unit.high - first - (stage - SIDE_STAGES) * STAGE_PIECES * PIECE;
       take(stage);
       if (left > 0) {
@@ -235,15 +241,13 @@ __global__ void __launch_bounds__(32 * Warps, PAIRED && Tiles == 1 ? 2 : 1)
       refill(stage);
     }
     round += USES;
-    if (last) finish<Tiles>(a, unit, sums, reference, lanes, shared.later, lane);
-    if (next.index == INT_MAX) break;
+    if (last) finish<Tiles>(a, batch, unit, sums, reference, lanes, shared.progress, next.index == INT_MAX, lane);
     fresh = last;
     unit = next;
-    last = unit.first + KEYS >= unit.high;
   }
 
   __syncthreads();
-  merge_later(a, shared.later, warp, warps, lane);
+  merge_later(a, batch, shared.progress.later, warp, warps, lane);
 }
 
 bool make_map(CUtensorMap* map, const Cached* cache, const Arguments& a) {
@@ -260,19 +264,24 @@ bool make_map(CUtensorMap* map, const Cached* cache, const Arguments& a) {
                                              : CU_TENSOR_MAP_SWIZZLE_32B);
 }
 
-template <int Tiles, bool Capped, int Warps, int Ring>
+template <int Tiles, bool Capped>
 cudaError_t launch(const DecodeCall& call, int multiprocessors, int shared_bytes, int max_warps, cudaStream_t stream) {
-  const Arguments a(call);
+  const int extra = sizeof(Shared) + sizeof(int) * Batch::ARRAYS * call.num_seqs;
+  const int most = min(min(max_warps, WARPS), (shared_bytes - extra) / (RING * STAGE_BYTES));
+  if (most < 1) return cudaErrorInvalidConfiguration;
+  // Few units are spread over all blocks. These have warps enough for the merges, and room for the next kernel's beside them.
+  const int64_t chunks = (static_cast<int64_t>(call.max_keys) + CHUNK - 1) / CHUNK;
+  const int64_t units = chunks * call.num_seqs * call.kv_heads * call.tiles;  // at most
+  const int workers = static_cast<int>(max(min((units + multiprocessors - 1) / multiprocessors, int64_t{most}), int64_t{1}));
+  const int warps = min(max(workers, FEWEST_WARPS), most);
+  const Arguments a(call, workers);
   CUtensorMap k_map, v_map;
   if (!make_map(&k_map, a.k_cache, a) || !make_map(&v_map, a.v_cache, a)) return cudaErrorInvalidValue;
-  const int extra = sizeof(Shared<Warps, Ring>) + sizeof(int) * a.num_seqs;
-  const int warps = min(min(max_warps, Warps), (shared_bytes - extra) / (Ring * STAGE_BYTES));
-  if (warps < 1) return cudaErrorInvalidConfiguration;
-  const auto kernel = decode_kernel<Tiles, Capped, Warps, Ring>;
+  const auto kernel = decode_kernel<Tiles, Capped>;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(multiprocessors);
   config.blockDim = dim3(32 * warps);
-  config.dynamicSmemBytes = warps * Ring * STAGE_BYTES + extra;
+  config.dynamicSmemBytes = warps * RING * STAGE_BYTES + extra;
   config.stream = stream;
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -283,15 +292,6 @@ cudaError_t launch(const DecodeCall& call, int multiprocessors, int shared_bytes
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, config.dynamicSmemBytes);
   if (error != cudaSuccess) return error;
   return cudaLaunchKernelEx(&config, kernel, a, k_map, v_map);
-}
-
-template <int Tiles, bool Capped>
-cudaError_t launch(const DecodeCall& call, int multiprocessors, int shared_bytes, int max_warps, cudaStream_t stream) {
-  const int64_t chunks = (static_cast<int64_t>(call.max_keys) + CHUNK - 1) / CHUNK;
-  const int64_t units = chunks * call.num_seqs * call.kv_heads * call.tiles;  // at most
-  const bool few = units <= multiprocessors * MANY.warps / 2;
-  const auto run = few ? launch<Tiles, Capped, FEW.warps, FEW.ring> : launch<Tiles, Capped, MANY.warps, MANY.ring>;
-  return run(call, multiprocessors, shared_bytes, max_warps, stream);
 }
 
 }  // namespace mainspring

@@ -112,29 +112,31 @@ __device__ __forceinline__ uint32_t load_pair(const Element* from) {
 
 // A tile's queries as the right operands of the products over D; rows that are not there are zero.
 template <int Tiles>
-__device__ __forceinline__ void load_queries(uint32_t (&queries)[Tiles][D / 16][2], const Unit& u, const Arguments& a, int lane) {
+__device__ __forceinline__ void load_queries(uint32_t (&queries)[Tiles][D / 16][2], const Unit& u, const TileRows& rows,
+                                             const Arguments& a, int lane) {
 #pragma unroll
   for (int n = 0; n < Tiles; ++n) {
     const int row = lane / 4 + 8 * n, index = u.tile * 8 * Tiles + row;
     const int token = a.by_group.divide(index);
-    const Element* from = a.q + static_cast<int64_t>(u.start + token) * a.q_stride +
+    const Element* from = a.q + static_cast<int64_t>(rows.start + token) * a.q_stride +
                           (u.key_head * a.group + index - token * a.group) * D;
 #pragma unroll
     for (int i = 0; i < D / 16; ++i) {
-      queries[n][i][0] = row < u.rows ? load_pair(from + 16 * i + query_column(lane, 0)) : 0;
-      queries[n][i][1] = row < u.rows ? load_pair(from + 16 * i + query_column(lane, 1)) : 0;
+      queries[n][i][0] = row < rows.count ? load_pair(from + 16 * i + query_column(lane, 0)) : 0;
+      queries[n][i][1] = row < rows.count ? load_pair(from + 16 * i + query_column(lane, 1)) : 0;
     }
   }
 }
 
-// The scores of 16 keys by chains of products over D. address[j]: where this lane reads vectors 2 j and 2 j + 1 of a panel.
+// The scores of 16 keys by chains of products over D. address: where this lane reads the first vectors of a panel; the next
+// two are an exclusive or with 32 away, for a panel's rows are aligned at their size.
 template <int Tiles>
 __device__ __forceinline__ void multiply_keys(float (&scores)[Tiles][4], const uint32_t (&queries)[Tiles][D / 16][2],
-                                              const uint32_t (&address)[STEPS], int offset) {
+                                              uint32_t address, int offset) {
 #pragma unroll
   for (int i = 0; i < ROW_BYTES / 32; ++i) {
     uint32_t m[4];
-    load_matrix_x4(m, address[i % STEPS] + offset + i / STEPS * PIECE * PANEL_BYTES);
+    load_matrix_x4(m, (address ^ i % STEPS * 32) + offset + i / STEPS * PIECE * PANEL_BYTES);
     if constexpr (FP8) {
       const uint32_t even[4] = {widen(m[0]), widen(m[1]), widen(m[0] >> 16), widen(m[1] >> 16)};
       const uint32_t odd[4] = {widen(m[2]), widen(m[3]), widen(m[2] >> 16), widen(m[3] >> 16)};
@@ -153,11 +155,11 @@ __device__ __forceinline__ void multiply_keys(float (&scores)[Tiles][4], const u
 // Adds the values of 16 keys, weighted.
 template <int Tiles>
 __device__ __forceinline__ void multiply_values(float (&sums)[Tiles][D / 16][4], const uint32_t (&weights)[Tiles][2],
-                                                const uint32_t (&address)[STEPS], int offset) {
+                                                uint32_t address, int offset) {
 #pragma unroll
   for (int i = 0; i < ROW_BYTES / 32; ++i) {
     uint32_t m[4];
-    load_matrix_x4_transposed(m, address[i % STEPS] + offset + i / STEPS * PIECE * PANEL_BYTES);
+    load_matrix_x4_transposed(m, (address ^ i % STEPS * 32) + offset + i / STEPS * PIECE * PANEL_BYTES);
     if constexpr (FP8) {
       // A word is two columns of two keys: the even columns are rows 0 to 7 of the left operand, the odd ones rows 8 to 15.
 #pragma unroll

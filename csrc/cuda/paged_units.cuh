@@ -1,7 +1,9 @@
 // Decode over a paged cache: what the kernel is given, and its units of work.
 //
 // A unit is a chunk of one sequence's keys, for one key head and a tile of query rows (the query heads of a group, token by
-// token). Sequences' lengths lie on the device, so units are counted there.
+// token). Sequences' lengths lie on the device, so units are counted there: sequence by sequence, within one tile by tile,
+// key head by key head, chunk by chunk. So the warps of a thread block, which take units that follow each other, read key
+// heads that lie side by side in memory, and mostly all chunks of a row.
 #pragma once
 
 #include <climits>
@@ -51,12 +53,17 @@ struct DecodeCall {
   int tile_rows, tiles;     // of query rows: 8 or 16, and how many for the longest sequence served here
   int rows;                 // of a unit's partial result: min(tile_rows, rows of the longest)
   int max_length;           // sequences with more queries are another kernel's
-  int max_keys;             // no sequence has more
+  int max_keys;             // no sequence has more, and tables have room for as many
 };
 struct Arguments : DecodeCall {
+  int workers;  // warps of a block that take units; others help with merges
   Divisor by_group, by_block_size, by_heads;
-  explicit Arguments(const DecodeCall& call)
-      : DecodeCall(call), by_group(call.group), by_block_size(call.block_size), by_heads(call.kv_heads * call.tiles) {}
+  Arguments(const DecodeCall& call, int workers)
+      : DecodeCall(call),
+        workers(workers),
+        by_group(call.group),
+        by_block_size(call.block_size),
+        by_heads(call.kv_heads * call.tiles) {}
 };
 
 // First key (in whole chunks or blocks) that a window leaves to the query at this position.
@@ -64,16 +71,11 @@ __device__ __forceinline__ int first_seen(int position, int window, int unit) {
   return window ? max(position - window + 1, 0) / unit * unit : 0;
 }
 
-// A unit of work: the keys first .. high of one sequence and key head, for `rows` query rows.
+// A unit of work: the keys first .. high of one sequence and key head, for a tile of query rows.
 struct Unit {
-  int index;     // also of its partial result; past the last one: no more work
+  int index;  // also of its partial result; past the last one: no more work
   int sequence, key_head, tile;
-  int lead;      // position of the sequence's first query
-  int start;     // its token
-  int rows;
   int first, high;
-  int chunks;    // of the whole row
-  int chunk;     // among them
   int cache_row, later_row;  // lane i: rows of the cache of keys chunk · CHUNK + 16 i and of 512 further
 };
 
@@ -82,13 +84,38 @@ __device__ __forceinline__ float score_scale(const Arguments& a, const Unit& u) 
   return FP8 && a.cap_out == 0.0f ? __fmul_rn(a.scale, a.k_scale[u.key_head]) : a.scale;
 }
 
-// ends[s]: chunks of the sequences up to and with s.
-__device__ void count_chunks(const Arguments& a, int* ends) {
+// A sequence as device memory describes it, within the bounds that the host gave: it may not have been written yet.
+struct Sequence {
+  int start, length, context;
+  __device__ __forceinline__ Sequence(const Arguments& a, int s)
+      : Sequence(a, load_relaxed(a.cu_seqlens + s), load_relaxed(a.cu_seqlens + s + 1), load_relaxed(a.context_lens + s)) {}
+  __device__ __forceinline__ Sequence(const Arguments& a, int start, int end, int context)
+      : start(start), length(min(end - start, a.max_length + 1)), context(min(context, a.max_keys)) {}
+};
+
+// The batch as a thread block knows it: arrays over the sequences, in shared memory.
+struct Batch {
+  static constexpr int ARRAYS = 4;
+  int* ends;  // chunks of the sequences up to and with s; the other arrays follow
+  int num_seqs;
+  __device__ __forceinline__ int& start(int s) const { return ends[num_seqs + s]; }
+  __device__ __forceinline__ int& length(int s) const { return ends[2 * num_seqs + s]; }
+  __device__ __forceinline__ int& context(int s) const { return ends[3 * num_seqs + s]; }
+  __device__ __forceinline__ int units(const Arguments& a) const { return ends[num_seqs - 1] * a.kv_heads * a.tiles; }
+  __device__ __forceinline__ bool differs(int s, const Sequence& sequence) const {
+    return sequence.start != start(s) || sequence.length != length(s) || sequence.context != context(s);
+  }
+};
+
+// All threads of a block fill in its batch.
+__device__ void read_batch(const Batch& batch, const Arguments& a) {
+  int* ends = batch.ends;
 #pragma unroll 1
   for (int s = threadIdx.x; s < a.num_seqs; s += blockDim.x) {
-    const int length = a.cu_seqlens[s + 1] - a.cu_seqlens[s], context = a.context_lens[s];
-    const int low = first_seen(context - length, a.window, CHUNK);
-    ends[s] = length > a.max_length || length <= 0 ? 0 : (context - low + CHUNK - 1) / CHUNK;
+    const Sequence q(a, s);
+    batch.start(s) = q.start, batch.length(s) = q.length, batch.context(s) = q.context;
+    const int low = first_seen(q.context - q.length, a.window, CHUNK);
+    ends[s] = q.length > a.max_length || q.length <= 0 ? 0 : max(q.context - low + CHUNK - 1, 0) / CHUNK;
   }
   __syncthreads();
   if (threadIdx.x < 32) {  // a lane sums a run of them
@@ -109,50 +136,104 @@ __device__ void count_chunks(const Arguments& a, int* ends) {
   __syncthreads();
 }
 
+// A tile of a sequence's query rows.
+struct TileRows {
+  int start, lead;  // the sequence's first query: its token, its position
+  int count;
+  int first_position, end;  // of the tile's first row, and behind that of its last one
+  int first_chunk;
+  __device__ __forceinline__ TileRows(const Arguments& a, const Batch& batch, int sequence, int tile)
+      : start(batch.start(sequence)) {
+    const int length = batch.length(sequence);
+    lead = batch.context(sequence) - length;
+    count = min(a.tile_rows, length * a.group - tile * a.tile_rows);
+    first_position = lead + a.by_group.divide(tile * a.tile_rows);
+    end = lead + a.by_group.divide(tile * a.tile_rows + count - 1) + 1;
+    first_chunk = first_seen(first_position, a.window, CHUNK) / CHUNK;
+  }
+  __device__ __forceinline__ int chunks() const { return (end - 1) / CHUNK + 1 - first_chunk; }
+  __device__ __forceinline__ int chunk(const Unit& u) const { return (u.high - 1) / CHUNK - first_chunk; }
+};
+
+// Entries of the block table: where the cache has a lane's 16 keys of a unit's chunk, and those 512 further. Behind the unit's
+// last key, and where there is no unit, they stand for nothing.
+struct Blocks {
+  int near, far;
+  __device__ __forceinline__ Blocks(const Arguments& a, const Unit& u, int lane) {
+    const bool none = u.index == INT_MAX;  // then any address that can be read
+    const int* table = none ? a.cu_seqlens : a.tables + static_cast<int64_t>(u.sequence) * a.table_stride;
+    near = load_relaxed(table + (none ? 0 : a.by_block_size.divide(position(u, lane))));
+    far = load_relaxed(table + (none ? 0 : a.by_block_size.divide(position(u, lane + 32))));
+  }
+  __device__ __forceinline__ int near_row(const Arguments& a, const Unit& u, int lane) const {
+    return row(a, near, position(u, lane));
+  }
+  __device__ __forceinline__ int far_row(const Arguments& a, const Unit& u, int lane) const {
+    return row(a, far, position(u, lane + 32));
+  }
+
+ private:
+  __device__ __forceinline__ static int position(const Unit& u, int piece) {
+    return min(u.first / CHUNK * CHUNK + PIECE * piece, u.high - 1);
+  }
+  __device__ __forceinline__ static int row(const Arguments& a, int block, int position) {
+    return (block - a.by_block_size.divide(position)) * a.block_size + position;
+  }
+};
+
 // The first unit from `index` on, in steps of `stride`, that has anything to do.
-__device__ __forceinline__ void find_unit(Unit& u, const Arguments& a, const int* ends, int index, int stride, int lane) {
-  const int heads = a.kv_heads * a.tiles;
-  const int count = ends[a.num_seqs - 1] * heads;
+__device__ __forceinline__ void find_unit(Unit& u, const Arguments& a, const Batch& batch, int index, int stride, int lane) {
+  const int heads = a.kv_heads * a.tiles, count = batch.units(a);
 #pragma unroll 1
   for (; index < count; index += stride) {
-    const int item = a.by_heads.divide(index), rest = index - item * heads;
+    const int item = a.by_heads.divide(index);
     // The first sequence that ends behind the item: the lanes cut what is left into 32 parts.
     int s = 0, step;
 #pragma unroll 1
     for (int left = a.num_seqs;; left = min(step, a.num_seqs - s)) {
       step = (left + 31) / 32;
       const int last = (lane + 1) * step - 1;
-      s += step * __popc(__ballot_sync(~0u, last < left && ends[s + last] <= item));
+      s += step * __popc(__ballot_sync(~0u, last < left && batch.ends[s + last] <= item));
       if (step == 1) break;
     }
+    const int before = s ? batch.ends[s - 1] : 0, chunks = batch.ends[s] - before;
+    const int rest = index - before * heads, head = rest / chunks;
     u.sequence = s;
-    u.tile = a.tiles == 1 ? 0 : rest / a.kv_heads;
-    u.key_head = rest - u.tile * a.kv_heads;
-    u.start = a.cu_seqlens[s];
-    const int length = a.cu_seqlens[s + 1] - u.start, context = a.context_lens[s];
-    u.lead = context - length;
-    u.rows = min(a.tile_rows, length * a.group - u.tile * a.tile_rows);
-    if (u.rows <= 0) continue;
-    const int first_position = u.lead + a.by_group.divide(u.tile * a.tile_rows);
-    const int last_position = u.lead + a.by_group.divide(u.tile * a.tile_rows + u.rows - 1);
-    const int chunk = first_seen(u.lead, a.window, CHUNK) / CHUNK + item - (s ? ends[s - 1] : 0);
-    const int first_chunk = first_seen(first_position, a.window, CHUNK) / CHUNK;
-    if (chunk < first_chunk || chunk * CHUNK > last_position) continue;
-    u.chunks = last_position / CHUNK + 1 - first_chunk;
-    u.chunk = chunk - first_chunk;
-    u.first = max(chunk * CHUNK, first_seen(first_position, a.window, KEYS));
-    u.high = min(chunk * CHUNK + CHUNK, last_position + 1);
-    const int* table = a.tables + static_cast<int64_t>(s) * a.table_stride;
-    const auto row_of = [&](int position) {
-      const int block = a.by_block_size.divide(position);
-      return position < u.high ? table[block] * a.block_size + position - block * a.block_size : 0;
-    };
-    u.cache_row = row_of(chunk * CHUNK + PIECE * lane);
-    u.later_row = row_of(chunk * CHUNK + PIECE * (lane + 32));
+    u.tile = a.tiles == 1 ? 0 : head / a.kv_heads;
+    u.key_head = head - u.tile * a.kv_heads;
+    const TileRows rows(a, batch, s, u.tile);
+    const int chunk = first_seen(rows.lead, a.window, CHUNK) / CHUNK + rest - head * chunks;
+    if (rows.count <= 0 || chunk < rows.first_chunk || chunk * CHUNK >= rows.end) continue;
+    u.first = max(chunk * CHUNK, first_seen(rows.first_position, a.window, KEYS));
+    u.high = min(chunk * CHUNK + CHUNK, rows.end);
     u.index = index;
+    const Blocks blocks(a, u, lane);
+    u.cache_row = blocks.near_row(a, u, lane);
+    u.later_row = blocks.far_row(a, u, lane);
     return;
   }
   u.index = INT_MAX;
 }
+
+// What a block looked up, read once more. A thread reads the sequence of its number, and of its unit what its lane looked up.
+struct Recheck {
+  Blocks blocks;
+  int start, end, context;
+  __device__ __forceinline__ Recheck(const Arguments& a, const Unit& u, int lane) : blocks(a, u, lane) {
+    const int s = min(static_cast<int>(threadIdx.x), a.num_seqs - 1);
+    start = load_relaxed(a.cu_seqlens + s), end = load_relaxed(a.cu_seqlens + s + 1);
+    context = load_relaxed(a.context_lens + s);
+  }
+  // Whether anything is other than it was, for any of the block's threads; asked by all of them.
+  __device__ __forceinline__ bool differs(const Arguments& a, const Batch& batch, const Unit& u, int lane) const {
+    bool other = u.index != INT_MAX &&
+                 (blocks.near_row(a, u, lane) != u.cache_row || blocks.far_row(a, u, lane) != u.later_row);
+    int s = min(static_cast<int>(threadIdx.x), a.num_seqs - 1);
+    other |= batch.differs(s, Sequence(a, start, end, context));
+#pragma unroll 1
+    for (s = threadIdx.x + blockDim.x; s < a.num_seqs; s += blockDim.x) other |= batch.differs(s, Sequence(a, s));
+    return __syncthreads_or(other);
+  }
+};
 
 }  // namespace mainspring

@@ -221,6 +221,44 @@ def test_a_row_does_not_depend_on_the_batch_nor_on_the_number_of_warps() -> None
     assert_same_bits(together, case.decode(max_warps=2))
 
 
+def test_more_sequences_than_threads() -> None:
+    """Chunks of a row lie within a block, across blocks and beyond its last units."""
+    contexts = tuple(1 + (s * 977) % 1500 + (s % 7 == 0) * 2500 for s in range(300))
+    case = Case.random(64, torch.bfloat16, (8, 2), contexts)
+    assert_same_bits(case.decode(), case.whole())
+
+
+@pytest.mark.parametrize("fill", ["zeros", "other lengths", "no lengths at all"])
+def test_lengths_and_tables_that_the_kernel_ahead_writes_late_are_seen(fill: str) -> None:
+    """Decode looks its first keys up before that kernel has ended."""
+    from mainspring.ops.cuda.paged_attention import paged_decode
+    from support.late_writer import write_late
+
+    case = Case.random(64, torch.bfloat16, (8, 2))
+    keys, values, tables = case.cache()
+    queries, count = case.q[case.rows()], len(case.contexts)
+    fresh = torch.cat([ints(case.contexts), tables.flatten()])
+    stale = {
+        "zeros": torch.zeros_like(fresh),
+        "other lengths": torch.cat([fresh[:count].flip(0), fresh[count:]]),
+        "no lengths at all": torch.where(torch.arange(len(fresh), device=DEVICE) % 2 == 0, 1 << 30, -7).int(),
+    }[fill]
+    seen = stale.clone()
+    contexts, blocks = seen[:count], seen[count:].view_as(tables)
+    out = torch.full_like(queries, math.nan)
+    want, ends = case.whole(), ends_of(case.lengths)
+    for _ in range(3):
+        seen.copy_(stale)
+        out.fill_(math.nan)
+        torch.cuda.synchronize()
+        write_late(seen, fresh)
+        paged_decode(
+            queries, keys, values, ends, contexts, blocks, case.scale, max_length=1,
+            max_context=max(case.contexts), out=out,
+        )  # fmt: skip
+        assert_same_bits(out, want)
+
+
 def test_tickets_are_zero_again() -> None:
     from mainspring.ops.cuda.paged_attention import tickets_per_sequence
 

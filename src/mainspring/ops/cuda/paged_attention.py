@@ -150,7 +150,9 @@ def paged_decode(
     group = q_heads // kv_heads
     tile_rows = _tile_rows(group * max_length)
     tiles, rows = -(-group * max_length // tile_rows), min(tile_rows, group * max_length)
-    chunks = -(-max_context // KEY_CHUNK)
+    # Lengths are read while the kernel that writes them may still run: until it has ended they are held within tables.
+    max_keys = min(max_context, block_tables.shape[1] * k_cache.shape[1])
+    chunks = -(-max_keys // KEY_CHUNK)
     units = num_seqs * chunks * kv_heads * tiles if chunks > 1 else 0
     partial = torch.empty(units * rows * (d + 4), dtype=torch.float32, device=q.device)
     if tickets is None:
@@ -162,7 +164,7 @@ def paged_decode(
         *(x.data_ptr() for x in (partial, tickets, cu_seqlens, context_lens, block_tables)),
         1.0 if cap else scale * LOG2_E, 2 * LOG2_E * scale / cap if cap else 0.0, cap * LOG2_E,
         window or 0, num_seqs, tokens, q.stride(0), block_tables.stride(0), kv_heads,
-        group, k_cache.shape[1], k_cache.shape[0] * k_cache.shape[1], tile_rows, tiles, rows, max_length, max_context,
+        group, k_cache.shape[1], k_cache.shape[0] * k_cache.shape[1], tile_rows, tiles, rows, max_length, max_keys,
     )  # fmt: skip
     library = _library(d, q.dtype, fp8, defines)
     with on_device(q):
