@@ -68,18 +68,30 @@ def check_norm(operation: str, x: Tensor, weight: Tensor, eps: float) -> None:
 
 def check_heads(operation: str, q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
     """q: [T, Hq, D], k and v: [T, Hkv, D], of one dtype on one device. Raises BackendError."""
-    others = (k,) if v is None else (k, v)
-    for name, x in zip(("k", "v"), others, strict=False):
-        if (
-            q.dim() != 3
-            or x.shape != (q.shape[0], k.shape[1], q.shape[2])
-            or x.dtype is not q.dtype
-            or x.device != q.device
-        ):
-            raise reject(
-                operation,
-                f"{name} {described(x)} does not fit q {described(q)}: they must be [T, Hkv, D] and [T, Hq, D]",
-            )
+    shape, wanted, dtype, device = (
+        k.shape,
+        q.shape,
+        q.dtype,
+        q.device,
+    )  # looked up once: this runs in every layer
+    if (
+        len(shape) != 3
+        or len(wanted) != 3
+        or shape[0] != wanted[0]
+        or shape[2] != wanted[2]
+        or k.dtype is not dtype
+        or k.device != device
+    ):
+        raise _misfit(operation, "k", k, q)
+    if v is not None and (v.shape != shape or v.dtype is not dtype or v.device != device):
+        raise _misfit(operation, "v", v, q)
+
+
+def _misfit(operation: str, name: str, x: Tensor, q: Tensor) -> BackendError:
+    return reject(
+        operation,
+        f"{name} {described(x)} does not fit q {described(q)}: k and v must be [T, Hkv, D], q [T, Hq, D]",
+    )
 
 
 def check_targets(operation: str, targets: Tensor, rows: Tensor) -> None:

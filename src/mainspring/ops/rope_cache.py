@@ -69,11 +69,17 @@ def check_write(operation: str, q: Tensor, k: Tensor, v: Tensor, batch: TokenBat
     check_heads(operation, q, k, v)
     if not 0 <= layer < len(cache.k):
         raise BackendError(f"{operation}: layer {layer} of a cache with {len(cache.k)} layers")
-    held = cache.k[layer]
-    if held.shape[2:] != k.shape[1:] or held.dtype not in (k.dtype, FP8) or held.device != k.device:
+    held, (tokens, heads, dim) = cache.k[layer], k.shape
+    _, _, held_heads, held_dim = held.shape
+    if (
+        held_heads != heads
+        or held_dim != dim
+        or (held.dtype is not k.dtype and held.dtype is not FP8)
+        or held.device != k.device
+    ):
         raise BackendError(f"{operation}: k {described(k)} does not fit a cache of {described(held)}")
-    if k.shape[0] != batch.num_tokens:
-        raise BackendError(f"{operation}: {k.shape[0]} tokens, and {batch.num_tokens} in the batch")
+    if tokens != batch.positions.shape[0]:
+        raise BackendError(f"{operation}: {tokens} tokens, and {batch.num_tokens} in the batch")
     if debugging():
         check_block_tables(batch)
     return cache
