@@ -10,16 +10,16 @@ from torch import Tensor
 
 from mainspring.model.decoder import Decoder
 from mainspring.model.initialise import create_model
-from mainspring.ops import KVCache, TokenBatch
+from mainspring.ops import KVCache, Numerics, TokenBatch
 from support.families import FAMILIES, model_config
 
 LENGTHS = [9, 4, 30]
 DENSE, MIXTURE = "qwen3", "qwen3-moe"
 
 
-def step_of(family: str) -> tuple[Decoder, Tensor, Tensor, TokenBatch]:
+def step_of(family: str, numerics: Numerics = "fast") -> tuple[Decoder, Tensor, Tensor, TokenBatch]:
     config = model_config(next(f for f in FAMILIES if f.name == family))
-    model = create_model(config, numerics="fast", seed=3)
+    model = create_model(config, numerics=numerics, seed=3)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, config.vocab_size, (sum(LENGTHS),), generator=generator)
     targets = tokens.roll(-1)
@@ -49,9 +49,10 @@ def train(
     return [*losses, *(p.detach() for p in model.parameters())]
 
 
+@pytest.mark.parametrize("numerics", ["fast", "lockstep"])
 @pytest.mark.parametrize("family", [DENSE, MIXTURE])
-def test_a_traced_training_step_is_the_eager_one(family: str) -> None:
-    model, *inputs = step_of(family)
+def test_a_traced_training_step_is_the_eager_one(family: str, numerics: Numerics) -> None:
+    model, *inputs = step_of(family, numerics)
     torch.compiler.reset()
     eager = train(copy.deepcopy(model), *inputs, compiler=None)
     traced = train(model, *inputs, compiler="aot_eager")
