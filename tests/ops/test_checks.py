@@ -20,6 +20,14 @@ def _batch(cache: KVCache) -> TokenBatch:
     return TokenBatch.paged([3, 1], [7, 4], [[3, 1], [5]], cache)
 
 
+def test_sequences_that_do_not_fill_the_stream_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = TokenBatch.packed([3, 2])
+    monkeypatch.setenv("MAINSPRING_DEBUG", "1")
+    for wrong in ([0, 3, 6], [0, 6, 5], [1, 3, 5]):
+        with pytest.raises(BackendError, match="cu_seqlens must rise from 0 to 5"):
+            replace(batch, cu_seqlens=torch.tensor(wrong, dtype=torch.int32))
+
+
 def test_a_sound_batch_passes() -> None:
     batch = _batch(_cache())
     check_block_tables(batch)

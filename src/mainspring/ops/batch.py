@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mainspring.errors import BackendError, ConfigError
-from mainspring.ops.checks import debugging
+from mainspring.ops.checks import check_boundaries, debugging
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,8 @@ class TokenBatch:
 
 
 def check_block_tables(batch: TokenBatch) -> None:
-    """Raises BackendError if a block table, a slot or a context of a paged batch points outside its cache.
+    """Raises BackendError if sequences do not lie end to end in the stream, or if a block table, a slot or a context
+    of a paged batch points outside its cache.
 
     Kernels trust these numbers: a wrong one reads or overwrites another sequence's keys, or memory that is no cache
     at all. Every entry that a context reaches must be one of the cache's blocks, a slot one of its places (a negative
@@ -175,6 +176,7 @@ def check_block_tables(batch: TokenBatch) -> None:
     With MAINSPRING_DEBUG=1 each TokenBatch is checked when it is made; call it too where a captured graph's tables
     change under the batch.
     """
+    check_boundaries("batch", "cu_seqlens", batch.cu_seqlens, batch.num_tokens)
     if batch.cache is None or batch.slots is None or batch.block_tables is None:
         return
     size, blocks = batch.cache.block_size, batch.cache.num_blocks

@@ -142,4 +142,5 @@ def check_boundaries(
 def _may_read(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
-    return tensor.is_cpu or (debugging() and not torch.cuda.is_current_stream_capturing())
+    on_device = tensor.is_cuda and debugging() and not torch.cuda.is_current_stream_capturing()
+    return tensor.is_cpu or on_device
