@@ -146,6 +146,12 @@ def test_settings_that_do_not_fit_the_model_are_refused(folder: Path, change: st
         run(recipe(folder, "grpo", change))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is not there")
+def test_a_device_that_is_not_there_is_named_by_its_key(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.device = 'cuda', but PyTorch sees no CUDA device"):
+        run(recipe(folder, "grpo", "model.device='cuda'"))
+
+
 def test_presets_are_what_a_recipe_changes(folder: Path) -> None:
     found = recipe(folder, "dapo").grpo
     assert found == replace(DAPO, max_steps=4, mini_batches=2)

@@ -98,7 +98,7 @@ class RlRun:
             torch.set_num_threads(recipe.model.threads)
         world, number = self._ranks.world, self._ranks.rank
         own = local_rank() if world > 1 and recipe.model.device == "cuda" else None
-        self._device = usable_device(recipe.model.device, own)
+        self._device = usable_device(recipe.model.device, own, setting="model.device")
         with (
             self._ranks.first_alone()
         ):  # deletes what was there, converts a GGUF; the others then find all done

@@ -96,7 +96,7 @@ def make_runner(recipe: Recipe, data: PreparedData, resume_from: Path | None, ra
         balance.auxiliary or balance.bias_rate or balance.capacity or recipe.parallel.offload
     )
     if plain:
-        device = usable_device(recipe.training.device)
+        device = usable_device(recipe.training.device, setting="training.device")
         model = _make_model(recipe, data, resume_from, device)
         settings = recipe.training
         captured = None
@@ -168,7 +168,9 @@ def _make_sharded(
             undo.callback(
                 mesh.monitor.stop
             )  # an error is no hang: whoever handles it is not to be ended later
-        device = usable_device(settings.device, local_rank() if settings.device == "cuda" else None)
+        device = usable_device(
+            settings.device, local_rank() if settings.device == "cuda" else None, setting="training.device"
+        )
         policy = Policy(settings.numerics)
         sharded = Sharded(
             config, layout, mesh, device, torch_dtype(settings.dtype), policy, recipe.optimizer, balance,

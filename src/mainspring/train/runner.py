@@ -187,14 +187,15 @@ class SingleDevice:
         )
 
 
-def usable_device(name: str, index: int | None = None) -> torch.device:
-    """The device. On CUDA, PyTorch is told to take deterministic kernels, without which resuming is not exact.
+def usable_device(name: str, index: int | None = None, *, setting: str = "device") -> torch.device:
+    """The device; setting: what its user calls it. Raises ConfigError where there is no CUDA device.
 
-    It is told as well not to fill new tensors with NaN, which it does by itself then: a pass over memory for each.
+    On CUDA, PyTorch is told to take deterministic kernels, without which resuming is not exact, and not to fill new
+    tensors with NaN, which it does by itself then: a pass over memory for each.
     """
     if name == "cuda":
         if not torch.cuda.is_available():
-            raise ConfigError("training.device = 'cuda', but PyTorch sees no CUDA device; set it to 'cpu'")
+            raise ConfigError(f"{setting} = 'cuda', but PyTorch sees no CUDA device; set it to 'cpu'")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # not in its stub
