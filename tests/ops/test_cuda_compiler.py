@@ -47,6 +47,20 @@ def test_a_library_is_built_once_for_each_content(folder: Path) -> None:
 
 
 @needs_nvcc
+def test_only_a_header_that_a_source_includes_builds_it_anew(folder: Path) -> None:
+    (folder / "limit.h").write_text('#include "deeper.h"\n#define LIMIT DEEPER')
+    (folder / "deeper.h").write_text("#define DEEPER 1")
+    (folder / "of_others.cuh").write_text("int other;")
+    first = compiler.build("answer.cu")
+    (folder / "of_others.cuh").write_text("int another;")
+    assert compiler.build("answer.cu") == first
+    (folder / "deeper.h").write_text("#define DEEPER 2")
+    second = compiler.build("answer.cu")
+    assert second != first
+    assert ctypes.CDLL(str(second)).answer() == 2
+
+
+@needs_nvcc
 def test_an_error_shows_what_nvcc_said(folder: Path) -> None:
     (folder / "limit.h").write_text("#define LIMIT nonsense")
     with pytest.raises(BackendError, match=r"cannot compile answer.cu: .*nonsense"):

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -27,6 +28,7 @@ FLAGS = (
     "-lineinfo", "-Xptxas=-v", "-cudart=static",
 )  # fmt: skip
 Defines = tuple[tuple[str, str | int], ...]
+_INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]+"([^"]+)"', re.MULTILINE)
 
 
 def sources() -> Path:
@@ -54,10 +56,22 @@ def _key(nvcc: str, source: str, defines: Defines) -> str:
     digest = hashlib.sha256()
     for part in (_nvcc_version(nvcc), wgmma_header.text(), source, repr(defines), repr(FLAGS)):
         digest.update(part.encode() + b"\0")
-    folder = sources()
-    for path in sorted([folder / source, *folder.glob("*.cuh"), *folder.glob("*.h")]):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for name, text in sorted(_with_headers(sources(), source).items()):
+        digest.update(name.encode() + b"\0" + text + b"\0")
     return digest.hexdigest()[:32]
+
+
+def _with_headers(folder: Path, source: str) -> dict[str, bytes]:
+    """A source and the headers of its folder that it includes, directly or not: no other change builds it anew."""
+    found: dict[str, bytes] = {}
+    waiting = [source]
+    while waiting:
+        name = waiting.pop()
+        path = folder / name
+        if name not in found and path.is_file():  # nvcc says which header is not there
+            found[name] = path.read_bytes()
+            waiting.extend(match.decode() for match in _INCLUDE.findall(found[name]))
+    return found
 
 
 def build(source: str, defines: Defines = ()) -> Path:
