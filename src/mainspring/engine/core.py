@@ -359,7 +359,7 @@ class EngineCore:
         finish_reason: FinishReason | None = None
         stop_reason: int | None = None
         for token in sampled:
-            finish_reason, stop_reason = self._append(request, token)
+            finish_reason, stop_reason = request.append(token)
             kept += 1
             if finish_reason is not None or kept > len(drafts) or token != drafts[kept - 1]:
                 break
@@ -381,15 +381,6 @@ class EngineCore:
             rope_length=request.rope_length if is_first else None,
             queue_seconds=request.queue_seconds if is_first else None,
         )
-
-    def _append(self, request: Request, token: int) -> tuple[FinishReason | None, int | None]:
-        finish_reason, stop_reason = request.append(token)
-        grammar = request.grammar
-        if grammar is None or finish_reason == "stop":
-            return finish_reason, stop_reason
-        # A token that the grammar cannot follow ends the text as well: nothing sensible can come after it.
-        ends = not grammar.accept(token) or grammar.terminated
-        return ("stop", None) if ends else (finish_reason, stop_reason)
 
     def _pooled(self, request: Request, embedding: list[float]) -> TokenOutput:
         self._finish(request, "stop")

@@ -192,6 +192,9 @@ class Request:
             return "stop", None
         if token_id in self.stop_token_ids:
             return "stop", token_id
+        # A token that the grammar cannot follow ends the text as well: nothing sensible can come after it.
+        if self.grammar is not None and (not self.grammar.accept(token_id) or self.grammar.terminated):
+            return "stop", None
         if len(self.token_ids) - self.num_prompt >= self.max_tokens:
             return "length", None
         return None, None
