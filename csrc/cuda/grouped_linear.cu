@@ -124,12 +124,11 @@ __device__ __forceinline__ Place place_of(const GroupedArguments& p, const Exper
   return out;
 }
 
-// Rows of a panel (of 128 bytes each, whatever their swizzle) from `valid` to the next multiple of 16, which is where the
-// products end, to zeros, by one warpgroup.
+// Rows of a panel (of 128 bytes each, whatever their swizzle) from `valid` to the next multiple of 16, where the products
+// end, to zeros, by one warpgroup.
 __device__ __forceinline__ void clear_rows(uint8_t* panel, int valid) {
-  for (int i = valid * 8 + threadIdx.x % 128; i < (valid + 15) / 16 * 128; i += 128) {
-    reinterpret_cast<uint4*>(panel)[i] = make_uint4(0, 0, 0, 0);
-  }
+  const int i = valid * 8 + threadIdx.x % 128;  // at most 15 rows of 8 times 16 bytes
+  if (i < (valid + 15) / 16 * 128) reinterpret_cast<uint4*>(panel)[i] = make_uint4(0, 0, 0, 0);
 }
 
 // Beside the ring: its alignment, its barriers, the experts.
@@ -164,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     for (int s = 0; s < 2; ++s) {
       barrier_init(&item_full[s], 1);
-      barrier_init(&item_free[s], kPair * 8 + 1);  // warps that multiply, and the other producer; only the first block's
+      barrier_init(&item_free[s], kPair * 8 + 1);  // readers: warps that multiply, the other producer
     }
     fence_barrier_init();
   }
@@ -268,8 +267,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     const auto multiply = [&](auto products) {
       constexpr int kProducts = decltype(products)::value;
       int previous = 0;
-      // Of the stage that has come, its first so many times 16 k; then on to the next one.
-      const auto advance = [&](auto chunks, int step) {
+      // Of the stage that has come, its first so many times 16 k.
+      const auto multiply_chunks = [&](auto chunks) {
         if constexpr (kProducts > 0) {
           wgmma_fence();
           const uint64_t a = a_start + (stage * kStep >> 4), b = b_start + (stage * kStep >> 4);
@@ -283,32 +282,38 @@ __global__ void __launch_bounds__(kThreads, 1)
           wgmma_commit();
           wgmma_wait<1>();
         }
+      };
+      const int whole = Kind == kWeightGradient ? uniform(at.length / kPanel) : steps;
+      // What follows an expert's last rows would else be thought to differ in a warp.
+      if constexpr (Kind == kWeightGradient) stage = uniform(stage), parity = uniform(parity);
+      for (int step = 0; step < whole; ++step) {
+        barrier_wait(&full[stage], parity);
+        multiply_chunks(std::integral_constant<int, kPanel / 16>());
         if (step > 0) release(previous);
         previous = stage;
         if (++stage == kCount) stage = 0, parity ^= 1;
-      };
-      const int whole = Kind == kWeightGradient ? uniform(at.length / kPanel) : steps;
-      const int rest = Kind == kWeightGradient ? uniform(at.length % kPanel) : 0;
-      for (int step = 0; step < whole; ++step) {
-        barrier_wait(&full[stage], parity);
-        advance(std::integral_constant<int, kPanel / 16>(), step);
       }
-      if (Kind == kWeightGradient && rest > 0) {
-        barrier_wait(&full[stage], parity);
-        // The next expert's rows came too. Each group clears a half of the panels, then both wait for both.
-        for (int i = group; i < 2 * kHalves + Columns / kPanel; i += 2) {
-          clear_rows(ring + stage * kStep + i * kPanelBytes, rest);
-        }
-        fence_async_proxy();
-        named_sync(1, 256);
-        if (rest > 48) {
-          advance(std::integral_constant<int, 4>(), whole);
-        } else if (rest > 32) {
-          advance(std::integral_constant<int, 3>(), whole);
-        } else if (rest > 16) {
-          advance(std::integral_constant<int, 2>(), whole);
-        } else {
-          advance(std::integral_constant<int, 1>(), whole);
+      if constexpr (Kind == kWeightGradient) {
+        if (const int rest = uniform(at.length % kPanel); rest > 0) {
+          barrier_wait(&full[stage], parity);
+          // The next expert's rows came too. Each group clears a half of the panels, then both wait for both.
+          for (int i = group; i < 2 * kHalves + Columns / kPanel; i += 2) {
+            clear_rows(ring + stage * kStep + i * kPanelBytes, rest);
+          }
+          fence_async_proxy();
+          named_sync(1, 256);
+          if (rest > 48) {
+            multiply_chunks(std::integral_constant<int, 4>());
+          } else if (rest > 32) {
+            multiply_chunks(std::integral_constant<int, 3>());
+          } else if (rest > 16) {
+            multiply_chunks(std::integral_constant<int, 2>());
+          } else {
+            multiply_chunks(std::integral_constant<int, 1>());
+          }
+          if (whole > 0) release(previous);
+          previous = stage;
+          if (++stage == kCount) stage = 0, parity ^= 1;
         }
       }
       wgmma_wait<0>();
@@ -335,7 +340,6 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (products == 2) store_tile<T, Columns>(target, lower, first + kHalfRows, at.column);
     }
   }
-  __syncwarp();
   cluster_sync();
 }
 
