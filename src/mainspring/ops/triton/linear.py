@@ -235,8 +235,9 @@ def check(
         weight.dtype is x.dtype and weight_k == k and k > 0 and weight.device == x.device,
         f"weight {weight.dtype} {tuple(weight.shape)} on {weight.device} does not fit x {x.dtype} {tuple(x.shape)}",
     )
-    fits = bias is None or (bias.shape == (n,) and bias.dtype is x.dtype and bias.device == x.device)
-    require(operation, fits, f"bias must be [{n}] of {x.dtype} on {x.device}")
+    if bias is not None and (bias.shape != (n,) or bias.dtype is not x.dtype or bias.device != x.device):
+        found = f"{tuple(bias.shape)} of {bias.dtype} on {bias.device}"
+        require(operation, False, f"bias must be [{n}] of {x.dtype} on {x.device}, not {found}")
     out_dtype = x.dtype if out_dtype is None else out_dtype
     require(operation, out_dtype in (x.dtype, torch.float32), f"out_dtype must be {x.dtype} or float32")
     return out_dtype
