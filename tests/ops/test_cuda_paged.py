@@ -230,11 +230,14 @@ def test_more_sequences_than_threads() -> None:
 
 @pytest.mark.parametrize("fill", ["zeros", "other lengths", "no lengths at all"])
 def test_lengths_and_tables_that_the_kernel_ahead_writes_late_are_seen(fill: str) -> None:
-    """Decode looks its first keys up before that kernel has ended."""
-    from mainspring.ops.cuda.paged_attention import paged_decode
+    """Decode looks its first keys up before that kernel has ended.
+
+    Rows of one chunk: partial results of several, or their counters, would be filled by a kernel of torch's in between.
+    """
+    from mainspring.ops.cuda.paged_attention import KEY_CHUNK, paged_decode
     from support.late_writer import write_late
 
-    case = Case.random(64, torch.bfloat16, (8, 2))
+    case = Case.random(64, torch.bfloat16, (8, 2), tuple(n for n in CONTEXTS if n <= KEY_CHUNK))
     keys, values, tables = case.cache()
     queries, count = case.q[case.rows()], len(case.contexts)
     fresh = torch.cat([ints(case.contexts), tables.flatten()])
