@@ -3,7 +3,7 @@
 //
 // Defines: MAINSPRING_TYPE, MAINSPRING_HEAD_DIM, MAINSPRING_CAUSAL, MAINSPRING_WINDOWED, MAINSPRING_SOFTCAP,
 // MAINSPRING_CANONICAL, MAINSPRING_PAGED (0 or 1), and of tuning MAINSPRING_GROUPS (consumer warpgroups), MAINSPRING_KEYS
-// (of a block), MAINSPRING_STAGES, MAINSPRING_REGISTERS (of a consumer), MAINSPRING_TURNS (0 or 1), MAINSPRING_AHEAD (0 to 2).
+// (of a block), MAINSPRING_STAGES, MAINSPRING_REGISTERS (of a consumer), MAINSPRING_TURNS (0 or 1).
 #pragma once
 
 #include "flash_schedule.cuh"
@@ -25,10 +25,6 @@ constexpr bool kCanonical = MAINSPRING_CANONICAL;
 constexpr bool kPaged = MAINSPRING_PAGED;
 static_assert(!kCanonical || kKeys == canonical_unit(kHeadDim), "a block of keys is a unit of the canonical order");
 constexpr bool kTurns = MAINSPRING_TURNS;
-// Whether weights are taken before anyone looks for larger scores (weigh_ahead): 0 no; 1 the first row's beside the output's
-// products, the second's after them; 2 both after them, for which fewer registers do.
-constexpr int kAhead = MAINSPRING_AHEAD;
-constexpr int kDoubt = 16;  // blocks in which a warp looks first again, after weights that did not hold
 // A block starts with 168 (3 warpgroups) or 128 (4) registers a thread; the roles then share the same sum.
 constexpr int kConsumerRegisters = MAINSPRING_REGISTERS;
 constexpr int kProducerRegisters = (kGroups == 2 ? 3 * 168 : 4 * 128) - kGroups * kConsumerRegisters;

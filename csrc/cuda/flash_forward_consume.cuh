@@ -35,7 +35,6 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& p, int 
   Ring<kStages> key, value;
   Ring<2> slot;
   uint32_t q_parity = 0;
-  int doubt = 0;  // blocks to come in which this warp looks for larger scores before it weighs
   if (kTurns && group == 0) named_arrive(kTurn, 256);
 
   const auto start_scores = [&] {
@@ -72,8 +71,8 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& p, int 
       const int lead = uniform(tile.position), keys_end = uniform(tile.keys);
       const int position = lead + my_row;  // in keys, of this thread's first row
 
-      // Caps and masks the scores in `s`. Masked: whether a mask may cut this block.
-      const auto limit_scores = [&](int block, auto masked) {
+      // Scores in `s` to weights. Masked: whether a mask may cut this block.
+      const auto softmax = [&](int block, auto masked) {
         constexpr bool kMasked = decltype(masked)::value;
         if (kSoftcap) {
 #pragma unroll
@@ -90,6 +89,7 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& p, int 
           }
           mask_scores<kWindowed>(s, seen);
         }
+        return online_softmax<kMasked>(s, state, rescale, p.factor, p.slack);
       };
       // Of the weights of `block`. In canonical order a chunk's sums begin with its first block.
       const auto start_output = [&](int block) {
@@ -112,86 +112,37 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& p, int 
       int block = kCanonical ? low : high - 1;
       release(&shared.k_free[key.stage]);
       key.advance();
-      limit_scores(block, std::true_type());
-      online_softmax<true>(s, state, rescale, p.factor, p.slack);
+      softmax(block, std::true_type());
       to_operand<T>(weights, s);
       if (!kCanonical) clear_tail(block);
 
       // The scores and weights of `block`, and the output of the block before it.
       const auto step = [&](int block, auto masked) {
-        constexpr bool kMasked = decltype(masked)::value;
-        const int before = kCanonical ? block - 1 : block + 1;
-        const bool new_chunk = kCanonical && block % (kCanonicalChunk / kKeys) == 0;
-        const auto finish_output = [&] {
-          wgmma_wait<0>();
-          wgmma_touch(o);
-          release(&shared.v_free[value.stage]);
-          value.advance();
-        };
-        bool grew = false;
-        // Looks for larger scores before it weighs.
-        const auto look_and_weigh = [&] { grew = online_softmax<kMasked>(s, state, rescale, p.factor, p.slack); };
-
         barrier_wait(&shared.k_full[key.stage], key.parity);
         my_turn();
         start_scores();
         barrier_wait(&shared.v_full[value.stage], value.parity);
-        start_output(before);
+        start_output(kCanonical ? block - 1 : block + 1);
         next_turn();
         wgmma_wait<1>();
         wgmma_touch(s);
         release(&shared.k_free[key.stage]);
         key.advance();
-        limit_scores(block, masked);
-
+        const bool new_chunk = kCanonical && block % (kCanonicalChunk / kKeys) == 0;
+        RowState<kCanonical> chunk;
         if (new_chunk) {
-          if constexpr (kAhead == 2 && !kMasked) {
-            finish_output();
-            merged.add<false>(o, state, p.factor, peak, total);
-            state.reset();
-            look_and_weigh();
-            to_operand<T>(weights, s);
-          } else {
-            const RowState<kCanonical> chunk = state;
-            state.reset();
-            look_and_weigh();
-            finish_output();
-            to_operand<T>(weights, s);
-            merged.add<false>(o, chunk, p.factor, peak, total);
-          }
-          return;
+          chunk = state;
+          state.reset();
         }
-        if (kAhead == 0 || kMasked || doubt > 0) {
-          look_and_weigh();
-          finish_output();
-          to_operand<T>(weights, s);
-          if (kAhead > 0 && !kMasked && !grew) --doubt;
-        } else if constexpr (kAhead > 0 && !kMasked) {
-          float2 sums[2];
-          uint32_t early[kKeys / 16][4];
-          bool holds;
-          if constexpr (kAhead == 1) holds = weigh_ahead<T, 0>(s, state, sums[0], early, p.factor);
-          finish_output();
-          if constexpr (kAhead == 1) {
-            // A sum and not a copy: that the assembler would take for the operand of the products under way, and wait for.
-#pragma unroll
-            for (int i = 0; i < kKeys / 16; ++i) {
-              weights[i][0] = __float_as_uint(__fadd_rn(__uint_as_float(early[i][0]), 0.0f));
-              weights[i][2] = __float_as_uint(__fadd_rn(__uint_as_float(early[i][2]), 0.0f));
-            }
-          } else {
-            holds = weigh_ahead<T, 0>(s, state, sums[0], weights, p.factor);
-          }
-          holds = holds && weigh_ahead<T, 1>(s, state, sums[1], weights, p.factor);
-          if (holds) {
-            add_sums(state, sums);
-          } else {
-            doubt = kDoubt;
-            look_and_weigh();
-            to_operand<T>(weights, s);
-          }
-        }
-        if (grew) {
+        const bool grew = softmax(block, masked);
+        wgmma_wait<0>();
+        wgmma_touch(o);
+        release(&shared.v_free[value.stage]);
+        value.advance();
+        to_operand<T>(weights, s);
+        if (new_chunk) {
+          merged.add<false>(o, chunk, p.factor, peak, total);
+        } else if (grew) {
 #pragma unroll
           for (int i = 0; i < kHeadDim / 2; ++i) o[i] = __fmul_rn(o[i], rescale[i / 2 % 2]);
         }

@@ -9,8 +9,6 @@
 
 namespace mainspring {
 
-constexpr float kHoldingSum = 224.0f, kHoldingShift = 1048576.0f;  // see weigh_ahead
-
 __device__ __forceinline__ float max_of_quad(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
   return fmaxf(x, __shfl_xor_sync(~0u, x, 1));
@@ -94,22 +92,6 @@ __device__ __forceinline__ float2 weigh(float (&s)[N], float factor, float shift
   return make_float2(sum[0], sum[1]);
 }
 
-// The same of scores that stay as they are: the weights go packed to `p`, the left operand of the next product.
-template <typename T, bool InOrder, int First, int Pairs, int N>
-__device__ __forceinline__ float2 weigh_apart(const float (&s)[N], uint32_t (&p)[N / 8][4], float factor, float shift) {
-  if constexpr (Pairs == 1) {
-    const float even = exp2_approx(__fmaf_rn(s[First], factor, shift));
-    const float odd = exp2_approx(__fmaf_rn(s[First + 1], factor, shift));
-    p[First / 8][First % 8 / 2] = pack(even, odd, T());
-    return make_float2(even, odd);
-  } else {  // a tree of neighbours, or a chain
-    constexpr int kLeft = InOrder ? Pairs / 2 : Pairs - 1;
-    const float2 left = weigh_apart<T, InOrder, First, kLeft>(s, p, factor, shift);
-    const float2 right = weigh_apart<T, InOrder, First + 4 * kLeft, Pairs - kLeft>(s, p, factor, shift);
-    return make_float2(__fadd_rn(left.x, right.x), __fadd_rn(left.y, right.y));
-  }
-}
-
 // Scores to weights in place; rescale[j] is what sums over earlier keys are to be multiplied by, exactly 1 where the peak
 // stayed. The peak stays while no score exceeds it by more than `slack` powers of two: weights up to 2^slack lose no
 // precision, and rescaling the output becomes rare. Whether it stays depends on the row alone.
@@ -170,30 +152,6 @@ __device__ __forceinline__ bool online_softmax(float (&s)[N], RowState<InOrder>&
   add_row(std::integral_constant<int, 0>());
   add_row(std::integral_constant<int, 1>());
   return grew;
-}
-
-// One row's weights against the peak as it stands, without a look for larger scores, and their sums. Returns whether they
-// hold in the whole warp: a sum up to 224 has no weight above it, so no score exceeds the peak by the 8 powers of two that
-// would move it. (A shift from 2^20 on would be too coarse to tell.) Sums of NaN or infinity never hold.
-template <typename T, int Row, bool InOrder, int N>
-__device__ __forceinline__ bool weigh_ahead(const float (&s)[N], const RowState<InOrder>& state, float2& sums,
-                                            uint32_t (&p)[N / 8][4], float factor) {
-  const float shift = -__fmul_rn(state.peak[Row], factor);
-  sums = weigh_apart<T, InOrder, 2 * Row, N / 4>(s, p, factor, shift);
-  const bool holds = (sums.x <= kHoldingSum) & (sums.y <= kHoldingSum) & (fabsf(shift) < kHoldingShift);
-  return !__any_sync(~0u, !holds);
-}
-template <bool InOrder>
-__device__ __forceinline__ void add_sums(RowState<InOrder>& state, const float2 (&sums)[2]) {
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    if constexpr (InOrder) {
-      state.total[j][0] = __fadd_rn(state.total[j][0], sums[j].x);
-      state.total[j][1] = __fadd_rn(state.total[j][1], sums[j].y);
-    } else {
-      state.total[j][0] = __fadd_rn(state.total[j][0], sums[j].x + sums[j].y);
-    }
-  }
 }
 
 // The sums and states of the chunks merged so far, in shared memory. sums: this thread's column of them, quadruples 128

@@ -27,10 +27,10 @@ MAX_TOKENS = 1 << 30  # tokens and tiles are counted in 32 bits
 class Variant:
     """How a block works. groups: warpgroups of 64 queries; keys: of a block; stages: blocks of keys, and of values, in
     shared memory; registers: of a consumer's thread; canonical: in canonical order of sums, for which keys must be a
-    unit of it, 128; turns: warpgroups take turns in starting products; ahead: weights are taken before anyone
-    looks for larger scores (1 a thread's first row's beside a product, 2 both rows' after it), or 0 not; slack: powers
-    of two by which a score may exceed the peak it is taken against, in free order; cache_bytes: what the keys and
-    values of heads in flight may take of the L2 cache.
+    unit of it, 128; turns: warpgroups take turns in starting products; ahead: weights are taken before a look for
+    larger scores (1 the first row's beside a product, 2 both rows' after it), or 0 not; slack: powers of two by which a score may exceed
+    the peak it is taken against, in free order; cache_bytes: what the keys and values of heads in flight may take of
+    the L2 cache.
     """
 
     groups: int
@@ -59,12 +59,9 @@ def variant_of(
         # Three warpgroups have no registers left for masks of windows and caps, nor their producer for a block table;
         # tiles of 192 queries waste too much of short causal sequences.
         narrow = windowed or softcap or paged or (causal and max_q <= SHORT)
-        if narrow:
-            return Variant(2, 128, canonical=canonical, ahead=1)
-        return Variant(3, 128, registers=160, canonical=canonical, ahead=2)
+        return Variant(2 if narrow else 3, 128, registers=232 if narrow else 160, canonical=canonical)
     if head_dim <= 128:
-        # In canonical order the sums of chunks take the room of a third stage.
-        return Variant(2, 128, stages=2 if canonical else 3, canonical=canonical, ahead=1)
+        return Variant(2, 128, canonical=canonical)
     if head_dim == 192:
         return Variant(2, 96)
     return Variant(2, 64, turns=False)
