@@ -27,8 +27,7 @@ MAX_TOKENS = 1 << 30  # tokens and tiles are counted in 32 bits
 class Variant:
     """How a block works. groups: warpgroups of 64 queries; keys: of a block; stages: blocks of keys, and of values, in
     shared memory; registers: of a consumer's thread; canonical: in canonical order of sums, for which keys must be a
-    unit of it, 128; turns: warpgroups take turns in starting products; ahead: weights are taken before a look for
-    larger scores (1 the first row's beside a product, 2 both rows' after it), or 0 not; slack: powers of two by which a score may exceed
+    unit of it, 128; turns: warpgroups take turns in starting products; slack: powers of two by which a score may exceed
     the peak it is taken against, in free order; cache_bytes: what the keys and values of heads in flight may take of
     the L2 cache.
     """
@@ -39,7 +38,6 @@ class Variant:
     registers: int = 232
     canonical: bool = False
     turns: bool = True
-    ahead: int = 0
     slack: float = 8.0
     cache_bytes: int = 32 << 20
 
@@ -82,7 +80,7 @@ def defines_of(
         "TYPE": TYPES[dtype], "HEAD_DIM": head_dim, "GROUPS": variant.groups, "KEYS": variant.keys,
         "STAGES": variant.stages, "REGISTERS": variant.registers, "CAUSAL": int(causal), "WINDOWED": int(windowed),
         "SOFTCAP": int(softcap), "CANONICAL": int(variant.canonical), "TURNS": int(variant.turns),
-        "AHEAD": variant.ahead, "PAGED": int(paged),
+        "PAGED": int(paged),
     }  # fmt: skip
     return tuple((f"MAINSPRING_{name}", value) for name, value in values.items())
 
