@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mainspring.errors import BackendError
+from mainspring.ops.stochastic_rounding import round_stochastically
 from support.triton_kernels import DEVICE, INTERPRETED, needs_triton, random_tensor
 
 pytestmark = needs_triton
@@ -114,6 +115,25 @@ def test_stochastic_rounding_is_right_on_average_and_reproducible() -> None:
     assert len(steps.float().unique()) > 4
     first, second = (moved[:, ::2] == high).float(), (moved[:, 1::2] == high).float()
     assert abs(float(torch.corrcoef(torch.stack((first.flatten(), second.flatten())))[0, 1])) < 0.05
+
+
+def test_stochastic_rounding_is_the_references_to_the_bit() -> None:
+    from mainspring.ops.triton.adamw import AdamWParameter, FusedAdamW
+
+    masters = [random_tensor(i, *shape) for i, shape in enumerate(SHAPES)]
+    weights = [torch.zeros_like(m, dtype=torch.bfloat16) for m in masters]
+    optimizer = FusedAdamW(
+        [
+            AdamWParameter(m, torch.zeros_like(m), torch.zeros_like(m), 0.1, w)
+            for m, w in zip(masters, weights, strict=True)
+        ],
+        stochastic_rounding=True,
+        seed=11,
+    )
+    for step in (1, 2):
+        optimizer.step([random_tensor(step, *shape) for shape in SHAPES], step=step, **RATES)
+        for number, (master, weight) in enumerate(zip(masters, weights, strict=True)):
+            assert torch.equal(weight, round_stochastically(master, parameter=number, step=step, seed=11))
 
 
 def test_stochastic_rounding_keeps_what_is_not_finite() -> None:
