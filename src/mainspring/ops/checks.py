@@ -68,12 +68,8 @@ def check_norm(operation: str, x: Tensor, weight: Tensor, eps: float) -> None:
 
 def check_heads(operation: str, q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
     """q: [T, Hq, D], k and v: [T, Hkv, D], of one dtype on one device. Raises BackendError."""
-    shape, wanted, dtype, device = (
-        k.shape,
-        q.shape,
-        q.dtype,
-        q.device,
-    )  # looked up once: this runs in every layer
+    # Looked up once: this runs in every layer.
+    shape, wanted, dtype, device = k.shape, q.shape, q.dtype, q.device
     if (
         len(shape) != 3
         or len(wanted) != 3

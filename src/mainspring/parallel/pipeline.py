@@ -383,8 +383,7 @@ class _Rehearsal(_Run):
 
     def _receive(self, action: Action) -> Tensor:
         rows = self.model.stage_rows(self._batch(action.micro))
-        generator = torch.Generator(self.device).manual_seed(
-            0
-        )  # a trainer's own random numbers stay as they are
+        # Of a generator of its own: the trainer's random numbers stay as they are.
+        generator = torch.Generator(self.device).manual_seed(0)
         shape = rows, self.model.config.hidden_size
         return torch.randn(shape, generator=generator, dtype=self.model.dtype, device=self.device)
